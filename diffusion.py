@@ -1,0 +1,350 @@
+"""The diffusion process: how noise destroys an image, and how a model's guesses undo it.
+
+    forward    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise       (one jump, any t)
+    training   a model sees x_t and t and is asked for the noise; the loss is the squared error
+    sampling   start from noise; again and again guess x_0, and step to a slightly cleaner level
+
+A model is any callable `model(x_t, t, y=None)`: x_t [B, C, H, W], t [B] integers (0 = least noisy),
+y [B] class indices with -1 for "no class" (None means all -1). It returns a tensor shaped like x_t.
+Only this file knows whether that tensor means the noise ("eps"), the image ("x0") or the velocity
+("v"). Images are float in [-1, 1].
+
+    diffusion = DiffusionProcess(num_timesteps=1000, schedule="linear")
+    loss = diffusion.training_loss(model, x_0)
+    images = diffusion.sample(model, sampler="ddim", steps=50, seed=0)
+
+Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine schedule),
+Salimans & Ho 2022 (the v objective), Ho & Salimans 2022 (classifier-free guidance).
+"""
+
+import contextlib
+import math
+import secrets
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+# ---- Schedules: a function of T that returns alpha_bar, float64 [T], strictly decreasing in (0, 1).
+
+MAX_BETA = 0.999  # keeps alpha_bar above zero: its square root divides in predict_x0
+
+
+def linear_alpha_bar(num_timesteps, beta_start=None, beta_end=None):
+    """Betas on a straight line, 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4).
+
+    Unless they are given, both ends are scaled by 1000 / T, so that a chain of any length ends in
+    noise: left unscaled, T = 200 would stop at alpha_bar = 0.13, with the image still visible.
+    """
+    scale = 1000 / num_timesteps
+    start = 1e-4 * scale if beta_start is None else beta_start
+    end = 0.02 * scale if beta_end is None else beta_end
+    if not 0 < start < math.inf or not 0 < end < math.inf:
+        raise ValueError(f"betas must be positive numbers, got beta_start={start}, beta_end={end}")
+    # Drawn from the end backwards, so that T = 1 keeps beta_end and still ends in noise.
+    betas = torch.linspace(end, start, num_timesteps, dtype=torch.float64).flip(0)
+    return torch.cumprod(1 - betas.clamp(max=MAX_BETA), dim=0)
+
+
+def cosine_alpha_bar(num_timesteps, s=0.008):
+    """alpha_bar falls like a squared cosine (Nichol & Dhariwal 2021, eq. 17): gentler at both ends."""
+    level = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = torch.cos((level + s) / (1 + s) * math.pi / 2) ** 2
+    betas = (1 - f[1:] / f[:-1]).clamp(max=MAX_BETA)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar}
+OBJECTIVES = ("eps", "x0", "v")
+
+
+# ---- Samplers: a row of numbers each. One loop (DiffusionProcess.trajectory) serves them all.
+
+class Sampler(NamedTuple):
+    eta: float  # 0: no noise is added on the way down (DDIM); 1: as much as DDPM adds
+    variance: str  # size of that noise: "posterior" or "beta", the two choices of Ho et al.
+    steps: int | None  # the default number of model calls; None: all T
+
+
+SAMPLERS = {
+    "ddpm":      Sampler(eta=1.0, variance="posterior", steps=None),
+    "ddpm_beta": Sampler(eta=1.0, variance="beta",      steps=None),
+    "ddim":      Sampler(eta=0.0, variance="posterior", steps=50),
+}
+
+
+def uniform_spacing(num_timesteps, steps):
+    """Equal strides from T-1 down to -1; -1 is the clean image."""
+    return np.linspace(-1, num_timesteps - 1, steps + 1).round().astype(int)[::-1].tolist()
+
+
+SPACINGS = {"uniform": uniform_spacing}
+
+
+# ---- Noise that belongs to an image, not to a batch.
+
+def seeded_noise(seed, indices, step, shape):
+    """Unit Gaussian noise [len(indices), *shape] in which row k depends only on (seed, indices[k], step).
+
+    So image i of a seed is the same in any batch. Drawn on the CPU, hence the same on any device,
+    and from generators of its own: the global one is never touched.
+    """
+    rows = []
+    for i in indices:
+        entropy = np.random.SeedSequence([seed, i, step]).generate_state(1, np.uint64)[0]
+        rows.append(torch.randn(shape, generator=torch.Generator().manual_seed(int(entropy))))
+    return torch.stack(rows)
+
+
+@contextlib.contextmanager
+def _evaluating(model):
+    """Switch dropout off while sampling, and back to what it was afterwards."""
+    was_training = getattr(model, "training", False)
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+class DiffusionProcess:
+    """A noise schedule, what the model predicts, and everything that follows from the two.
+
+    num_timesteps: T, the number of noise levels (ignored where schedule is given as numbers).
+    schedule:      "linear", "cosine", or the alpha_bar values themselves, [T] in (0, 1) and falling.
+    objective:     what the model's output means: "eps" (the noise), "x0" (the clean image) or
+                   "v" = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0.
+    beta_start, beta_end: ends of the linear schedule, used as they are; by default scaled with T.
+
+    alpha_bar (in diffusers: alphas_cumprod) is the share of the image's variance left at t, the
+    product of (1 - beta) up to t. `config` rebuilds the process: DiffusionProcess(**config).
+    Raises ValueError for an unknown name or a number out of range.
+    """
+
+    def __init__(self, num_timesteps=1000, schedule="linear", objective="eps",
+                 beta_start=None, beta_end=None):
+        if objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {objective!r}; choose from {list(OBJECTIVES)}")
+        if not isinstance(schedule, str):
+            self.alpha_bar = torch.as_tensor(schedule, dtype=torch.float64).cpu()
+            num_timesteps = len(self.alpha_bar)
+        elif schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {schedule!r}; choose from {sorted(SCHEDULES)}")
+        elif num_timesteps < 1 or num_timesteps != int(num_timesteps):
+            raise ValueError(f"num_timesteps must be a whole number of at least 1, got {num_timesteps}")
+        elif schedule == "linear":
+            self.alpha_bar = linear_alpha_bar(num_timesteps, beta_start, beta_end)
+        elif beta_start is not None or beta_end is not None:
+            raise ValueError(f"beta_start and beta_end belong to the linear schedule, not {schedule!r}")
+        else:
+            self.alpha_bar = SCHEDULES[schedule](num_timesteps)
+        ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        if not (torch.cat([ends[:1], self.alpha_bar, ends[1:]]).diff() < 0).all():
+            raise ValueError("alpha_bar must fall strictly, from below 1 to above 0")
+
+        self.num_timesteps = int(num_timesteps)
+        self.objective = objective
+        self.config = dict(num_timesteps=self.num_timesteps, schedule=schedule, objective=objective,
+                           beta_start=beta_start, beta_end=beta_end)
+        # Two float32 tables, the weights of image and noise in x_t. They follow the data's device.
+        self._signal = self.alpha_bar.sqrt().float()
+        self._noise = (1 - self.alpha_bar).sqrt().float()
+
+    def _weights(self, t):
+        """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)), each [B, 1, 1, 1]. t: [B] integers in 0..T-1."""
+        if t.device.type == "cpu" and not (0 <= int(t.min()) and int(t.max()) < self.num_timesteps):
+            # A negative index would silently read the table from its end.
+            raise ValueError(f"t must lie in 0..{self.num_timesteps - 1}, got {t.min()}..{t.max()}")
+        if self._signal.device != t.device:
+            self._signal, self._noise = self._signal.to(t.device), self._noise.to(t.device)
+        return self._signal[t].view(-1, 1, 1, 1), self._noise[t].view(-1, 1, 1, 1)
+
+    # ---- Forward and training
+
+    def forward_diffusion(self, x_0, t, noise=None):
+        """Jump from a clean image straight to noise level t.
+
+        x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise      (Ho et al. 2020, eq. 4)
+
+        x_0: [B, C, H, W] in [-1, 1].  t: [B] integers in 0..T-1.
+        Returns (x_t, noise), both shaped like x_0; noise is drawn if not given.
+        """
+        if noise is None:
+            noise = torch.randn_like(x_0)
+        signal_weight, noise_weight = self._weights(t)
+        return signal_weight * x_0 + noise_weight * noise, noise
+
+    def training_loss(self, model, x_0, y=None, t=None, noise=None):
+        """Mean squared error of the model's prediction at random noise levels (Ho et al. 2020, eq. 14).
+
+        x_0: [B, C, H, W] in [-1, 1].  y: [B] class indices or None.  t, noise: drawn if not given.
+        Returns a scalar tensor, float32 whatever the model ran in.
+        """
+        if t is None:
+            t = torch.randint(self.num_timesteps, (len(x_0),), device=x_0.device)
+        x_t, noise = self.forward_diffusion(x_0, t, noise)
+        if self.objective == "eps":
+            target = noise
+        elif self.objective == "x0":
+            target = x_0
+        else:
+            signal_weight, noise_weight = self._weights(t)
+            target = signal_weight * noise - noise_weight * x_0     # Salimans & Ho 2022, section 4
+        return F.mse_loss(model(x_t, t, y).float(), target)
+
+    # ---- From the model's output to one step down
+
+    def _model_output(self, model, x_t, t, y, guidance):
+        """The model's output, pushed away from what it says without a class (Ho & Salimans 2022, eq. 6).
+
+        guidance 1 is the conditional model and 0 the unconditional one; each costs one call.
+        """
+        if y is None and guidance not in (0, 1):
+            raise ValueError(f"guidance={guidance} needs class labels y to guide towards")
+        if y is None or guidance == 1:
+            return model(x_t, t, y)
+        null = model(x_t, t, torch.full_like(y, -1))
+        if guidance == 0:
+            return null
+        return null + guidance * (model(x_t, t, y) - null)
+
+    def predict_x0(self, model, x_t, t, y=None, *, guidance=1.0, clip=True):
+        """The clean image that the model sees in x_t.
+
+        x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W], in [-1, 1] if clip.
+        Computed in float32 even if the model ran in bfloat16: at high t it divides by a small number.
+        """
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        t = torch.full((len(x_t),), t, device=x_t.device) if isinstance(t, int) else t
+        out = self._model_output(model, x_t, t, y, guidance).to(dtype)
+        signal_weight, noise_weight = self._weights(t)
+        if self.objective == "eps":
+            x_0 = (x_t - noise_weight * out) / signal_weight
+        elif self.objective == "x0":
+            x_0 = out
+        else:
+            x_0 = signal_weight * x_t - noise_weight * out
+        return x_0.clamp(-1, 1) if clip else x_0
+
+    def reverse_diffusion_step(self, model, x_t, t, t_prev=None, y=None, *, eta=1.0, noise=None,
+                               clip=True, guidance=1.0, variance="posterior"):
+        """From noise level t to the cleaner level t_prev.
+
+        Estimate x_0, work out which noise would explain x_t, mix the two anew at level t_prev, and
+        replace part of the noise by fresh noise (Song et al. 2021, eq. 12 and 16):
+
+            x_prev = sqrt(ab_prev) x_0 + sqrt(1 - ab_prev - sigma^2) eps + sigma noise
+            sigma^2 = eta^2 (1 - ab_prev) / (1 - ab_t) (1 - ab_t / ab_prev)
+
+        eta = 1 is Ho et al. 2020, eq. 6-7 ("posterior"); eta = 0 adds nothing and is DDIM. With
+        variance "beta" the mean stays and sigma^2 = eta^2 (1 - ab_t / ab_prev), the paper's other
+        choice (section 3.2). The step to the clean image never adds noise.
+
+        x_t: [B, C, H, W].  t: an integer in 0..T-1, or [B] equal integers.  t_prev: an integer below
+        t; default t - 1; -1 is clean.  noise: like x_t, drawn if needed.
+        Returns (x_prev, x_0 estimate).  Raises ValueError if t_prev >= t or eta is outside [0, 1].
+        """
+        if not isinstance(t, int):
+            if (t != t.flatten()[0]).any():
+                raise ValueError("reverse_diffusion_step takes one t for the whole batch")
+            t = int(t.flatten()[0])
+        t_prev = t - 1 if t_prev is None else int(t_prev)
+        if not -1 <= t_prev < t < self.num_timesteps:
+            raise ValueError(f"need -1 <= t_prev < t < {self.num_timesteps}, got t={t}, t_prev={t_prev}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {eta}")
+        if variance not in ("posterior", "beta"):
+            raise ValueError(f"unknown variance {variance!r}; choose from ['beta', 'posterior']")
+
+        # Python floats, in double precision: 1 - ab_t / ab_prev cancels in float32.
+        ab_t = float(self.alpha_bar[t])
+        ab_prev = float(self.alpha_bar[t_prev]) if t_prev >= 0 else 1.0
+        beta = 1 - ab_t / ab_prev
+        posterior = eta**2 * (1 - ab_prev) / (1 - ab_t) * beta
+
+        x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance, clip=clip)
+        eps = (x_t - math.sqrt(ab_t) * x_0) / math.sqrt(1 - ab_t)
+        x_prev = math.sqrt(ab_prev) * x_0 + math.sqrt(1 - ab_prev - posterior) * eps
+        sigma = math.sqrt(posterior) if variance == "posterior" else eta * math.sqrt(beta)
+        if sigma > 0 and t_prev >= 0:
+            x_prev = x_prev + sigma * (torch.randn_like(x_prev) if noise is None else noise)
+        return x_prev, x_0
+
+    # ---- The sampling loop
+
+    def timesteps(self, steps=None, spacing="uniform"):
+        """The levels that sampling visits: `steps` of them, distinct, falling from T-1, then -1 (clean).
+
+        steps: 1..T, by default all T.  Raises ValueError outside that, or for an unknown spacing.
+        """
+        steps = self.num_timesteps if steps is None else steps
+        if not 1 <= steps <= self.num_timesteps or steps != int(steps):
+            raise ValueError(f"steps must be a whole number from 1 to {self.num_timesteps} "
+                             f"(the number of timesteps), got {steps}")
+        if spacing not in SPACINGS:
+            raise ValueError(f"unknown spacing {spacing!r}; choose from {sorted(SPACINGS)}")
+        return SPACINGS[spacing](self.num_timesteps, int(steps))
+
+    @torch.no_grad()
+    def trajectory(self, model, x_T, *, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
+                   guidance=1.0, seed=0, first_index=0, clip=True):
+        """The one sampling loop: a generator that yields (t, x_t, x_0) after each step.
+
+        t is the level just reached, -1 in the last item, whose x_t is the finished picture; x_0 is
+        the estimate that the step used. The model is called exactly `steps` times (twice as often
+        with guidance other than 0 and 1).
+
+        x_T: [B, C, H, W] noise.  sampler: a key of SAMPLERS; steps, eta, spacing default to its row.
+        y: [B] class indices.  seed, first_index: which noise the steps add (see seeded_noise).
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}; choose from {sorted(SAMPLERS)}")
+        row = SAMPLERS[sampler]
+        eta = row.eta if eta is None else eta
+        if steps is None and row.steps is not None:
+            steps = min(row.steps, self.num_timesteps)
+        ts = self.timesteps(steps, spacing or "uniform")
+        indices = range(first_index, first_index + len(x_T))
+        x_t = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+        with _evaluating(model):
+            for k, (t, t_prev) in enumerate(zip(ts, ts[1:]), start=1):
+                noise = None
+                if eta > 0 and t_prev >= 0:
+                    noise = seeded_noise(seed, indices, k, x_t.shape[1:]).to(x_t)
+                x_t, x_0 = self.reverse_diffusion_step(
+                    model, x_t, t, t_prev, y, eta=eta, noise=noise, clip=clip, guidance=guidance,
+                    variance=row.variance)
+                yield t_prev, x_t, x_0
+
+    def sample(self, model, image_size=28, batch_size=64, channels=1, *, x_T=None, seed=None,
+               first_index=0, device=None, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
+               guidance=1.0, clip=True):
+        """Make new images from noise. Returns [batch_size, channels, image_size, image_size] in [-1, 1].
+
+        x_T:          the noise to start from, [B, C, H, W]; drawn from the seed if not given.
+        seed:         the same seed gives the same images; None draws a fresh one.
+        first_index:  image i of the result is image first_index + i of the seed.
+        device:       by default where x_T or the model's parameters are.
+        sampler:      "ddpm" (the paper's full chain), "ddpm_beta" or "ddim", with its own defaults
+                      for steps (model calls, 1..T), eta (0..1) and spacing.
+        y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
+        clip:         keep every estimate of x_0 in [-1, 1].
+        """
+        seed = secrets.randbits(32) if seed is None else seed
+        if device is None:
+            parameters = model.parameters() if hasattr(model, "parameters") else iter(())
+            device = x_T.device if x_T is not None else getattr(next(parameters, None), "device", "cpu")
+        if x_T is None:
+            indices = range(first_index, first_index + batch_size)
+            x_T = seeded_noise(seed, indices, 0, (channels, image_size, image_size))
+        x_T = x_T.to(device)
+        if y is not None:
+            y = torch.as_tensor(y, device=device).expand(len(x_T))
+        for _, images, _ in self.trajectory(
+                model, x_T, sampler=sampler, steps=steps, eta=eta, spacing=spacing, y=y,
+                guidance=guidance, seed=seed, first_index=first_index, clip=clip):
+            pass
+        return images

@@ -1,0 +1,18 @@
+"""Networks. A model is any callable `model(x_t, t, y=None)` that returns a tensor shaped like x_t."""
+
+from models.unet import SimpleUNet
+
+MODELS = {"simple": SimpleUNet}
+
+
+def create_model(name="simple", **config):
+    """Build a network by name: create_model(base_channels=64), or 32 when memory is short.
+
+    Raises ValueError for an unknown name or a setting that the network does not have.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; choose from {sorted(MODELS)}")
+    try:
+        return MODELS[name](**config)
+    except TypeError as error:
+        raise ValueError(f"model {name!r}: {error}") from error

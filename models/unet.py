@@ -1,0 +1,140 @@
+"""The first network to read: a small U-Net that looks at a noisy image and predicts a tensor like it.
+
+    x_t [B, 1, 28, 28]                                                output [B, 1, 28, 28]
+        |                                                                 |
+      conv_in -> down1 (b) ---------------- skip ----------------> up2 (3b -> b) -> conv_out
+                   | max-pool, 28 -> 14                             | transposed conv, 14 -> 28
+                 down2 (2b) --------------- skip --------> up1 (4b -> 2b)
+                   | max-pool, 14 -> 7                       | transposed conv, 7 -> 14
+                   +------------ bottleneck (2b) ------------+
+
+The way down trades resolution for channels, so that the bottleneck sees the whole digit; the skips
+carry the fine detail, which pooling throws away, straight across. Every block is told the time t,
+because the same pixels mean something else at another noise level.
+
+    model = SimpleUNet()                     # b = 64: 1,971,137 parameters
+    eps = model(x_t, t)                      # t: [B] integers
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class TimeEmbedding(nn.Module):
+    """Turn an integer t into sines and cosines of many wavelengths (Vaswani et al. 2017, section 3.5).
+
+    t: [B] integers -> [B, dim], dim even. Short wavelengths tell neighbours apart, long ones tell
+    early from late. Nothing is learned here.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"the time embedding needs an even dim of at least 2, got {dim}")
+        self.dim = dim
+
+    def forward(self, t):
+        half = self.dim // 2
+        exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
+        angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponents)[None, :]
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class DownBlock(nn.Module):
+    """Two 3x3 convolutions, told the time between them; the resolution stays.
+
+    x: [B, in_channels, H, W], t_emb: [B, time_emb_dim] -> [B, out_channels, H, W]
+    """
+
+    def __init__(self, in_channels, out_channels, time_emb_dim):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(8, out_channels)
+        self.time = nn.Linear(time_emb_dim, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, out_channels)
+
+    def forward(self, x, t_emb):
+        x = F.silu(self.norm1(self.conv1(x)))
+        x = x + self.time(t_emb)[:, :, None, None]      # one number per channel, at every pixel
+        return F.silu(self.norm2(self.conv2(x)))
+
+
+class UpBlock(DownBlock):
+    """The same two convolutions, after the skip has been laid beside x.
+
+    x: [B, c, H, W], skip: [B, in_channels - c, H, W] -> [B, out_channels, H, W]
+    """
+
+    def forward(self, x, skip, t_emb):
+        return super().forward(torch.cat([x, skip], dim=1), t_emb)
+
+
+class SimpleUNet(nn.Module):
+    """Predicts a tensor like x_t from (x_t, t, y); trained by DiffusionProcess.training_loss.
+
+    image_channels: 1 for grey, 3 for colour.    base_channels: b, a multiple of 8.
+    num_classes:    None, or the number of classes that y may name; without it y is ignored.
+    grad_checkpoint: recompute the blocks in the backward pass: less memory, about a third slower.
+    Height and width must be multiples of 4 (they are halved twice).
+    """
+
+    def __init__(self, image_channels=1, base_channels=64, time_emb_dim=256, num_classes=None,
+                 grad_checkpoint=False):
+        super().__init__()
+        if base_channels < 8 or base_channels % 8:
+            raise ValueError(f"base_channels must be a multiple of 8 (GroupNorm), got {base_channels}")
+        b = base_channels
+        self.image_channels = image_channels
+        self.num_classes = num_classes
+        self.grad_checkpoint = grad_checkpoint
+
+        self.time_mlp = nn.Sequential(
+            TimeEmbedding(time_emb_dim),
+            nn.Linear(time_emb_dim, time_emb_dim),
+            nn.SiLU(),
+            nn.Linear(time_emb_dim, time_emb_dim),
+        )
+        # Row 0 is "no class" (y = -1), rows 1.. are the classes.
+        self.class_emb = nn.Embedding(num_classes + 1, time_emb_dim) if num_classes else None
+
+        # A GroupNorm cannot stand first: an image has 1 or 3 channels. So convolve first.
+        self.conv_in = nn.Conv2d(image_channels, b, 3, padding=1)
+        self.down1 = DownBlock(b, b, time_emb_dim)
+        self.down2 = DownBlock(b, 2 * b, time_emb_dim)
+        self.pool = nn.MaxPool2d(2)
+        self.bottleneck = DownBlock(2 * b, 2 * b, time_emb_dim)
+        # Kernel 4, stride 2: every output pixel is covered equally often, which avoids checkerboards.
+        self.upsample1 = nn.ConvTranspose2d(2 * b, 2 * b, 4, stride=2, padding=1)
+        self.up1 = UpBlock(4 * b, 2 * b, time_emb_dim)
+        self.upsample2 = nn.ConvTranspose2d(2 * b, 2 * b, 4, stride=2, padding=1)
+        self.up2 = UpBlock(3 * b, b, time_emb_dim)
+        self.conv_out = nn.Conv2d(b, image_channels, 1)
+
+    def forward(self, x_t, t, y=None):
+        channels, height, width = x_t.shape[1:]
+        if channels != self.image_channels:
+            raise ValueError(f"the model takes {self.image_channels} channels, the images have {channels}")
+        if height % 4 or width % 4:
+            raise ValueError(f"height and width must be multiples of 4, got {height}x{width}")
+        t_emb = self.time_mlp(t)                                       # [B] -> [B, time_emb_dim]
+        if self.class_emb is not None:
+            y = torch.full_like(t, -1) if y is None else y
+            t_emb = t_emb + self.class_emb(y + 1)
+
+        run = self._run
+        skip1 = run(self.down1, self.conv_in(x_t), t_emb)              # [B, b, 28, 28]
+        skip2 = run(self.down2, self.pool(skip1), t_emb)               # [B, 2b, 14, 14]
+        h = run(self.bottleneck, self.pool(skip2), t_emb)              # [B, 2b, 7, 7]
+        h = run(self.up1, self.upsample1(h), skip2, t_emb)             # [B, 2b, 14, 14]
+        h = run(self.up2, self.upsample2(h), skip1, t_emb)             # [B, b, 28, 28]
+        return self.conv_out(h)
+
+    def _run(self, block, *inputs):
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)

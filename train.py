@@ -1,0 +1,210 @@
+"""Train a U-Net to undo noise.
+
+    python train.py                                       # MNIST, 20 epochs
+    python train.py --epochs 50 --dataset fashion_mnist
+    python train.py --dataset path/to/photos --image_size 32
+
+Writes into outputs/: samples/epoch_001.png ... (64 images after each epoch), checkpoints/
+model_epoch_005.pt ... (every 5 epochs), training_loss.png and, at the end, model_final.pt.
+"""
+
+import argparse
+import copy
+import itertools
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+from data import DATASETS, Batches, class_names, get_dataset, get_default_dataset
+from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess
+from models import create_model
+from utils import (EMA, PRECISIONS, command, count_parameters, describe_device, format_seconds,
+                   get_device, get_precision, get_timesteps, make_output_dir, plot_losses, positive_float,
+                   positive_int, save_checkpoint, save_images, seed_number, seed_step,
+                   synchronized_seconds)
+
+SAMPLE_STEPS = 50  # DDIM steps for the pictures after each epoch; the full chain would take minutes
+CHECKPOINT_EPOCHS = 5
+
+
+def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=0.0):
+    """One update: noise a batch, compare the model's prediction with the truth, step downhill."""
+    t = get_timesteps(len(x_0), diffusion.num_timesteps, x_0.device)
+    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        loss = diffusion.training_loss(model, x_0, y, t)
+    optimizer.zero_grad()
+    loss.backward()
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    return loss.detach()
+
+
+def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, precision=torch.float32,
+                grad_clip=0.0, seed=None, first_step=0, max_steps=None, losses=None, title="training"):
+    """One pass over the data, with a progress bar. Returns the mean loss.
+
+    dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
+    ema:         an EMA to update after each step.     grad_clip: the largest gradient norm; 0 is off.
+    seed:        step k of the run then follows from (seed, k); None uses the global generator.
+    first_step:  how many steps the run has behind it.   max_steps: stop after so many.
+    losses:      a list that the loss of each step is appended to.
+    """
+    model.train()
+    epoch_losses = []       # kept on the device: reading a number there would make it wait
+    steps = min(len(dataloader), max_steps or len(dataloader))
+    bar = tqdm(itertools.islice(dataloader, steps), total=steps, desc=title, unit="step")
+    for k, (x_0, y) in enumerate(bar):
+        if seed is not None:
+            seed_step(seed, first_step + k)
+        loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, precision, grad_clip)
+        if ema is not None:
+            ema.update(model)
+        epoch_losses.append(loss)
+        if k % 10 == 9 or k == steps - 1:
+            rate = (k + 1) * len(x_0) / bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"loss {loss.item():.4f}, {rate:.0f} images/s")
+    epoch_losses = torch.stack(epoch_losses).tolist()
+    if losses is not None:
+        losses.extend(epoch_losses)
+    return sum(epoch_losses) / len(epoch_losses)
+
+
+def sample_images(model, diffusion, device, num_images=64, image_size=28):
+    """Pictures for a look at the training: the same noises each time, so that epochs compare.
+
+    Returns [num_images, C, image_size, image_size] in [-1, 1].
+    """
+    return diffusion.sample(model, image_size, num_images, model.image_channels, seed=0, device=device,
+                            sampler="ddim", steps=min(SAMPLE_STEPS, diffusion.num_timesteps))
+
+
+def measure_seconds(model, batch, diffusion, device, precision, image_size, num_images=64):
+    """(seconds for a training step, seconds for one set of pictures), measured on copies: nothing changes."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
+    ema = EMA(model)
+    x_0, y = (part.to(device) for part in batch)
+    times = []
+    for _ in range(4):
+        start = synchronized_seconds(device)
+        train_step(model, x_0, y, optimizer, diffusion, precision)
+        ema.update(model)
+        times.append(synchronized_seconds(device) - start)
+    x_T = torch.zeros(num_images, model.image_channels, image_size, image_size, device=device)
+    for _ in range(2):
+        start = synchronized_seconds(device)
+        diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1)
+        one_call = synchronized_seconds(device) - start
+    return sorted(times[1:])[1], one_call * min(SAMPLE_STEPS, diffusion.num_timesteps)
+
+
+def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None,
+          timesteps=1000, schedule="linear", objective="eps", base_channels=64, image_size=None,
+          grad_clip=0.0, grad_checkpoint=False, ema_decay=0.9995, seed=0, data_dir="data",
+          output_dir="outputs", device="auto", precision="auto"):
+    """Train from nothing and write pictures, checkpoints and the loss plot; main() documents the settings.
+
+    dataset_name: a key of DATASETS, a folder of images, or None for MNIST with synthetic digits to
+    fall back on.  steps: optimizer steps, instead of num_epochs.
+    Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders.
+    """
+    # Everything that can be wrong is found before anything long begins.
+    diffusion = DiffusionProcess(timesteps, schedule, objective)
+    device_name, device = device, get_device(device)
+    precision, precision_reason = get_precision(precision, device)
+    output_dir = make_output_dir(output_dir)
+    if dataset_name is None:
+        dataset_name, images, labels = get_default_dataset(data_dir, image_size)
+    else:
+        images, labels = get_dataset(dataset_name, data_dir, image_size=image_size)
+    channels, image_size = images.shape[1], images.shape[-1]
+    batches = Batches(images, labels, batch_size, seed)
+    if steps is not None:
+        num_epochs = math.ceil(steps / len(batches))
+    total_steps = steps or num_epochs * len(batches)
+
+    torch.manual_seed(seed)                                             # the initial weights
+    model_config = dict(image_channels=channels, base_channels=base_channels)
+    model = create_model("simple", **model_config, grad_checkpoint=grad_checkpoint).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    ema = EMA(model, ema_decay)
+    losses = []
+
+    print(f"device: {describe_device(device, device_name)}")
+    print(f"precision: {precision_reason}; samples are drawn in float32")
+    print(f"data: {dataset_name}, {len(images)} images of {channels}x{image_size}x{image_size}; "
+          f"model: {count_parameters(model):,} parameters")
+    step_seconds, sample_seconds = measure_seconds(
+        model, next(iter(batches)), diffusion, device, precision, image_size)
+    print(f"cost: an epoch is {len(batches)} steps of {batches.batch_size} images, about "
+          f"{format_seconds(len(batches) * step_seconds)} here "
+          f"({batches.batch_size / step_seconds:.0f} images/s); the whole run of {total_steps} steps "
+          f"about {format_seconds(total_steps * step_seconds + num_epochs * sample_seconds)}, "
+          f"with {format_seconds(sample_seconds)} for the pictures of each epoch", flush=True)
+
+    def save(path, epoch):
+        save_checkpoint(path, {
+            "model_name": "simple", "model_config": model_config, "diffusion_config": diffusion.config,
+            "data": {"name": str(dataset_name), "image_size": image_size, "channels": channels,
+                     "classes": class_names(dataset_name)},
+            "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
+            "optimizer": optimizer.state_dict(), "epoch": epoch, "step": len(losses),
+            "losses": torch.tensor(losses)})
+        print(f"wrote {path}")
+
+    for epoch in range(1, num_epochs + 1):
+        batches.epoch = epoch
+        start = time.perf_counter()
+        mean_loss = train_epoch(
+            model, batches, optimizer, diffusion, device, ema=ema, precision=precision,
+            grad_clip=grad_clip, seed=seed, first_step=len(losses), max_steps=total_steps - len(losses),
+            losses=losses, title=f"epoch {epoch}/{num_epochs}")
+        seconds = time.perf_counter() - start
+        if not math.isfinite(mean_loss):
+            raise ValueError(f"the loss became {mean_loss} in epoch {epoch}: try a lower --lr, --grad_clip 1 "
+                             "or --precision float32; earlier checkpoints are untouched")
+        picture = make_output_dir(output_dir / "samples") / f"epoch_{epoch:03d}.png"
+        save_images(sample_images(ema.model, diffusion, device, image_size=image_size), picture)
+        plot_losses(losses, output_dir / "training_loss.png")
+        print(f"epoch {epoch}: mean loss {mean_loss:.4f}, {seconds:.0f} s; wrote {picture}", flush=True)
+        if epoch % CHECKPOINT_EPOCHS == 0:
+            save(make_output_dir(output_dir / "checkpoints") / f"model_epoch_{epoch:03d}.pt", epoch)
+    save(output_dir / "model_final.pt", num_epochs)
+    return model, ema.model, losses
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Train a U-Net to undo noise.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", metavar="NAME", help=f"one of {', '.join(DATASETS)}, or a folder of images; without "
+        "it MNIST, or synthetic digits where MNIST cannot be downloaded")
+    add("--data_dir", default="data", help="where the data sets of torchvision lie, or go")
+    add("--output_dir", default="outputs", help="where pictures and checkpoints go")
+    add("--epochs", type=positive_int, default=20, help="passes over the data")
+    add("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
+    add("--batch_size", type=positive_int, default=128, help="images per step")
+    add("--lr", type=positive_float, default=2e-4, help="learning rate of Adam")
+    add("--timesteps", type=positive_int, default=1000, help="noise levels T")
+    add("--schedule", choices=sorted(SCHEDULES), default="linear", help="how alpha_bar falls")
+    add("--objective", choices=OBJECTIVES, default="eps", help="what the model predicts")
+    add("--base_channels", type=positive_int, default=64, help="width: 32 is small, 128 for quality")
+    add("--image_size", type=positive_int, help="resize to this many pixels, a multiple of 4")
+    add("--grad_clip", type=positive_float, default=0.0, help="largest gradient norm; 0.0 is off")
+    add("--grad_checkpoint", action="store_true", help="less memory, about a third slower")
+    add("--ema_decay", type=float, default=0.9995, help="averaging of the weights for samples, 0 = off")
+    add("--seed", type=seed_number, default=0, help="the same seed trains the same model")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="arithmetic while training")
+    args = vars(parser.parse_args(argv))
+    renamed = dict(dataset_name=args.pop("dataset"), num_epochs=args.pop("epochs"),
+                   learning_rate=args.pop("lr"))
+    train(**renamed, **args)
+
+
+if __name__ == "__main__":
+    main()

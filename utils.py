@@ -1,0 +1,369 @@
+"""What every command needs: device and precision, EMA, checkpoints, image files, plots.
+
+Nothing here knows about diffusion.
+"""
+
+import copy
+import functools
+import hashlib
+import io
+import math
+import os
+import pickle
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.utils import make_grid
+
+# ---- Commands: a user's mistake is one line and exit code 2, a bug keeps its traceback.
+
+
+def command(main):
+    """Decorate main(argv=None): turn a bad value or a file that cannot be used into one clear line."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except torch.OutOfMemoryError:
+            message = "out of memory; try a smaller --batch_size or --base_channels, or --grad_checkpoint"
+        except OSError as error:
+            name = f"{error.filename}: " if error.filename else ""
+            message = f"{name}{error.strerror or error}"
+        except ValueError as error:
+            message = str(error)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    return wrapped
+
+
+def positive_int(text):
+    """An argparse type: 1, 2, 3, ..."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def positive_float(text):
+    """An argparse type: a finite number above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def seed_number(text):
+    """An argparse type: 0, 1, 2, ..."""
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+# argparse says "invalid <__name__> value: ..."
+positive_int.__name__ = "positive whole number"
+positive_float.__name__ = "positive number"
+seed_number.__name__ = "seed (a whole number from 0)"
+
+
+def format_seconds(seconds):
+    """8 -> "8 s", 75 -> "75 s", 400 -> "6.7 min", 9000 -> "2.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def make_output_dir(path):
+    """Create a folder for results, with a file written and removed, so that a run of hours does not
+    find out at its end that it may not write there."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_file(path / ".write_test", b"")
+    (path / ".write_test").unlink()
+    return path
+
+
+# ---- Device, precision, seeds
+
+def get_device(name="auto"):
+    """A torch.device: CUDA, then MPS, then CPU, or the one that is named. ValueError if it is not there."""
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def describe_device(device, name="auto"):
+    """One phrase: which device, and why that one."""
+    if device.type == "cuda":
+        what = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        what = f"{torch.get_num_threads()} threads"
+    else:
+        what = "Apple GPU"
+    why = "as asked" if name != "auto" else {"cuda": "a CUDA GPU was found", "cpu": "no GPU was found",
+                                             "mps": "no CUDA, but an Apple GPU was found"}[device.type]
+    return f"{device} ({what}; {why})"
+
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def get_precision(name, device):
+    """(dtype, reason) for training: bfloat16 where the hardware multiplies in it, else float32.
+
+    name: "auto", "float32" or "bf16".
+    """
+    if name != "auto":
+        if name not in PRECISIONS:
+            raise ValueError(f"unknown precision {name!r}; choose from {['auto', *PRECISIONS]}")
+        return PRECISIONS[name], f"{name} (as asked)"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+    else:
+        native = False
+    if native:
+        return torch.bfloat16, "bf16 autocast (the device has bfloat16 instructions)"
+    return torch.float32, "float32 (the device has no bfloat16 instructions)"
+
+
+def seed_step(seed, step):
+    """Make everything random in training step `step` (timesteps, noise, dropout) follow from (seed, step)."""
+    # spawn_key, not [seed, step]: its numbers never coincide with those of sampling.
+    state = np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]))
+
+
+def get_timesteps(batch_size, num_timesteps, device):
+    """Uniformly random timesteps: [batch_size] integers in 0..num_timesteps-1."""
+    return torch.randint(num_timesteps, (batch_size,), device=device)
+
+
+# ---- Models
+
+def count_parameters(model):
+    """The number of trainable values."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class EMA:
+    """A running average of a model's weights; samples come from it (Ho et al. 2020, section 4).
+
+    After n updates the next one keeps min(decay, (1 + n) / (10 + n)) of the average. A fixed 0.9995
+    from the start would still hold a good part of the random initial weights after 2,000 steps.
+
+    `model` is the averaged copy, in eval mode.  decay: 0 <= decay < 1.
+    """
+
+    def __init__(self, model, decay=0.9995):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {decay}")
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model):
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for average, value in zip(self.model.parameters(), model.parameters(), strict=True):
+            average.lerp_(value, 1 - decay)
+        for average, value in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(value)
+        self.updates += 1
+
+
+# ---- Files
+
+def write_file(path, data):
+    """Write bytes so that the file is either the old one or wholly the new one, never half of it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+CHECKPOINT_FORMAT = "readable-diffusion"
+CHECKPOINT_VERSION = 1
+
+
+def _digest(entry, sha):
+    """Feed a nest of dicts, lists, tensors and plain values to a hash."""
+    if isinstance(entry, torch.Tensor):
+        sha.update(f"{entry.dtype}{tuple(entry.shape)}".encode())
+        sha.update(entry.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(entry, dict):
+        for key, value in entry.items():
+            sha.update(f"key {key!r}".encode())
+            _digest(value, sha)
+    elif isinstance(entry, (list, tuple)):
+        sha.update(f"list of {len(entry)}".encode())
+        for value in entry:
+            _digest(value, sha)
+    else:
+        sha.update(repr(entry).encode())
+    return sha.hexdigest()
+
+
+def save_checkpoint(path, entries):
+    """Write a dict of tensors and plain values as one .pt file, with a digest over all of them."""
+    entries = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **entries}
+    entries["digest"] = _digest(entries, hashlib.sha256())
+    buffer = io.BytesIO()       # in memory first: a full disk is then an OSError and not torch's own error
+    torch.save(entries, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def load_checkpoint(path):
+    """Read what save_checkpoint wrote; the tensors are on the CPU.
+
+    A checkpoint from a stranger must not be able to run code or fill the memory: it is read with
+    weights_only=True, and its container is looked at before anything is unpacked.
+    Raises FileNotFoundError, or ValueError with one line that says what is wrong with the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such checkpoint", str(path))
+    try:
+        with zipfile.ZipFile(path) as container:
+            members = container.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ValueError(f"{path}: truncated, or not a checkpoint at all") from error
+    # torch.save stores without compression, so a member larger than the file is a bomb or a lie.
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or (
+            sum(m.file_size for m in members) > path.stat().st_size):
+        raise ValueError(f"{path}: not a checkpoint of this project (its container is compressed or broken)")
+    try:
+        entries = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: refused, it holds more than tensors and plain values "
+                         "(a foreign checkpoint, or one that would run code)") from error
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler meets damaged bytes in many ways; all mean the same
+        raise ValueError(f"{path}: damaged, it cannot be read ({type(error).__name__})") from error
+    if not isinstance(entries, dict) or entries.get("format") != CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: a foreign checkpoint, not written by this project")
+    if entries.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"{path}: format version {entries.get('version')}, "
+                         f"this code reads version {CHECKPOINT_VERSION}")
+    digest = entries.pop("digest", None)
+    if digest != _digest(entries, hashlib.sha256()):
+        raise ValueError(f"{path}: altered or damaged since it was written (its digest does not match)")
+    return entries
+
+
+# ---- Images and plots
+
+def to_uint8(images):
+    """[-1, 1] -> 0..255, for saving only; values outside are cut off."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def image_grid(images, columns=None, padding=2, background=255):
+    """Lay images side by side. uint8 [N, C, H, W] -> uint8 [H', W', 3], as square as possible."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return make_grid(images, nrow=columns, padding=padding, pad_value=background).permute(1, 2, 0)
+
+
+def png_bytes(pixels, upscale=1):
+    """A uint8 array [H, W, 3] as the bytes of a PNG file, every pixel shown upscale x upscale."""
+    picture = Image.fromarray(np.asarray(pixels))
+    picture = picture.resize((picture.width * upscale, picture.height * upscale), Image.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_images(images, path, columns=None, padding=2, upscale=1):
+    """Save a grid of images as PNG. images: [N, C, H, W] in [-1, 1], grey or colour."""
+    write_file(path, png_bytes(image_grid(to_uint8(images), columns, padding), upscale))
+
+
+def save_figure(figure, path):
+    """Save a matplotlib figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", facecolor="white")
+    write_file(path, buffer.getvalue())
+
+
+def save_strip(rows, column_labels, path, row_labels=None, title=None):
+    """Save a labelled table of images as PNG.
+
+    rows: a list of rows, each [K, C, H, W] in [-1, 1].  column_labels: K strings.
+    """
+    count, channels, height, width = rows[0].shape
+    pad = 2
+    grid = image_grid(to_uint8(torch.cat(list(rows))), columns=count, padding=pad)
+    scale = 0.85 / (width + pad)                                    # inches per pixel: 0.85 per image
+    figure = Figure(figsize=(grid.shape[1] * scale, grid.shape[0] * scale))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(np.asarray(grid), interpolation="nearest")
+    axes.set_xticks([pad + width / 2 + k * (width + pad) for k in range(count)], column_labels)
+    axes.set_yticks([pad + height / 2 + k * (height + pad) for k in range(len(rows))],
+                    row_labels or [""] * len(rows))
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, labelsize=11)
+    axes.spines[:].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=13, pad=14)
+    save_figure(figure, path)
+
+
+def moving_average(values, window):
+    """The mean of the last `window` values at each point (of fewer, at the start)."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def plot_losses(losses, path, window=100):
+    """Plot the loss of every step and its moving average. losses: a list of numbers."""
+    losses = np.asarray(losses, dtype=np.float64)
+    window = max(1, min(window, len(losses) // 4))
+    steps = np.arange(1, len(losses) + 1)
+    average = moving_average(losses, window)
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#b8c4d6", linewidth=0.6, label="each step")
+    axes.plot(steps, average, color="#d55e00", linewidth=1.8, label=f"mean of the last {window} steps")
+    axes.set_yscale("log")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (mean squared error)")
+    axes.set_title(f"Training loss: {average[-1]:.4f} at step {len(losses)}")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def synchronized_seconds(device):
+    """The clock, after all work queued on the device is done: for timing alone."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
