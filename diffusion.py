@@ -288,6 +288,14 @@ class DiffusionProcess:
             raise ValueError(f"unknown spacing {spacing!r}; choose from {sorted(SPACINGS)}")
         return SPACINGS[spacing](self.num_timesteps, int(steps))
 
+    def sampling_levels(self, sampler, steps=None, spacing=None):
+        """The timesteps of a sampler: those asked for, or its own number of them (at most T)."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}; choose from {sorted(SAMPLERS)}")
+        if steps is None and SAMPLERS[sampler].steps is not None:
+            steps = min(SAMPLERS[sampler].steps, self.num_timesteps)
+        return self.timesteps(steps, spacing or "uniform")
+
     @torch.no_grad()
     def trajectory(self, model, x_T, *, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
                    guidance=1.0, seed=0, first_index=0, clip=True):
@@ -300,13 +308,9 @@ class DiffusionProcess:
         x_T: [B, C, H, W] noise.  sampler: a key of SAMPLERS; steps, eta, spacing default to its row.
         y: [B] class indices.  seed, first_index: which noise the steps add (see seeded_noise).
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}; choose from {sorted(SAMPLERS)}")
+        ts = self.sampling_levels(sampler, steps, spacing)
         row = SAMPLERS[sampler]
         eta = row.eta if eta is None else eta
-        if steps is None and row.steps is not None:
-            steps = min(row.steps, self.num_timesteps)
-        ts = self.timesteps(steps, spacing or "uniform")
         indices = range(first_index, first_index + len(x_T))
         x_t = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
         with _evaluating(model):

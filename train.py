@@ -8,7 +8,6 @@ Writes into outputs/: samples/epoch_001.png ... (64 images after each epoch), ch
 model_epoch_005.pt ... (every 5 epochs), training_loss.png and, at the end, model_final.pt.
 """
 
-import argparse
 import copy
 import itertools
 import math
@@ -17,15 +16,15 @@ import time
 import torch
 from tqdm import tqdm
 
+from checkpoint import save_checkpoint
 from data import DATASETS, Batches, class_names, get_dataset, get_default_dataset
 from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess
 from models import create_model
-from utils import (EMA, PRECISIONS, command, count_parameters, describe_device, format_seconds,
-                   get_device, get_precision, get_timesteps, make_output_dir, plot_losses, positive_float,
-                   positive_int, save_checkpoint, save_images, seed_number, seed_step,
+from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device, format_seconds,
+                   fraction, get_device, get_precision, get_timesteps, make_output_dir, plot_losses,
+                   positive_float, positive_int, save_images, seed_number, seed_step,
                    synchronized_seconds)
 
-SAMPLE_STEPS = 50  # DDIM steps for the pictures after each epoch; the full chain would take minutes
 CHECKPOINT_EPOCHS = 5
 
 
@@ -73,12 +72,13 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, pr
 
 
 def sample_images(model, diffusion, device, num_images=64, image_size=28):
-    """Pictures for a look at the training: the same noises each time, so that epochs compare.
+    """Pictures for a look at the training: from the same noises each time, so that epochs compare, and by
+    DDIM in 50 steps, because the full chain would take minutes.
 
     Returns [num_images, C, image_size, image_size] in [-1, 1].
     """
     return diffusion.sample(model, image_size, num_images, model.image_channels, seed=0, device=device,
-                            sampler="ddim", steps=min(SAMPLE_STEPS, diffusion.num_timesteps))
+                            sampler="ddim")
 
 
 def measure_seconds(model, batch, diffusion, device, precision, image_size, num_images=64):
@@ -98,7 +98,7 @@ def measure_seconds(model, batch, diffusion, device, precision, image_size, num_
         start = synchronized_seconds(device)
         diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1)
         one_call = synchronized_seconds(device) - start
-    return sorted(times[1:])[1], one_call * min(SAMPLE_STEPS, diffusion.num_timesteps)
+    return sorted(times[1:])[1], one_call * (len(diffusion.sampling_levels("ddim")) - 1)
 
 
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None,
@@ -178,28 +178,27 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train a U-Net to undo noise.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", metavar="NAME", help=f"one of {', '.join(DATASETS)}, or a folder of images; without "
-        "it MNIST, or synthetic digits where MNIST cannot be downloaded")
-    add("--data_dir", default="data", help="where the data sets of torchvision lie, or go")
-    add("--output_dir", default="outputs", help="where pictures and checkpoints go")
-    add("--epochs", type=positive_int, default=20, help="passes over the data")
-    add("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
-    add("--batch_size", type=positive_int, default=128, help="images per step")
-    add("--lr", type=positive_float, default=2e-4, help="learning rate of Adam")
-    add("--timesteps", type=positive_int, default=1000, help="noise levels T")
-    add("--schedule", choices=sorted(SCHEDULES), default="linear", help="how alpha_bar falls")
-    add("--objective", choices=OBJECTIVES, default="eps", help="what the model predicts")
-    add("--base_channels", type=positive_int, default=64, help="width: 32 is small, 128 for quality")
-    add("--image_size", type=positive_int, help="resize to this many pixels, a multiple of 4")
-    add("--grad_clip", type=positive_float, default=0.0, help="largest gradient norm; 0.0 is off")
-    add("--grad_checkpoint", action="store_true", help="less memory, about a third slower")
-    add("--ema_decay", type=float, default=0.9995, help="averaging of the weights for samples, 0 = off")
-    add("--seed", type=seed_number, default=0, help="the same seed trains the same model")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--precision", choices=["auto", *PRECISIONS], default="auto", help="arithmetic while training")
+    parser = Parser(description="Train a U-Net to undo noise.")
+    add = parser.add
+    add("--dataset", f"one of {', '.join(DATASETS)}, or a folder of images; without it MNIST, or synthetic "
+        "digits where MNIST cannot be downloaded", metavar="NAME")
+    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--output_dir", "where pictures and checkpoints go", "outputs")
+    add("--epochs", "passes over the data", 20, type=positive_int)
+    add("--steps", "optimizer steps, instead of --epochs", type=positive_int)
+    add("--batch_size", "images per step", 128, type=positive_int)
+    add("--lr", "learning rate of Adam", 2e-4, type=positive_float)
+    add("--timesteps", "number of noise levels T", 1000, type=positive_int)
+    add("--schedule", "how alpha_bar falls", "linear", choices=sorted(SCHEDULES))
+    add("--objective", "what the model predicts", "eps", choices=OBJECTIVES)
+    add("--base_channels", "width of the U-Net: 32 is small, 128 for quality", 64, type=positive_int)
+    add("--image_size", "resize to this many pixels, a multiple of 4", type=positive_int)
+    add("--grad_clip", "largest gradient norm; off unless given", 0.0, type=positive_float)
+    add("--grad_checkpoint", "less memory, about a third slower", False, action="store_true")
+    add("--ema_decay", "averaging of the weights for samples; 0 is off", 0.9995, type=fraction)
+    add("--seed", "the same seed trains the same model", 0, type=seed_number)
+    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--precision", "arithmetic while training", "auto", choices=["auto", *PRECISIONS])
     args = vars(parser.parse_args(argv))
     renamed = dict(dataset_name=args.pop("dataset"), num_epochs=args.pop("epochs"),
                    learning_rate=args.pop("lr"))

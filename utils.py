@@ -1,18 +1,16 @@
-"""What every command needs: device and precision, EMA, checkpoints, image files, plots.
+"""What every command needs: one-line errors, device and precision, EMA, image files, plots.
 
 Nothing here knows about diffusion.
 """
 
+import argparse
 import copy
 import functools
-import hashlib
 import io
 import math
 import os
-import pickle
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +43,18 @@ def command(main):
     return wrapped
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help states every default."""
+
+    def add(self, flag, help, default=None, **settings):
+        if default not in (None, 0.0, False):
+            help += f" (default: {default})"
+        self.add_argument(flag, help=help, default=default, **settings)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def positive_int(text):
     """An argparse type: 1, 2, 3, ..."""
     value = int(text)
@@ -69,10 +79,19 @@ def seed_number(text):
     return value
 
 
+def fraction(text):
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
 # argparse says "invalid <__name__> value: ..."
 positive_int.__name__ = "positive whole number"
 positive_float.__name__ = "positive number"
 seed_number.__name__ = "seed (a whole number from 0)"
+fraction.__name__ = "number from 0 to 1"
 
 
 def format_seconds(seconds):
@@ -206,76 +225,6 @@ def write_file(path, data):
         raise
 
 
-CHECKPOINT_FORMAT = "readable-diffusion"
-CHECKPOINT_VERSION = 1
-
-
-def _digest(entry, sha):
-    """Feed a nest of dicts, lists, tensors and plain values to a hash."""
-    if isinstance(entry, torch.Tensor):
-        sha.update(f"{entry.dtype}{tuple(entry.shape)}".encode())
-        sha.update(entry.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(entry, dict):
-        for key, value in entry.items():
-            sha.update(f"key {key!r}".encode())
-            _digest(value, sha)
-    elif isinstance(entry, (list, tuple)):
-        sha.update(f"list of {len(entry)}".encode())
-        for value in entry:
-            _digest(value, sha)
-    else:
-        sha.update(repr(entry).encode())
-    return sha.hexdigest()
-
-
-def save_checkpoint(path, entries):
-    """Write a dict of tensors and plain values as one .pt file, with a digest over all of them."""
-    entries = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **entries}
-    entries["digest"] = _digest(entries, hashlib.sha256())
-    buffer = io.BytesIO()       # in memory first: a full disk is then an OSError and not torch's own error
-    torch.save(entries, buffer)
-    write_file(path, buffer.getbuffer())
-
-
-def load_checkpoint(path):
-    """Read what save_checkpoint wrote; the tensors are on the CPU.
-
-    A checkpoint from a stranger must not be able to run code or fill the memory: it is read with
-    weights_only=True, and its container is looked at before anything is unpacked.
-    Raises FileNotFoundError, or ValueError with one line that says what is wrong with the file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(2, "no such checkpoint", str(path))
-    try:
-        with zipfile.ZipFile(path) as container:
-            members = container.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise ValueError(f"{path}: truncated, or not a checkpoint at all") from error
-    # torch.save stores without compression, so a member larger than the file is a bomb or a lie.
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or (
-            sum(m.file_size for m in members) > path.stat().st_size):
-        raise ValueError(f"{path}: not a checkpoint of this project (its container is compressed or broken)")
-    try:
-        entries = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, it holds more than tensors and plain values "
-                         "(a foreign checkpoint, or one that would run code)") from error
-    except OSError:
-        raise
-    except Exception as error:  # the unpickler meets damaged bytes in many ways; all mean the same
-        raise ValueError(f"{path}: damaged, it cannot be read ({type(error).__name__})") from error
-    if not isinstance(entries, dict) or entries.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path}: a foreign checkpoint, not written by this project")
-    if entries.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(f"{path}: format version {entries.get('version')}, "
-                         f"this code reads version {CHECKPOINT_VERSION}")
-    digest = entries.pop("digest", None)
-    if digest != _digest(entries, hashlib.sha256()):
-        raise ValueError(f"{path}: altered or damaged since it was written (its digest does not match)")
-    return entries
-
-
 # ---- Images and plots
 
 def to_uint8(images):
@@ -303,6 +252,15 @@ def save_images(images, path, columns=None, padding=2, upscale=1):
     write_file(path, png_bytes(image_grid(to_uint8(images), columns, padding), upscale))
 
 
+def save_gif(pictures, path, seconds=0.12, last_seconds=2.0):
+    """Save PIL images as a GIF that loops, resting on the last one."""
+    buffer = io.BytesIO()
+    durations = [int(1000 * seconds)] * (len(pictures) - 1) + [int(1000 * last_seconds)]
+    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations,
+                     loop=0)
+    write_file(path, buffer.getvalue())
+
+
 def save_figure(figure, path):
     """Save a matplotlib figure as PNG."""
     buffer = io.BytesIO()
@@ -318,14 +276,14 @@ def save_strip(rows, column_labels, path, row_labels=None, title=None):
     count, channels, height, width = rows[0].shape
     pad = 2
     grid = image_grid(to_uint8(torch.cat(list(rows))), columns=count, padding=pad)
-    scale = 0.85 / (width + pad)                                    # inches per pixel: 0.85 per image
+    scale = 0.95 / (width + pad)                                    # inches per pixel: 0.95 per image
     figure = Figure(figsize=(grid.shape[1] * scale, grid.shape[0] * scale))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(np.asarray(grid), interpolation="nearest")
     axes.set_xticks([pad + width / 2 + k * (width + pad) for k in range(count)], column_labels)
     axes.set_yticks([pad + height / 2 + k * (height + pad) for k in range(len(rows))],
                     row_labels or [""] * len(rows))
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, labelsize=11)
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, labelsize=10.5)
     axes.spines[:].set_visible(False)
     if title:
         axes.set_title(title, fontsize=13, pad=14)

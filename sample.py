@@ -1,0 +1,187 @@
+"""Make new pictures from noise with a trained model.
+
+    python sample.py                                      # 64 images, DDIM in 50 steps
+    python sample.py --show_intermediate                  # also how they came out of the noise
+    python sample.py --sampler ddpm                       # the paper's full chain, about 20 times longer
+
+Writes outputs/generated_samples.png; with --show_intermediate also generation_strip.png, generation.gif
+and generation_frames/.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from checkpoint import load_checkpoint
+from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
+from models import create_model
+from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
+                   image_grid, make_output_dir, png_bytes, positive_int, save_gif,
+                   save_images, save_strip, seed_number, to_uint8, write_file)
+
+
+def load_model(path, device="cpu", ema=True):
+    """A model ready to sample from, out of a checkpoint alone.
+
+    ema: take the averaged weights (better pictures), not those of the last step.
+    Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
+    name, image_size, channels, classes). Raises FileNotFoundError, or ValueError for an unusable file.
+    """
+    entries = load_checkpoint(path)
+    try:
+        # On "meta" a network has shapes but no memory, so a config that does not match its weights
+        # (or asks for a monstrous network) fails here at no cost.
+        with torch.device("meta"):
+            model = create_model(entries["model_name"], **entries["model_config"])
+        model.load_state_dict(entries["ema" if ema else "model"], assign=True)
+        diffusion = DiffusionProcess(**entries["diffusion_config"])
+        data = entries["data"]
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: its weights do not fit the network it describes ({reason})") from error
+    return model.to(device).eval().requires_grad_(False), diffusion, data
+
+
+@torch.no_grad()
+def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler="ddim", steps=None,
+             eta=None, batch_size=64, device="cpu", precision=torch.float32, num_frames=0):
+    """Make images, batch by batch, with a progress bar.
+
+    Returns (images [num_images, C, H, W] in [-1, 1], frames). frames is empty unless num_frames > 0:
+    then it lists at most that many moments (t, x_t, x_0 estimate made from x_t) of the first batch,
+    evenly spread from pure noise to the finished pictures, which stand last with t = -1.
+    """
+    images, frames = [], []
+    shape = (model.image_channels, image_size, image_size)
+    firsts = range(0, num_images, batch_size)
+    settings = dict(sampler=sampler, steps=steps, eta=eta, seed=seed)
+    calls = len(diffusion.sampling_levels(sampler, steps)) - 1
+    keep = set(torch.linspace(0, calls, min(num_frames, calls + 1)).round().int().tolist())
+    with (tqdm(total=len(firsts) * calls, desc="sampling", unit="call") as bar,
+          torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == torch.bfloat16)):
+        for first in firsts:
+            indices = range(first, min(first + batch_size, num_images))
+            x_t = seeded_noise(seed, indices, 0, shape).to(device)
+            t = diffusion.num_timesteps - 1
+            path = diffusion.trajectory(model, x_t, first_index=first, **settings)
+            for k, (t_next, x_next, x_0) in enumerate(path):
+                if first == 0 and k in keep:
+                    frames.append((t, x_t, x_0))
+                t, x_t = t_next, x_next
+                bar.update()
+            if first == 0 and keep:
+                frames.append((t, x_t, x_t))
+            images.append(x_t)
+    return torch.cat(images), frames
+
+
+def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device):
+    """How long sampling will take here, from timing one call of the model."""
+    x_T = torch.zeros(min(batch_size, num_images), model.image_channels, image_size, image_size,
+                      device=device)
+    for _ in range(2):                                   # the first call also warms up
+        start = time.perf_counter()
+        diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1).cpu()
+        one_call = time.perf_counter() - start
+    return one_call * calls * num_images / len(x_T)
+
+
+# ---- The way out of the noise, as pictures
+
+def level_name(t):
+    return f"t = {t}" if t >= 0 else "finished"
+
+
+def save_generation_strip(frames, path, num_images=3, num_columns=10):
+    """x_t above, the estimate of x_0 made from it below, for a few images; the timesteps over the columns."""
+    picks = torch.linspace(0, len(frames) - 1, min(num_columns, len(frames))).round().int().tolist()
+    columns = [frames[k] for k in picks]
+    rows, labels = [], []
+    for i in range(min(num_images, len(frames[0][1]))):
+        rows.append(torch.stack([x_t[i] for _, x_t, _ in columns]))
+        rows.append(torch.stack([x_0[i] for _, _, x_0 in columns]))
+        labels += ["$x_t$", r"guess of $x_0$"]
+    save_strip(rows, [level_name(t) for t, _, _ in columns], path, row_labels=labels)
+
+
+def draw_frame(t, x_t, x_0, num_images=16, height=360):
+    """One frame of the animation: x_t at the left, the estimate of x_0 at the right. A PIL image."""
+    left, right = (image_grid(to_uint8(x[:num_images])) for x in (x_t, x_0))
+    scale = max(1, height // left.shape[0])
+    title, gap = 28, 12
+    width, height = left.shape[1] * scale, left.shape[0] * scale
+    frame = Image.new("RGB", (2 * width + gap, height + title), "white")
+    draw = ImageDraw.Draw(frame)
+    for x, pixels, text in ((0, left, f"x_t   {level_name(t)}"), (width + gap, right, "guess of x_0")):
+        panel = Image.fromarray(pixels.numpy()).resize((width, height), Image.NEAREST)
+        frame.paste(panel, (x, title))
+        draw.text((x + 4, 6), text, fill="black", font_size=15)
+    return frame
+
+
+def save_intermediate(frames, output_dir):
+    """Write the strip, the GIF and the single frames. Returns the paths, the strip first."""
+    strip, gif = output_dir / "generation_strip.png", output_dir / "generation.gif"
+    folder = make_output_dir(output_dir / "generation_frames")
+    for old in folder.glob("frame_*.png"):               # a longer run may have left more of them
+        old.unlink()
+    save_generation_strip(frames, strip)
+    pictures = [draw_frame(*frame) for frame in frames]
+    for k, ((t, _, _), picture) in enumerate(zip(frames, pictures)):
+        name = f"t{t:03d}" if t >= 0 else "finished"
+        write_file(folder / f"frame_{k:03d}_{name}.png", png_bytes(picture))
+    save_gif(pictures, gif)
+    return [strip, gif, folder]
+
+
+@command
+def main(argv=None):
+    parser = Parser(description="Make new pictures from noise with a trained model.")
+    add = parser.add
+    add("--checkpoint", "a file written by train.py", "outputs/model_final.pt")
+    add("--num_images", "how many", 64, type=positive_int)
+    add("--seed", "image i of a seed is always the same", 0, type=seed_number)
+    add("--sampler", "how to step down", "ddim", choices=sorted(SAMPLERS))
+    add("--steps", "model calls; default: " + ", ".join(
+        f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
+    add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
+    add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
+        False, action="store_true")
+    add("--batch_size", "images at a time", 64, type=positive_int)
+    add("--output_dir", "where the pictures go", "outputs")
+    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--precision", "bf16 is faster on some devices and changes the pictures a little", "float32",
+        choices=list(PRECISIONS))
+    args = parser.parse_args(argv)
+
+    device = get_device(args.device)
+    if not Path(args.checkpoint).exists():
+        raise ValueError(f"no checkpoint at {args.checkpoint}; make one with python train.py, or name one "
+                         "with --checkpoint")
+    output_dir = make_output_dir(args.output_dir)
+    model, diffusion, data = load_model(args.checkpoint, device)
+    size = data["image_size"]
+    calls = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
+    print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
+    print(f"model: {args.checkpoint}, trained on {data['name']} ({size}x{size})")
+    seconds = seconds_for(model, diffusion, args.num_images, size, args.batch_size, calls, device)
+    print(f"cost: {args.num_images} images in {calls} steps of {args.sampler}, about "
+          f"{format_seconds(seconds)} here", flush=True)
+
+    images, frames = generate(
+        model, diffusion, args.num_images, size, seed=args.seed, sampler=args.sampler, steps=args.steps,
+        eta=args.eta, batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision],
+        num_frames=51 if args.show_intermediate else 0)
+    picture = output_dir / "generated_samples.png"
+    save_images(images, picture, upscale=2 if size < 64 else 1)
+    print(f"wrote {picture}")
+    if frames:
+        for path in save_intermediate(frames, output_dir):
+            print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Figures of the diffusion process.
+
+    python visualize_diffusion.py                         # noise destroys eight digits
+    python visualize_diffusion.py --dataset fashion_mnist --schedule cosine
+
+Writes outputs/forward_diffusion.png.
+"""
+
+import torch
+
+from data import DATASETS, get_dataset, get_default_dataset, to_signed
+from diffusion import SCHEDULES, DiffusionProcess
+from utils import Parser, command, make_output_dir, save_strip, seed_number
+
+FORWARD_TIMESTEPS = (0, 50, 100, 200, 400, 600, 800, 999)
+
+
+def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0):
+    """One row per image, one column per timestep: the image sinks into noise.
+
+    images: uint8 [N, C, H, W]. A row keeps one noise throughout, so that only its share grows.
+    """
+    x_0 = to_signed(images)
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
+    columns = [diffusion.forward_diffusion(x_0, torch.full((len(x_0),), t), noise)[0] for t in timesteps]
+    share = [f"t = {t}\n" + rf"$\bar\alpha$ = {diffusion.alpha_bar[t]:.2g}" for t in timesteps]
+    save_strip(torch.stack(columns, dim=1), share, path)
+
+
+@command
+def main(argv=None):
+    parser = Parser(description="Show how noise destroys images.")
+    add = parser.add
+    add("--dataset", f"one of {', '.join(DATASETS)}, or a folder of images; without it MNIST, or synthetic "
+        "digits where MNIST cannot be downloaded", metavar="NAME")
+    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--schedule", "how alpha_bar falls", "linear", choices=sorted(SCHEDULES))
+    add("--seed", "picks the images and the noise", 0, type=seed_number)
+    add("--output_dir", "where the figure goes", "outputs")
+    args = parser.parse_args(argv)
+
+    output_dir = make_output_dir(args.output_dir)
+    if args.dataset is None:
+        _, images, _ = get_default_dataset(args.data_dir)
+    else:
+        images, _ = get_dataset(args.dataset, args.data_dir)
+    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:8]
+    path = output_dir / "forward_diffusion.png"
+    forward_figure(images[pick], DiffusionProcess(schedule=args.schedule), path, seed=args.seed)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
