@@ -107,7 +107,7 @@ def _download(name, source, data_dir, train):
     try:
         return source(data_dir, train=train, download=True)
     except (RuntimeError, urllib.error.URLError, ConnectionError, TimeoutError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DatasetUnavailable(missing.format(reason)) from error
 
 
@@ -141,8 +141,8 @@ MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
 
 
-def _read_image(path, image_size=None):
-    """One image file -> PIL image in mode L or RGB, cut to its central square and resized if asked.
+def _read_image(path, image_size):
+    """One image file -> PIL image in mode RGB, its central square resized to image_size.
 
     Only the named formats are decoded, and the size in the header is checked first: a few bytes can
     claim a picture of many gigabytes. Raises ValueError, OSError or SyntaxError for a bad file.
@@ -153,23 +153,18 @@ def _read_image(path, image_size=None):
             raise ValueError(f"{width}x{height} pixels are too many")
         if min(width, height) < MIN_SIDE:
             raise ValueError(f"{width}x{height} pixels are too few")
-        if image_size and picture.format == "JPEG":
+        if picture.format == "JPEG":
             picture.draft(None, (2 * image_size, 2 * image_size))     # decode no finer than needed
-        has_alpha = "A" in picture.getbands() or "transparency" in picture.info
-        grey = picture.mode in ("1", "L", "LA", "I;16", "I")
-        if has_alpha:
+        if "A" in picture.getbands() or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         elif picture.mode.startswith("I"):
             # 16-bit grey: PIL's own conversion would cut at 255 instead of scaling.
             picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
-        picture = picture.convert("L" if grey else "RGB")
-    if image_size:
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        box = (left, top, left + side, top + side)
-        picture = picture.resize((image_size, image_size), Image.LANCZOS, box=box)
-    return picture
+        picture = picture.convert("RGB")
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.resize((image_size, image_size), Image.LANCZOS, box=(left, top, left + side, top + side))
 
 
 def _load_folder(folder, image_size):
@@ -181,7 +176,7 @@ def _load_folder(folder, image_size):
     pictures, skipped = [], []
     for path in files:
         try:
-            pictures.append(_read_image(path, image_size))
+            pictures.append(np.asarray(_read_image(path, image_size)))
         except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             skipped.append(f"  {path.relative_to(folder)}: {reason.replace(str(path), 'file')}")
@@ -190,12 +185,11 @@ def _load_folder(folder, image_size):
         print("\n".join(skipped[:20] + [f"  and {len(skipped) - 20} more"] * (len(skipped) > 20)))
     if not pictures:
         raise ValueError(f"{folder}: none of its {len(files)} images can be used")
-    mode = "L" if all(p.mode == "L" for p in pictures) else "RGB"
-    images = np.stack([np.asarray(p.convert(mode)) for p in pictures])
-    print(f"{len(images)} images of {image_size}x{image_size} ({'grey' if mode == 'L' else 'colour'}) "
-          f"from {folder}")
-    images = torch.from_numpy(images)
-    return images[:, None] if mode == "L" else images.permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)      # [N, 3, H, W]
+    grey = bool((images == images[:, :1]).all())            # also where a grey picture is stored as RGB
+    images = images[:, :1] if grey else images
+    print(f"{len(images)} images of {image_size}x{image_size} ({'grey' if grey else 'colour'}) from {folder}")
+    return images.contiguous()
 
 
 def _common_size(files, limit=64):

@@ -39,7 +39,7 @@ def load_model(path, device="cpu", ema=True):
         model.load_state_dict(entries["ema" if ema else "model"], assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
         data = entries["data"]
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights do not fit the network it describes ({reason})") from error
     return model.to(device).eval().requires_grad_(False), diffusion, data

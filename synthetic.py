@@ -14,15 +14,14 @@ hands do, then inked with a round nib. A fabric is a map that says which of five
 of the cloth has, then coloured, woven and lit.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
-from PIL import Image
+from tqdm import tqdm
+
+from utils import Parser, command, make_output_dir, save_images, seed_number
 
 # The ways of writing each digit: (how common, path). A path is "x,y" points in a box of about
-# 100 x 100, y downwards; "*" after a point makes it a corner, "/" lifts the pen.
+# 100 x 100, y downwards; "*" after an inner point makes it a corner, "/" lifts the pen.
 DIGITS = {
     0: [(4, "50,0 22,12 10,50 24,88 50,100 76,88 90,50 78,12 50,0"),
         (3, "62,6 40,2 15,25 10,60 28,95 55,98 82,72 86,35 70,8 48,4 38,14"),
@@ -40,6 +39,7 @@ DIGITS = {
         (1, "15,4 75,4* 42,42* 72,52 82,76 55,99 12,90"),
         (2, "10,10 50,0 78,12 60,34 30,44* 70,48 86,70 60,96 8,98"),
         (2, "20,8 55,0 76,14 58,36 44,42 70,58 74,80 44,100 14,94"),
+        (2, "26,20 34,3 58,0 72,16 62,38 44,46* 66,54 74,76 58,98 34,98 16,82"),
         (2, "18,15 45,0 74,15 62,38 38,48 34,42 50,44 76,60 76,86 45,100 10,86")],
     4: [(3, "25,3 18,30 12,55* 50,54 90,52 / 72,5 66,50 60,100"),
         (3, "20,5 12,40 20,58 50,56 78,48 / 75,2 72,50 68,100"),
@@ -59,7 +59,7 @@ DIGITS = {
     7: [(4, "10,8 45,6 82,4* 62,45 42,100"),
         (3, "12,15 20,5 50,5 80,4 84,14 60,50 48,100"),
         (2, "10,8 45,6 82,4* 62,45 42,100 / 30,52 80,48"),
-        (2, "12,25 14,6* 82,6* 55,50 45,100")],
+        (3, "12,28 14,6* 50,8 82,4* 55,50 45,100")],
     8: [(4, "74,12 48,0 22,14 28,38 58,54 80,76 54,100 22,82 36,58 68,38 78,14"),
         (3, "84,6 52,0 26,14 34,36 62,56 66,82 44,100 28,84 44,58 68,34 88,8"),
         (3, "50,48 22,28 30,4 50,0 72,6 74,28 50,48 22,70 22,92 50,100 78,92 76,68 50,48"),
@@ -75,8 +75,8 @@ CONTROLS = 18                               # no path has more control points th
 POINTS = 80                                 # dots of ink along a path: less than a pixel apart
 
 # What differs from hand to hand: standard normal draws of these shapes, one set per image.
-HAND = {"tremor": (CONTROLS, 2), "lift": (3, 2), "wave": (2, 4), "balance": 1, "width": 1, "slant": 1,
-        "turn": 1, "nib": 1, "pressure": 2, "size": 1, "place": 2, "edge": 1}
+HAND = {"tremor": (CONTROLS, 2), "lift": (3, 2), "wave": (2, 4), "balance": 1, "width": 1,
+        "slant": 1, "turn": 1, "nib": 1, "pressure": 2, "size": 1, "place": 2, "edge": 1}
 
 
 def pen_path(text):
@@ -111,7 +111,8 @@ def pen_path(text):
 def catmull_rom(knots, per_span=60):
     """Weights [spans * per_span, CONTROLS] of the spline through the control points `knots`."""
     eye = np.eye(CONTROLS)[knots]
-    eye = np.concatenate([2 * eye[:1] - eye[1:2], eye, 2 * eye[-1:] - eye[-2:-1]])   # run on at both ends
+    # phantom points that run straight on at both ends
+    eye = np.concatenate([2 * eye[:1] - eye[1:2], eye, 2 * eye[-1:] - eye[-2:-1]])
     s = np.linspace(0, 1, per_span)[:, None]
     return np.concatenate([(-s**3 + 2 * s**2 - s) * a + (3 * s**3 - 5 * s**2 + 2) * b
                            + (-3 * s**3 + 4 * s**2 + s) * c + (s**3 - s**2) * d
@@ -122,10 +123,12 @@ def digits(n: int = 10_000, seed: int = 0):
     """Handwritten-looking digits, bright on black like MNIST; image i shows the digit i % 10.
 
     n: how many.  seed: any integer >= 0.
-    Returns (images uint8 [n, 1, 28, 28], labels int64 [n]).  Raises ValueError if n or seed is negative.
+    Returns (images uint8 [n, 1, 28, 28], labels int64 [n]).
+    Raises ValueError if n or seed is negative.
     """
-    check(n, seed)
-    table = [(digit, common, pen_path(path)) for digit, ways in DIGITS.items() for common, path in ways]
+    check_arguments(n, seed)
+    table = [(digit, common, pen_path(path))
+             for digit, ways in DIGITS.items() for common, path in ways]
     control, basis, stroke = (np.stack(parts) for parts in zip(*(path for _, _, path in table)))
     choices = [[k for k, (digit, common, _) in enumerate(table) if digit == d for _ in range(common)]
                for d in range(10)]
@@ -138,32 +141,37 @@ def digits(n: int = 10_000, seed: int = 0):
             rng = np.random.default_rng([seed, i])
             ways.append(rng.choice(choices[i % 10]))
             hands.append({name: rng.standard_normal(shape) for name, shape in HAND.items()})
-        hand = {name: np.stack([h[name] for h in hands]) for name in HAND}
+        # two sigma is odd enough: a 3 both very wide and very slanted is a blot
+        hand = {name: np.stack([h[name] for h in hands]).clip(-2, 2) for name in HAND}
         path = handwriting(control[ways], basis[ways], stroke[ways], hand)
         images[start:start + 250, 0] = ink(path, hand)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def handwriting(control, basis, stroke, hand):
-    """Bend the N clean paths of `pen_path` the way hands do.  Returns [N, POINTS, 2], about 1 high."""
+    """Bend N clean paths the way hands do.
+
+    control, basis, stroke: as from `pen_path`, stacked.  hand: N draws of every row of HAND.
+    Returns paths [N, POINTS, 2], about 1 high, y downwards.
+    """
     control = control + 0.034 * hand["tremor"]
     control = control + 0.025 * np.take_along_axis(hand["lift"], stroke[..., None], 1)
     x, y = np.moveaxis(basis @ control - 0.5, -1, 0)                      # each [N, POINTS]
     for angle, phase, dx, dy in np.moveaxis(hand["wave"], 0, -1)[..., None]:
         wave = np.sin(4 * (x * np.cos(2 * angle) + y * np.sin(2 * angle)) + 3 * phase)
-        x, y = x + 0.04 * dx * wave, y + 0.03 * dy * wave                 # longer than any stroke
-    y = y + 0.2 * hand["balance"] * (y**2 - 0.25)                         # top grows, bottom shrinks
-    x = x * 0.8 * np.exp(0.26 * hand["width"])
-    x = x - y * (0.18 + 0.25 * hand["slant"])                             # most hands lean right
+        x, y = x + 0.04 * dx * wave, y + 0.03 * dy * wave                 # spans more than the digit
+    y = y + 0.2 * hand["balance"] * (y**2 - 0.25)                         # head or belly larger
+    x = x * 0.8 * np.exp(0.24 * hand["width"])
+    x = x - y * (0.18 + 0.23 * hand["slant"])                             # most hands lean right
     cos, sin = np.cos(0.1 * hand["turn"]), np.sin(0.1 * hand["turn"])
     return np.stack([x * cos - y * sin, x * sin + y * cos], -1)
 
 
 def ink(path, hand):
-    """Ink N paths [N, POINTS, 2] with a round nib, sized and placed as in MNIST: uint8 [N, 28, 28]."""
-    nib = np.clip(1.3 * np.exp(0.27 * hand["nib"]), 0.75, 2.4)            # radius in pixels
+    """Ink N paths with a round nib, sized and placed as in MNIST.  Returns uint8 [N, 28, 28]."""
+    nib = 1.3 * np.exp(0.27 * hand["nib"])                                # radius, 0.76 to 2.23 px
     low, high = path.min(1), path.max(1)
-    box = 19.8 - 0.4 * np.minimum(np.abs(hand["size"]), 3)                # MNIST fits a 20 x 20 box,
+    box = 19.8 - 0.4 * np.abs(hand["size"])                               # MNIST fits a 20 x 20 box,
     scale = (box - 2 * nib) / (high - low).max(-1, keepdims=True)
     path = (path - (low + high)[:, None] / 2) * scale[..., None]
     shift = 0.3 * hand["place"] - path.mean(1)                            # centres the mass of ink,
@@ -180,7 +188,7 @@ def ink(path, hand):
                      (path**2).sum(-1) - radius**2], 1)
     power = (pixels.astype(np.float32) @ dots.astype(np.float32)).min(-1)           # [N, 784]
     outside = np.sqrt(np.maximum(power + nib**2, 0)) - nib                # pixels from the outline
-    edge = np.clip(1.2 + 0.2 * hand["edge"], 0.8, 1.8)                    # its width: sharp or soft pen
+    edge = 1.2 + 0.2 * hand["edge"]                                       # px it fades over
     grey = np.clip(0.5 - outside / edge, 0, 1)
     return np.round(255 * grey).astype(np.uint8).reshape(-1, 28, 28)
 
@@ -220,8 +228,10 @@ def figure(kind, s, t, fine):
     steps = 2 * fine + 1
     a, b = np.abs(np.floor(s * steps) - fine), np.abs(np.floor(t * steps) - fine)
     stripes, bars = (2 * fine * s).astype(int), (2 * fine * t).astype(int)
-    return np.choose(kind, [stripes % 2, bars % 3, (stripes // 2 + bars // 2) % 2, ((a + b) // 2 % 3).astype(int),
-                            np.where(np.minimum(a, b) < fine / 3, 1, 0) + (np.maximum(a, b) < fine / 2)])
+    check = (stripes // 2 + bars // 2) % 2
+    diamond = ((a + b) // 2 % 3).astype(int)
+    cross = (np.minimum(a, b) < fine / 3).astype(int) + (np.maximum(a, b) < fine / 2)
+    return np.choose(kind, [stripes % 2, bars % 3, check, diamond, cross])
 
 
 def strips(rng, x, y):
@@ -240,7 +250,8 @@ def checks(rng, x, y):
     """Blocks of four woven figures, two by two."""
     size = rng.integers(2, 6)
     x, y = size * x, size * y
-    kind = rng.permutation(5)[:4].reshape(2, 2)[np.floor(x).astype(int) % 2, np.floor(y).astype(int) % 2]
+    four = rng.permutation(5)[:4].reshape(2, 2)
+    kind = four[np.floor(x).astype(int) % 2, np.floor(y).astype(int) % 2]
     return run_of_dyes(rng, 3, 5)[figure(kind, x % 1, y % 1, rng.integers(3, 7)), kind]
 
 
@@ -270,8 +281,9 @@ def dots(rng, x, y):
     """Ringed dots, with small ones between."""
     x, y = lattice(rng, x, y, rng.integers(2, 8))
     rings = np.sort(rng.uniform(0.08, 0.48, rng.integers(1, 5)))
+    rings[-1] = max(rings[-1], 0.22)
     dyes = rng.permutation(5)
-    small = np.hypot(fold(2 * x + 1), fold(2 * y + 1)) < rng.uniform(0, 0.36)
+    small = np.hypot(fold(2 * x + 1), 2 * y) < rng.uniform(0, 0.25)
     return np.where(small, dyes[4], dyes[len(rings) - np.searchsorted(rings, np.hypot(x, y))])
 
 
@@ -291,24 +303,25 @@ def mudcloth(rng, x, y):
     x, y = rng.integers(3, 7) * x, rng.integers(3, 8) * y
     row = np.floor(y).astype(int)
     s, t = x % 1 - 0.5, y % 1 - 0.5
-    marks = [np.abs(np.abs(s) - np.abs(t)), np.abs(np.hypot(s, t) - 0.28), np.minimum(np.abs(s), np.abs(t)),
-             np.abs(np.abs(s) + np.abs(t) - 0.5), np.hypot(s, t) - 0.06, np.abs(t + 0.25 - 0.5 * fold(2 * s)),
-             np.abs(fold(6 * s) / 6 - 0.05)]                              # distances to each kind of line
+    a, b, r = np.abs(s), np.abs(t), np.hypot(s, t)
+    marks = [np.abs(a - b), np.minimum(a, b), np.abs(a + b - 0.5),        # distance to x, +, diamond,
+             np.abs(r - 0.28), r - 0.06, fold(4 * s) / 4,                 # ring, dot, strokes,
+             np.abs(t + 0.25 - 0.5 * fold(2 * s))]                        # zigzag
     line = np.choose(rng.integers(0, 7, 8)[row % rng.integers(1, 5)], marks) < rng.uniform(0.05, 0.12)
-    rule = (np.abs(t) > 0.46) & (rng.random() < 0.6)
+    rule = (b > 0.46) & (rng.random() < 0.6)
     dark, band, pale = rng.integers(0, 2), rng.integers(0, 3), rng.integers(3, 5)
     return np.where(line | rule, pale, np.where(row % 4 == 0, band, dark))
 
 
 def mirrors(rng, x, y):
     """A free drawing folded into a symmetric repeat, with the dark outlines of batik."""
-    size = rng.integers(1, 5)
+    size = rng.integers(2, 5)
     x, y = fold(size * x), fold(size * y)
     if rng.random() < 0.5:
         x, y = np.maximum(x, y), np.minimum(x, y)                         # fold the diagonal too
     level = rng.random()
-    for angle, phase, waves in rng.uniform([0, 0, 3], [6.28, 6.28, 11], (6, 3)):
-        level = level + np.sin(waves * (x * np.cos(angle) + y * np.sin(angle)) + phase) * 1.2 / np.sqrt(waves)
+    for angle, phase, k in rng.uniform([0, 0, 3], [6.28, 6.28, 11], (6, 3)):
+        level = level + 1.2 * np.sin(k * (x * np.cos(angle) + y * np.sin(angle)) + phase) / k**0.5
     dyes, repeat = rng.permutation(5), rng.integers(3, 6)
     return np.where(level % 1 < 0.14, 0, dyes[np.floor(level).astype(int) % repeat])
 
@@ -322,12 +335,13 @@ def fabrics(n: int = 10_000, seed: int = 0):
     """Woven and printed cloth in colour; image i belongs to family i % len(FABRIC_FAMILIES).
 
     n: how many.  seed: any integer >= 0.
-    Returns (images uint8 [n, 3, 64, 64], labels int64 [n]).  Raises ValueError if n or seed is negative.
+    Returns (images uint8 [n, 3, 64, 64], labels int64 [n]).
+    Raises ValueError if n or seed is negative.
     """
-    check(n, seed)
+    check_arguments(n, seed)
     labels = np.arange(n) % len(FABRIC_FAMILIES)
     images = np.empty((n, 3, 64, 64), np.uint8)
-    for i in range(n):
+    for i in tqdm(range(n), desc="drawing fabrics", unit="image", disable=n < 2000):
         images[i] = cloth(np.random.default_rng([seed, i]), FAMILIES[FABRIC_FAMILIES[labels[i]]])
     return torch.from_numpy(images), torch.from_numpy(labels)
 
@@ -336,9 +350,9 @@ def cloth(rng, family, size=64):
     """One piece of cloth, uint8 [3, size, size].  family: (rng, x, y) -> dyes 0..4."""
     y, x = np.mgrid[:2 * size, :2 * size] / (2 * size)       # four samples a pixel: smooth edges
     turn = np.pi / 4 * rng.choice([0, 0, 0, 1, 2]) + 0.04 * rng.normal()
-    sag_x, sag_y = 0.015 * np.sin(2 * np.pi * (np.stack([y[:, :1], x[:1].T]) + rng.random((2, 1, 1))))
+    sag_x, sag_y = (0.015 * np.sin(2 * np.pi * (along + rng.random())) for along in (y[:, :1], x[:1]))
     u = x * np.cos(turn) - y * np.sin(turn) + sag_x + 4      # 4: families may count on u, v > 0
-    v = x * np.sin(turn) + y * np.cos(turn) + sag_y.T + 4
+    v = x * np.sin(turn) + y * np.cos(turn) + sag_y + 4
     dye = family(rng, u, v)
     if rng.random() < 0.4:                                   # the grounds of wax prints are speckled
         one, other = rng.permutation(5)[:2]
@@ -347,44 +361,37 @@ def cloth(rng, family, size=64):
 
     palette = PALETTES[rng.integers(len(PALETTES))]
     palette = np.array([list(bytes.fromhex(colour)) for colour in palette]) / 255
-    palette = palette * rng.normal(1, 0.08, (5, 3)) + rng.normal(0, 0.02, (5, 3))   # no two dye baths are alike
+    # no two dye baths are alike
+    palette = palette * rng.normal(1, 0.08, (5, 3)) + rng.normal(0, 0.02, (5, 3))
     image = palette.astype(np.float32)[dye]                  # [2 size, 2 size, 3]
     image = (image[::2, ::2] + image[1::2, ::2] + image[::2, 1::2] + image[1::2, 1::2]) / 4
 
     x, y = x[::2, ::2], y[::2, ::2]                          # from here one pixel is one thread
     warp, weft = rng.normal(1, 0.04, (2, size))
     over = 1 + 0.03 * (-1) ** np.add.outer(np.arange(size), np.arange(size))
-    light = 1 + 0.08 * rng.normal() * np.sin(rng.normal(0, 4, 2) @ [x.ravel(), y.ravel()] + rng.normal())
-    shade = np.outer(weft, warp) * over * light.reshape(size, size) + rng.normal(0, 0.02, (size, size))
+    a, b, c, d = rng.normal(size=4)
+    light = 1 + 0.08 * a * np.sin(4 * (b * x + c * y) + d)   # soft folds
+    shade = np.outer(weft, warp) * over * light + rng.normal(0, 0.02, (size, size))
     return np.round(255 * np.clip(image * shade[..., None], 0, 1)).astype(np.uint8).transpose(2, 0, 1)
 
 
-def check(n, seed):
+def check_arguments(n, seed):
     if n < 0 or seed < 0:
         raise ValueError(f"n and seed must not be negative; got n={n}, seed={seed}")
 
 
-def sheet(images, columns=10, zoom=2):
-    """Lay uint8 images [N, C, H, W] out in rows, enlarged without smoothing.  Returns a PIL image."""
-    n, c, h, w = images.shape
-    grid = images.reshape(n // columns, columns, c, h, w).permute(0, 3, 1, 4, 2)
-    grid = grid.reshape(n // columns * h, columns * w, c).squeeze(-1)
-    return Image.fromarray(grid.numpy()).resize((zoom * grid.shape[1], zoom * grid.shape[0]), Image.NEAREST)
-
-
+@command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw a sheet of 100 synthetic digits and one of 100 fabrics.")
-    parser.add_argument("--output_dir", default="outputs", help="folder for the sheets (default: outputs)")
-    parser.add_argument("--seed", type=int, default=0, help="which digits and fabrics, 0 or more (default: 0)")
+    parser = Parser(description="Draw sheets of 100 synthetic digits and 100 synthetic fabrics.")
+    parser.add("--output_dir", "where the sheets go", "outputs")
+    parser.add("--seed", "image i of a seed is always the same", 0, type=seed_number)
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or more; got {args.seed}")
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_output_dir(args.output_dir)
     for name, draw, zoom in (("digits", digits, 4), ("fabrics", fabrics, 2)):
         path = folder / f"synthetic_{name}.png"
-        sheet(draw(100, args.seed)[0], zoom=zoom).save(path)
-        print(path)
+        images = draw(100, args.seed)[0]
+        save_images(images / 127.5 - 1, path, columns=10, padding=0, upscale=zoom)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,22 @@
+# make demo: noise destroys digits, a small U-Net learns to undo it, and draws new ones (outputs/demo).
+# make test: the tests. Both set up .venv first (a few minutes and about 6 GB, once).
+# DATA_DIR names a folder that holds MNIST/raw already: make demo DATA_DIR=path/to/data
+
+PYTHON ?= python3
+DATA_DIR ?= data
+BIN = .venv/bin
+
+demo: .venv/ready
+	$(BIN)/python visualize_diffusion.py --data_dir "$(DATA_DIR)" --output_dir outputs/demo
+	$(BIN)/python train.py --steps 800 --base_channels 32 --batch_size 64 --lr 1e-3 --data_dir "$(DATA_DIR)" --output_dir outputs/demo
+	$(BIN)/python sample.py --show_intermediate --checkpoint outputs/demo/model_final.pt --output_dir outputs/demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.PHONY: demo test

@@ -1,0 +1,146 @@
+"""Does a test fail when the code is wrong? Makes one small wrong edit at a time and runs the tests.
+
+    python tests/mutate.py               # all of them, a table at the end
+    python tests/mutate.py --only ema    # those whose name contains "ema"
+
+Each edit is made in a copy of the project; an edit that no test notices makes the exit code 1.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Edit(NamedTuple):
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str  # the test files that ought to notice
+
+
+EDITS = [
+    Edit("root of alpha_bar missing", "diffusion.py",
+         "self._signal = self.alpha_bar.sqrt().float()", "self._signal = self.alpha_bar.float()", "diffusion"),
+    Edit("root of 1 - alpha_bar missing", "diffusion.py",
+         "(1 - self.alpha_bar).sqrt().float()", "(1 - self.alpha_bar).float()", "diffusion"),
+    Edit("t off by one in the step", "diffusion.py",
+         "ab_t = float(self.alpha_bar[t])", "ab_t = float(self.alpha_bar[max(t - 1, 0)])", "diffusion"),
+    Edit("t off by one in the schedule", "diffusion.py",
+         "torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps",
+         "torch.arange(1, num_timesteps + 2, dtype=torch.float64) / (num_timesteps + 1)", "diffusion"),
+    Edit("beta_t for the posterior variance", "diffusion.py",
+         'sigma = math.sqrt(posterior) if variance == "posterior"',
+         'sigma = eta * math.sqrt(beta) if variance == "posterior"', "diffusion"),
+    Edit("the other variance changes the mean", "diffusion.py",
+         "math.sqrt(1 - ab_prev - posterior) * eps",
+         'math.sqrt(max(0, 1 - ab_prev - (beta if variance == "beta" else posterior))) * eps', "diffusion"),
+    Edit("noise added in the last step", "diffusion.py",
+         "if sigma > 0 and t_prev >= 0:", "if sigma > 0:", "diffusion"),
+    Edit("clamp removed", "diffusion.py", "x_0.clamp(-1, 1) if clip else x_0", "x_0", "diffusion"),
+    Edit("float32 schedule, linear", "diffusion.py",
+         "num_timesteps, dtype=torch.float64).flip(0)", "num_timesteps).flip(0)", "diffusion"),
+    Edit("float32 schedule, cosine", "diffusion.py",
+         "torch.arange(num_timesteps + 1, dtype=torch.float64)", "torch.arange(num_timesteps + 1)", "diffusion"),
+    Edit("betas not scaled by 1000 / T", "diffusion.py",
+         "scale = 1000 / num_timesteps", "scale = 1.0", "diffusion"),
+    Edit("betas not capped", "diffusion.py", "MAX_BETA = 0.999", "MAX_BETA = 2.0", "diffusion"),
+    Edit("eta ignored", "diffusion.py", "posterior = eta**2 *", "posterior = 1.0 *", "diffusion"),
+    Edit("sign of v turned", "diffusion.py",
+         "target = signal_weight * noise - noise_weight * x_0",
+         "target = noise_weight * x_0 - signal_weight * noise", "diffusion"),
+    Edit("guidance scale off by one", "diffusion.py",
+         "null + guidance * (model(x_t, t, y) - null)", "null + (1 + guidance) * (model(x_t, t, y) - null)",
+         "diffusion"),
+    Edit("seed ignored", "diffusion.py", "[seed, i, step]", "[0, i, step]", "diffusion"),
+    Edit("the same noise for every image", "diffusion.py", "[seed, i, step]", "[seed, 0, step]", "diffusion"),
+    Edit("the same noise in every step", "diffusion.py", "[seed, i, step]", "[seed, i, 0]", "diffusion"),
+    Edit("one model call too many", "diffusion.py",
+         "np.linspace(-1, num_timesteps - 1, steps + 1)", "np.linspace(-1, num_timesteps - 1, steps + 2)",
+         "diffusion"),
+    Edit("skip zeroed", "models/unet.py",
+         "torch.cat([x, skip], dim=1)", "torch.cat([x, torch.zeros_like(skip)], dim=1)", "unet"),
+    Edit("time ignored", "models/unet.py",
+         "x = x + self.time(t_emb)", "x = x + 0 * self.time(t_emb)", "unet"),
+    Edit("time embedding halved", "models/unet.py",
+         "torch.cat([angles.sin(), angles.cos()], dim=1)", "torch.cat([angles.sin(), angles.sin()], dim=1)",
+         "unet"),
+    Edit("class -1 is not no class", "models/unet.py",
+         "t_emb = t_emb + self.class_emb(y + 1)", "t_emb = t_emb + self.class_emb(y.clamp(min=0))", "unet"),
+    Edit("EMA never updated", "train.py", "            ema.update(model)\n        epoch_losses",
+         "            pass\n        epoch_losses", "training"),
+    Edit("EMA without a warm-up", "utils.py",
+         "decay = min(self.decay, (1 + self.updates) / (10 + self.updates))", "decay = self.decay", "training"),
+    Edit("EMA weights swapped", "utils.py",
+         "average.lerp_(value, 1 - decay)", "average.lerp_(value, decay)", "training"),
+    Edit("samples from the last weights", "sample.py",
+         'entries["ema" if ema else "model"]', 'entries["model"]', "training"),
+    Edit("labels shifted", "data.py", "self.labels[index]", "self.labels[index.roll(1)]", "training"),
+    Edit("images in [0, 1]", "data.py", "images.float() / 127.5 - 1", "images.float() / 255", "training"),
+    Edit("the same order in every epoch", "data.py",
+         "default_rng([self.seed, self.epoch])", "default_rng([self.seed, 0])", "training"),
+    Edit("training pictures move the generator", "diffusion.py",
+         "rows.append(torch.randn(shape, generator=torch.Generator().manual_seed(int(entropy))))",
+         "rows.append(torch.manual_seed(int(entropy)) and torch.randn(shape))", "diffusion training"),
+    Edit("gradient clipping forgotten", "train.py", "    if grad_clip:\n", "    if False:\n", "training"),
+    Edit("the step's seed ignores the step", "utils.py", "spawn_key=(step,)", "spawn_key=(0,)", "training"),
+    Edit("digest not checked", "checkpoint.py",
+         "if digest != _digest(entries, hashlib.sha256()):", "if digest is None:", "training commands"),
+    Edit("checkpoints may run code", "checkpoint.py", "weights_only=True)\n    except", "weights_only=False)\n    except",
+         "commands"),
+    Edit("written over the old file", "utils.py",
+         'temporary = path.with_name(f".{path.name}.tmp")', "temporary = path", "training"),
+    Edit("the finished frame is not the sample", "sample.py",
+         "frames.append((t, x_t, x_t))", "frames.append((t, x_0, x_0))", "commands"),
+    Edit("colour order turned", "data.py",
+         "torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)",
+         "torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).flip(1)", "data"),
+]
+
+
+def caught_by(edit, folder):
+    """Apply the edit in a fresh copy of the project; the name of the first test to fail, or None."""
+    copy = folder / "project"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "data", "pretrained"))
+    path = copy / edit.file
+    source = path.read_text()
+    if source.count(edit.right) != 1:
+        raise SystemExit(f"{edit.name}: its line stands {source.count(edit.right)} times in {edit.file}, "
+                         "not once; bring tests/mutate.py up to date")
+    path.write_text(source.replace(edit.right, edit.wrong))
+    files = [f"tests/test_{name}.py" for name in edit.tests.split()]
+    run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files],
+                         cwd=copy, capture_output=True, text=True)
+    shutil.rmtree(copy)
+    failed = re.search(r"^(?:FAILED|ERROR) \S+::(\S+)", run.stdout, re.M)
+    if run.returncode not in (0, 1):
+        raise SystemExit(f"{edit.name}: pytest could not run:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return failed[1] if failed else None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the edits whose name contains this")
+    args = parser.parse_args(argv)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for edit in tqdm([edit for edit in EDITS if args.only.lower() in edit.name.lower()], unit="edit"):
+            rows.append((edit, caught_by(edit, Path(folder))))
+    for edit, test in rows:
+        print(f"{edit.name:40} {edit.file:15} {test or '*** NOT CAUGHT ***'}")
+    missed = sum(test is None for _, test in rows)
+    print(f"{len(rows) - missed} of {len(rows)} wrong edits caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""The three commands as a user meets them: what they write, and one clear line for every mistake."""
+
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sample
+import train
+import visualize_diffusion
+from checkpoint import load_checkpoint, save_checkpoint
+from conftest import ROOT
+from diffusion import SAMPLERS, DiffusionProcess
+from models import create_model
+from utils import save_images, to_uint8
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """What train.py writes, for an untrained model of 8x8 images."""
+    torch.manual_seed(0)
+    config = dict(image_channels=1, base_channels=8)
+    model = create_model(**config)
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, {
+        "model_name": "simple", "model_config": config, "diffusion_config": DiffusionProcess(40).config,
+        "data": {"name": "mnist", "image_size": 8, "channels": 1, "classes": None},
+        "model": model.state_dict(), "ema": model.state_dict()})
+    return path
+
+
+def fails(capsys, main, *argv):
+    """Run a command that must fail with exit code 2 and one line; returns the line."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(arg) for arg in argv])
+    error = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2
+    assert "\n" not in error and "error: " in error and "Traceback" not in error, error
+    return error
+
+
+# ---- What they write
+
+def test_visualize_writes_the_forward_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
+    visualize_diffusion.main(["--dataset", "synthetic_digits", "--output_dir", str(tmp_path)])
+    assert Image.open(tmp_path / "forward_diffusion.png").width > 800
+    assert "forward_diffusion.png" in capsys.readouterr().out
+
+
+def test_the_forward_figure_is_clean_at_the_left_and_static_at_the_right(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(visualize_diffusion, "save_strip",
+                        lambda rows, labels, path: seen.update(rows=rows, labels=labels))
+    images = (torch.rand(8, 1, 28, 28) * 255).to(torch.uint8)
+    visualize_diffusion.forward_figure(images, DiffusionProcess(), tmp_path / "x.png")
+    assert seen["rows"].shape == (8, 8, 1, 28, 28)
+    assert [int(re.search(r"t = (\d+)", label)[1]) for label in seen["labels"]] == [
+        0, 50, 100, 200, 400, 600, 800, 999]
+    x_0 = images.float() / 127.5 - 1
+    correlation = [float(torch.corrcoef(torch.stack([x_0.flatten(), seen["rows"][:, k].flatten()]))[0, 1])
+                   for k in range(8)]
+    assert correlation[0] > 0.99 and abs(correlation[7]) < 0.05
+    assert correlation == sorted(correlation, reverse=True)
+
+
+def test_sample_shows_the_way_and_ends_with_the_sample_itself(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    sample.main(["--checkpoint", str(checkpoint), "--num_images", "5", "--batch_size", "3", "--steps", "6",
+                 "--show_intermediate", "--output_dir", str(out)])
+    assert Image.open(out / "generation.gif").n_frames == 7
+    frames = sorted(p.name for p in (out / "generation_frames").iterdir())
+    assert len(frames) == 7 and frames[0] == "frame_000_t039.png" and frames[-1] == "frame_006_finished.png"
+    assert Image.open(out / "generation_strip.png").width > 500
+    said = capsys.readouterr().out
+    assert "about" in said and "generated_samples.png" in said and "generation.gif" in said
+
+
+def test_frames_carry_the_loops_own_levels_and_the_finished_sample_bit_for_bit(checkpoint):
+    model, diffusion, _ = sample.load_model(checkpoint)
+    images, frames = sample.generate(model, diffusion, 4, 8, sampler="ddpm", steps=10, num_frames=51)
+    assert [t for t, _, _ in frames] == diffusion.timesteps(10)
+    assert torch.equal(frames[-1][1], images)
+    for t, x_t, x_0 in frames[:-1]:
+        torch.testing.assert_close(x_0, diffusion.predict_x0(model, x_t, t), atol=1e-4, rtol=0)
+    few = sample.generate(model, diffusion, 4, 8, sampler="ddpm", num_frames=5)[1]
+    assert [t for t, _, _ in few] == [39, 29, 19, 9, -1]
+
+
+def test_the_same_seed_gives_the_same_picture_in_other_batches(checkpoint, tmp_path):
+    pixels = []
+    for k, extra in enumerate((["--batch_size", "2"], ["--batch_size", "7"], ["--seed", "1"])):
+        out = tmp_path / str(k)
+        sample.main(["--checkpoint", str(checkpoint), "--num_images", "7", "--steps", "4", *extra,
+                     "--output_dir", str(out)])
+        pixels.append(np.asarray(Image.open(out / "generated_samples.png")).astype(int))
+    assert abs(pixels[0] - pixels[1]).max() <= 1 and abs(pixels[0] - pixels[2]).max() > 20
+
+
+def test_saved_pixels_are_the_images_range(tmp_path):
+    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0, 7.0])).tolist() == [0, 128, 255, 255]
+    save_images(torch.full((5, 1, 4, 4), -1.0), tmp_path / "x.png", padding=2)
+    grid = np.asarray(Image.open(tmp_path / "x.png"))
+    assert grid.shape == (2 + 2 * 6, 2 + 3 * 6, 3)              # 5 images: 3 columns, 2 rows
+    assert (grid[2:6, 2:6] == 0).all() and (grid[:2] == 255).all()
+
+
+# ---- Mistakes in numbers and names
+
+@pytest.mark.parametrize("argv", [
+    ["--dataset", "mnits"], ["--schedule", "quadratic"], ["--objective", "noise"], ["--epochs", "0"],
+    ["--epochs", "-1"], ["--batch_size", "0"], ["--lr", "nan"], ["--lr", "0"], ["--lr", "-1"],
+    ["--lr", "inf"], ["--timesteps", "0"], ["--ema_decay", "1"], ["--ema_decay", "nan"],
+    ["--base_channels", "12"], ["--image_size", "30"], ["--grad_clip", "-1"], ["--seed", "-1"],
+    ["--device", "abacus"], ["--precision", "int8"], ["--steps", "0"], ["--no_such_flag"]])
+def test_train_refuses_impossible_settings(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
+    argv = argv if "--dataset" in argv else ["--dataset", "synthetic_digits", *argv]
+    error = fails(capsys, train.main, *argv, "--output_dir", tmp_path / "out")
+    assert argv[-1] in error or argv[-2].strip("-") in error
+    assert not list(tmp_path.rglob("*.p*"))                     # no checkpoint, no picture
+
+
+@pytest.mark.parametrize("argv", [
+    ["--sampler", "euler"], ["--steps", "0"], ["--steps", "41"], ["--steps", "nan"], ["--num_images", "0"],
+    ["--eta", "1.5"], ["--eta", "nan"], ["--seed", "-3"], ["--batch_size", "0"], ["--precision", "int8"],
+    ["--device", "abacus"]])
+def test_sample_refuses_impossible_settings(argv, checkpoint, tmp_path, capsys):
+    error = fails(capsys, sample.main, "--checkpoint", checkpoint, *argv, "--output_dir", tmp_path / "out")
+    assert argv[1] in error
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_an_unknown_sampler_lists_the_choices(checkpoint, capsys):
+    error = fails(capsys, sample.main, "--checkpoint", checkpoint, "--sampler", "euler")
+    assert all(name in error for name in SAMPLERS)
+
+
+# ---- Broken and hostile checkpoints
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("pwned.txt", "w"))
+
+
+def make_bad(kind, good, path):
+    if kind == "missing":
+        return "no checkpoint"
+    if kind == "a folder":
+        path.mkdir()
+        return "no such checkpoint"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "truncated"
+    if kind == "truncated":
+        path.write_bytes(good.read_bytes()[:-3000])
+        return "truncated"
+    if kind == "altered":
+        raw = good.read_bytes()
+        at = raw.index(load_checkpoint(good)["ema"]["conv_in.weight"].numpy().tobytes()[:64])
+        path.write_bytes(raw[:at] + b"\x01" + raw[at + 1:])
+        return "altered|damaged"
+    if kind == "text":
+        path.write_text("these are not weights")
+        return "truncated, or not a checkpoint"
+    if kind == "bare weights":
+        torch.save({"weight": torch.zeros(3)}, path)
+        return "foreign"
+    if kind == "old pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+        return "not a checkpoint"
+    if kind == "malicious":
+        torch.save({"model": Evil()}, path)
+        return "refused"
+    if kind == "zip bomb":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+            z.writestr("archive/data.pkl", b"\0" * 200_000_000)
+        return "compressed or broken"
+    entries = load_checkpoint(good)
+    if kind == "newer":
+        entries["version"] = 99
+        save_checkpoint(path, entries)
+        return "version 99"
+    if kind == "another network":
+        entries["model_config"]["base_channels"] = 16
+    if kind == "monstrous network":
+        entries["model_config"]["base_channels"] = 8_000_000
+    if kind == "unknown network":
+        entries["model_name"] = "transformer"
+    if kind == "no weights":
+        del entries["ema"]
+    save_checkpoint(path, entries)
+    return "do not fit|unknown model"
+
+
+@pytest.mark.parametrize("kind", [
+    "missing", "a folder", "empty", "truncated", "altered", "text", "bare weights", "old pickle", "malicious",
+    "zip bomb", "newer", "another network", "monstrous network", "unknown network", "no weights"])
+def test_a_bad_checkpoint_is_named_for_what_it_is(kind, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.pt"
+    expected = make_bad(kind, checkpoint, path)
+    error = fails(capsys, sample.main, "--checkpoint", path, "--output_dir", tmp_path / "out")
+    assert re.search(expected, error) and "bad.pt" in error
+    assert not (tmp_path / "pwned.txt").exists()
+
+
+# ---- Folders and disks
+
+def test_an_empty_folder_of_images_is_an_error(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    error = fails(capsys, train.main, "--dataset", tmp_path / "empty", "--output_dir", tmp_path / "out")
+    assert "no images found" in error
+
+
+def test_a_folder_with_a_broken_image_trains_without_it(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k in range(9):
+        Image.new("RGB", (8, 8), (25 * k, 10, 90)).save(folder / f"{k}.png")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    train.main(["--dataset", str(folder), "--steps", "1", "--base_channels", "8", "--device", "cpu",
+                "--output_dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "1 of 10" in said and "broken.png" in said
+    entries = load_checkpoint(tmp_path / "out" / "model_final.pt")
+    assert entries["data"]["channels"] == 3 and entries["model"]["conv_out.weight"].shape[0] == 3
+
+
+@pytest.mark.parametrize("main", [train.main, sample.main, visualize_diffusion.main])
+def test_an_output_folder_that_cannot_be_written_is_found_first(main, checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    argv = ["--checkpoint", checkpoint] if main is sample.main else ["--dataset", "synthetic_digits"]
+    error = fails(capsys, main, *argv, "--output_dir", tmp_path / "file" / "out")
+    assert "file" in error
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("unshare"), reason="needs Linux's unshare")
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(checkpoint, tmp_path):
+    """A real one: a tmpfs of 16 kB in a mount namespace of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = (f"mount -t tmpfs -o size=16k none {disk} && cd {ROOT} && {sys.executable} sample.py "
+              f"--checkpoint {checkpoint} --num_images 2000 --steps 1 --output_dir {disk}; "
+              f"echo code $?; ls -A {disk}")
+    run = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+    if "unshare" in run.stderr or "mount" in run.stderr:
+        pytest.skip("this machine allows no mount namespace: " + run.stderr.strip())
+    error = [line for line in run.stderr.splitlines() if "error" in line]
+    assert len(error) == 1 and "No space left on device" in error[0] and "Traceback" not in run.stderr
+    assert run.stdout.rstrip().endswith("code 2")               # and ls shows nothing after it
+
+
+# ---- The house
+
+def test_imports_run_one_way():
+    """Leaves know only leaves below them; train and sample do not know each other (README's file map)."""
+    allowed = {
+        "diffusion": set(), "models": set(), "synthetic": {"utils"}, "utils": set(), "data": {"synthetic"},
+        "checkpoint": {"utils"}, "train": {"diffusion", "models", "data", "checkpoint", "utils"},
+        "sample": {"diffusion", "models", "checkpoint", "utils"},
+        "visualize_diffusion": {"diffusion", "data", "sample", "utils"}}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py")]:
+        name = path.stem if path.parent == ROOT else "models"
+        found = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)) & set(allowed)
+        assert found - {name} <= allowed[name], path
+
+
+def test_importing_a_file_runs_nothing(tmp_path):
+    names = [path.stem for path in ROOT.glob("*.py")]
+    code = "import " + ", ".join(names) + "; import torch; torch.manual_seed(0)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
+    assert run.returncode == 0 and run.stdout == "" and not list(tmp_path.iterdir())

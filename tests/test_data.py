@@ -1,0 +1,218 @@
+"""Data sets: what comes out, and what happens when files are missing, odd or broken."""
+
+import gzip
+import hashlib
+import http.server
+import socket
+import struct
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import data
+from data import DatasetUnavailable, class_names, get_dataset, get_default_dataset
+
+
+def picture(mode, size=(16, 16), value=100):
+    colour = {"L": value, "1": 1, "P": 3, "I;16": value * 257, "LA": (value, 255),
+              "RGB": (value, 0, 50), "RGBA": (value, 0, 50, 128)}[mode]
+    return Image.new(mode, size, colour)
+
+
+# ---- Named sets
+
+@pytest.mark.parametrize("name, mean, std", [("mnist", 33.318, 78.567), ("fashion_mnist", 72.940, 90.021)])
+def test_real_sets_load_as_they_lie(data_dir, name, mean, std):
+    images, labels = get_dataset(name, data_dir)
+    assert images.shape == (60_000, 1, 28, 28) and images.dtype == torch.uint8
+    assert labels.shape == (60_000,) and labels.dtype == torch.int64
+    assert float(images.float().mean()) == pytest.approx(mean, abs=0.001)
+    assert float(images.float().std()) == pytest.approx(std, abs=0.001)
+    assert len(get_dataset(name, data_dir, train=False)[0]) == 10_000
+    assert len(class_names(name)) == 10
+
+
+def test_synthetic_sets_differ_between_training_and_test(monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 20)
+    a, labels = get_dataset("synthetic_digits")
+    b, _ = get_dataset("synthetic_digits", train=False)
+    assert a.shape == (20, 1, 28, 28) and len(labels) == 20 and not torch.equal(a, b)
+    fabrics, labels = get_dataset("synthetic_fabrics", image_size=32)
+    assert fabrics.shape == (20, 3, 32, 32) and labels.max() < len(class_names("synthetic_fabrics"))
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(ValueError, match="unknown dataset 'mnits'.*fashion_mnist.*folder"):
+        get_dataset("mnits")
+
+
+# ---- Downloads
+
+def idx(array):
+    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def mnist_server(monkeypatch):
+    """A small MNIST of 30 images behind a real web server on this machine."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for split, n in (("train", 30), ("t10k", 10)):
+        files[f"{split}-images-idx3-ubyte.gz"] = gzip.compress(idx(rng.integers(0, 256, (n, 28, 28))))
+        files[f"{split}-labels-idx1-ubyte.gz"] = gzip.compress(idx(rng.integers(0, 10, n)))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = files.get(self.path.strip("/"))
+            self.send_response(404 if body is None else 200)
+            self.end_headers()
+            if body and self.command == "GET":
+                self.wfile.write(body)
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources",
+                        [(name, hashlib.md5(body).hexdigest()) for name, body in files.items()])
+    yield files
+    server.shutdown()
+
+
+def test_a_download_works_and_is_done_once(mnist_server, tmp_path):
+    images, labels = get_dataset("mnist", tmp_path)
+    assert images.shape == (30, 1, 28, 28) and len(labels) == 30
+    mnist_server.clear()                                      # the server has nothing any more
+    assert torch.equal(get_dataset("mnist", tmp_path)[0], images)
+
+
+def test_a_failed_download_says_where_to_put_the_files(mnist_server, tmp_path):
+    mnist_server.popitem()
+    with pytest.raises(DatasetUnavailable, match="MNIST.raw.*--data_dir"):
+        get_dataset("mnist", tmp_path)
+
+
+@pytest.fixture
+def silent_server():
+    """A server that takes the call and never says a word, as some firewalls do."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+
+
+@pytest.mark.parametrize("kind", ["refused", "unknown", "silent"])
+def test_without_a_network_the_answer_comes_within_15_seconds(kind, silent_server, monkeypatch, tmp_path, capsys):
+    mirror = {"refused": "http://127.0.0.1:9/", "unknown": "http://no.such.host.invalid/",
+              "silent": silent_server}[kind]
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [mirror])
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 20)
+    start = time.perf_counter()
+    with pytest.raises(DatasetUnavailable, match="cannot be downloaded.*--data_dir"):
+        get_dataset("mnist", tmp_path)
+    assert time.perf_counter() - start < 15
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    name, images, _ = get_default_dataset(tmp_path)
+    assert name == "synthetic_digits" and len(images) == 20
+    said = capsys.readouterr().out.strip()
+    assert "synthetic digits" in said and "\n" not in said
+
+
+def test_damaged_files_are_called_damaged(mnist_server, tmp_path):
+    get_dataset("mnist", tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        get_dataset("mnist", tmp_path)
+
+
+# ---- Folders
+
+def test_grey_pictures_stored_as_colour_stay_grey(tmp_path):
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "x.png")
+    assert get_dataset(str(tmp_path))[0].shape == (1, 1, 16, 16)
+    Image.new("RGB", (16, 16), (9, 9, 8)).save(tmp_path / "y.png")
+    assert get_dataset(str(tmp_path))[0].shape == (2, 3, 16, 16)
+
+
+def test_a_folder_is_read_nested_and_in_order(tmp_path):
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    for k, name in enumerate(["a.png", "b/x.bmp", "b/c/y.webp"]):
+        Image.new("L", (16, 16), 10 + 100 * k).save(tmp_path / name, lossless=True)
+    (tmp_path / "notes.txt").write_text("not an image")
+    images, labels = get_dataset(str(tmp_path))
+    assert images.shape == (3, 1, 16, 16) and labels is None
+    assert images[:, 0, 0, 0].tolist() == [10, 210, 110]        # a.png, b/c/y.webp, b/x.bmp
+
+
+@pytest.mark.parametrize("mode, suffix, channels, pixel", [
+    ("L", "png", 1, [100]), ("1", "png", 1, [255]), ("I;16", "png", 1, [100]), ("LA", "png", 1, [100]),
+    ("RGB", "png", 3, [100, 0, 50]), ("RGB", "bmp", 3, [100, 0, 50]),
+    ("RGBA", "png", 3, [177, 127, 152])])                       # half transparent: shown on white
+def test_every_mode_becomes_grey_or_colour(tmp_path, mode, suffix, channels, pixel):
+    picture(mode).save(tmp_path / f"x.{suffix}")
+    images, _ = get_dataset(str(tmp_path))
+    assert images.shape == (1, channels, 16, 16) and images[0, :, 5, 5].tolist() == pixel
+
+
+def test_jpegs_of_unequal_size_are_cut_square_and_scaled(tmp_path):
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:, 100:200] = 255                                      # the central square is white
+    Image.fromarray(wide).save(tmp_path / "wide.JPG", format="JPEG", quality=95)
+    picture("RGB", (200, 200)).save(tmp_path / "square.jpg")
+    images, _ = get_dataset(str(tmp_path), image_size=32)
+    assert images.shape == (2, 3, 32, 32)
+    assert images[1, :, 4:28, 4:28].min() > 240
+    assert get_dataset(str(tmp_path))[0].shape[-1] == 64        # no common small size: 64
+
+
+def test_scaling_down_averages_instead_of_skipping_pixels(tmp_path):
+    stripes = np.zeros((256, 256), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "x.png")
+    images, _ = get_dataset(str(tmp_path), image_size=32)
+    assert 115 < images.min() and images.max() < 140            # grey; skipping would give 0 or 255
+
+
+def huge_png(path, side=40_000):
+    """A valid header that claims 1.6 gigapixels, in under a hundred bytes."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b""))
+
+
+def test_files_that_cannot_be_used_are_skipped_and_named(tmp_path, capsys):
+    picture("RGB").save(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[:len(whole) // 2])
+    picture("L", (3, 3)).save(tmp_path / "tiny.png")
+    huge_png(tmp_path / "huge.png")
+    picture("L").save(tmp_path / "disguised.gif")
+    (tmp_path / "disguised.gif").rename(tmp_path / "disguised.png")   # a format we do not name
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nothing")
+    images, _ = get_dataset(str(tmp_path))
+    assert len(images) == 1
+    said = capsys.readouterr().out
+    for name in ("text.png", "empty.jpg", "half.png", "tiny.png", "huge.png", "disguised.png"):
+        assert said.count(name) == 1
+    assert "6 of 7" in said and str(tmp_path / "text.png") not in said
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no images found"):
+        get_dataset(str(tmp_path))
+    (tmp_path / "x.png").write_text("hello")
+    with pytest.raises(ValueError, match="none of its 1 images can be used"):
+        get_dataset(str(tmp_path))

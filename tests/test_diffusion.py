@@ -1,0 +1,445 @@
+"""The process against closed forms, plain loops and the papers' own formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
+
+MEAN, STD = -0.2, 0.25
+
+
+class GaussianModel:
+    """The exact answer for data N(MEAN, STD^2): E[x_0 | x_t], in the form that the process asks for.
+
+    Written from numpy's own tables, so that it shares no schedule code with what it tests.
+    """
+
+    def __init__(self, diffusion):
+        self.ab = diffusion.alpha_bar.numpy()
+        self.objective = diffusion.objective
+
+    def __call__(self, x_t, t, y=None):
+        ab = float(self.ab[int(t[0])])
+        a, b = math.sqrt(ab), math.sqrt(1 - ab)
+        x_0 = MEAN + STD**2 * a * (x_t - a * MEAN) / (STD**2 * ab + b**2)
+        eps = (x_t - a * x_0) / b
+        return {"eps": eps, "x0": x_0, "v": a * eps - b * x_0}[self.objective]
+
+
+class CountingModel:
+    """Predicts zeros and remembers what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x_t, t, y=None):
+        self.calls.append((int(t[0]), y))
+        return torch.zeros_like(x_t)
+
+
+# ---- Schedules
+
+TABLE = {  # t: (linear alpha_bar, dB, cosine alpha_bar, dB) at T = 1000, computed elsewhere
+    0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34), 250: (0.521, 0.37, 0.846, 7.39),
+    500: (0.078, -10.74, 0.492, -0.13), 750: (0.0033, -24.80, 0.143, -7.77),
+    900: (2.7e-4, -35.68, 0.0236, -16.16), 999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
+
+
+@pytest.mark.parametrize("column, schedule", [(0, "linear"), (2, "cosine")])
+def test_schedules_match_the_known_table(column, schedule):
+    ab = DiffusionProcess(schedule=schedule).alpha_bar
+    for t, row in TABLE.items():
+        assert float(ab[t]) == pytest.approx(row[column], rel=0.02)
+        assert 10 * math.log10(ab[t] / (1 - ab[t])) == pytest.approx(row[column + 1], abs=0.006)
+
+
+def test_schedules_cross_0_db_where_they_should():
+    for schedule, first in (("linear", 259), ("cosine", 496)):
+        ab = DiffusionProcess(schedule=schedule).alpha_bar
+        assert ab[first] < 0.5 <= ab[first - 1]
+
+
+def plain_alpha_bar(schedule, T):
+    """The two schedules as loops over Python floats."""
+    ab, table = 1.0, []
+    for t in range(T):
+        if schedule == "linear":
+            share = t / (T - 1) if T > 1 else 1.0
+            beta = (1e-4 + share * (0.02 - 1e-4)) * 1000 / T
+        else:
+            f0, f1 = (math.cos((u / T + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t, t + 1))
+            beta = 1 - f1 / f0
+        ab *= 1 - min(beta, 0.999)
+        table.append(ab)
+    return np.array(table)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("T", [1, 2, 10, 20, 50, 200, 1000, 2000])
+def test_schedules_equal_a_plain_loop_in_double_precision(schedule, T):
+    ab = DiffusionProcess(T, schedule).alpha_bar
+    assert ab.dtype == torch.float64
+    np.testing.assert_allclose(ab.numpy(), plain_alpha_bar(schedule, T), rtol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("T", [1, 2, 10, 20, 50, 200, 500, 1000, 2000])
+def test_a_chain_of_any_length_starts_clean_and_ends_in_noise(schedule, T):
+    ab = DiffusionProcess(T, schedule).alpha_bar
+    assert len(ab) == T
+    assert 0 < ab[-1] <= 0.0011                       # under 0.11 % of the variance is image
+    assert (ab.diff() < 0).all()
+    if T >= 50:
+        assert ab[0] > 0.99
+
+
+def test_unscaled_betas_leave_a_short_chain_unfinished():
+    """T = 200 with betas as published for T = 1000, which many tutorials do."""
+    diffusion = DiffusionProcess(200, beta_start=1e-4, beta_end=0.02)
+    assert float(diffusion.alpha_bar[-1]) == pytest.approx(0.132, abs=0.001)
+
+
+def test_a_given_alpha_bar_is_used_as_it_is():
+    table = [0.9, 0.5, 0.1]
+    diffusion = DiffusionProcess(schedule=table)
+    assert diffusion.num_timesteps == 3 and diffusion.alpha_bar.tolist() == table
+    assert DiffusionProcess(**diffusion.config).alpha_bar.tolist() == table
+
+
+@pytest.mark.parametrize("bad", [
+    dict(num_timesteps=0), dict(num_timesteps=-5), dict(num_timesteps=2.5), dict(schedule="quadratic"),
+    dict(objective="noise"), dict(beta_end=float("nan")), dict(beta_start=-1e-4),
+    dict(schedule="cosine", beta_end=0.02), dict(schedule=[0.5, 0.5]), dict(schedule=[1.0, 0.5]),
+    dict(schedule=[0.5, 0.0]), dict(schedule=[0.5, float("nan")])])
+def test_impossible_settings_are_refused(bad):
+    with pytest.raises(ValueError):
+        DiffusionProcess(**bad)
+
+
+# ---- Forward
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_forward_jump_equals_the_chain_step_by_step(schedule):
+    """x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) z, repeated, has the jump's mean and variance."""
+    diffusion = DiffusionProcess(300, schedule)
+    x_0, unit = torch.full((1, 1, 1, 1), 0.7), torch.ones(1, 1, 1, 1)
+    table = plain_alpha_bar(schedule, 300)
+    betas = 1 - table / np.concatenate([[1.0], table[:-1]])
+    mean, variance = 0.7, 0.0
+    for t, beta in enumerate(betas):
+        mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+        at = torch.tensor([t])
+        assert float(diffusion.forward_diffusion(x_0, at, 0 * unit)[0]) == pytest.approx(mean, abs=1e-6)
+        assert float(diffusion.forward_diffusion(0 * x_0, at, unit)[0]) == pytest.approx(
+            math.sqrt(variance), abs=1e-6)
+
+
+def test_forward_mixes_each_image_at_its_own_level():
+    diffusion = DiffusionProcess()
+    x_0, t = torch.rand(5, 3, 8, 8) * 2 - 1, torch.tensor([0, 10, 400, 999, 400])
+    x_t, noise = diffusion.forward_diffusion(x_0, t)
+    for i in range(5):
+        ab = float(diffusion.alpha_bar[t[i]])
+        torch.testing.assert_close(x_t[i], math.sqrt(ab) * x_0[i] + math.sqrt(1 - ab) * noise[i])
+    assert abs(float(noise.mean())) < 0.15 and 0.85 < float(noise.std()) < 1.15
+
+
+def test_forward_at_t_500_keeps_028_of_the_image_not_044():
+    diffusion = DiffusionProcess()
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    assert float(diffusion.forward_diffusion(one, torch.tensor([500]), zero)[0]) == pytest.approx(0.279, abs=5e-4)
+    assert float(diffusion.forward_diffusion(one, torch.tensor([400]), zero)[0]) == pytest.approx(0.440, abs=5e-4)
+
+
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_a_timestep_outside_the_table_is_an_error_and_not_its_other_end(t):
+    with pytest.raises(ValueError):
+        DiffusionProcess().forward_diffusion(torch.zeros(1, 1, 4, 4), torch.tensor([t]))
+
+
+# ---- Loss
+
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+def test_the_loss_is_the_distance_to_the_target_of_the_objective(objective):
+    diffusion = DiffusionProcess(objective=objective)
+    x_0, noise = torch.rand(4, 1, 8, 8) * 2 - 1, torch.randn(4, 1, 8, 8)
+    t = torch.tensor([0, 300, 700, 999])
+    ab = diffusion.alpha_bar[t].view(-1, 1, 1, 1)
+    target = {"eps": noise, "x0": x_0, "v": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[objective].float()
+    seen = []
+
+    def model(x_t, t, y):
+        seen.append(x_t)
+        return target + 0.5
+
+    assert float(diffusion.training_loss(model, x_0, t=t, noise=noise)) == pytest.approx(0.25, abs=1e-5)
+    torch.testing.assert_close(seen[0], (ab.sqrt() * x_0 + (1 - ab).sqrt() * noise).float())
+
+
+def test_predicting_no_noise_scores_one_at_every_level():
+    diffusion, x_0 = DiffusionProcess(), torch.zeros(64, 1, 28, 28)
+    for t in (0, 500, 999):
+        loss = diffusion.training_loss(lambda x, t, y: torch.zeros_like(x), x_0, t=torch.full((64,), t))
+        assert float(loss) == pytest.approx(1.0, abs=0.03)
+
+
+def test_training_visits_all_levels_evenly():
+    diffusion, model = DiffusionProcess(10), CountingModel()
+    torch.manual_seed(0)
+    seen = []
+    model = lambda x, t, y: seen.append(t) or torch.zeros_like(x)       # noqa: E731
+    for _ in range(20):
+        diffusion.training_loss(model, torch.zeros(100, 1, 4, 4))
+    counts = torch.bincount(torch.cat(seen), minlength=10)
+    assert counts.min() > 140 and counts.max() < 260                    # 200 each, +- 4 sigma
+
+
+# ---- One step back
+
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+def test_forward_then_predict_returns_the_image(objective):
+    """A model that knows the noise gives x_0 back, each image at its own level."""
+    diffusion = DiffusionProcess(objective=objective)
+    x_0, t = torch.rand(4, 1, 8, 8) * 2 - 1, torch.tensor([0, 250, 500, 900])
+    x_t, noise = diffusion.forward_diffusion(x_0, t)
+    ab = diffusion.alpha_bar[t].view(-1, 1, 1, 1)
+    out = {"eps": noise, "x0": x_0, "v": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[objective].float()
+    torch.testing.assert_close(diffusion.predict_x0(lambda *_: out, x_t, t), x_0, atol=1e-4, rtol=0)
+
+
+def test_the_estimate_is_clamped_unless_asked_otherwise():
+    diffusion, x_t = DiffusionProcess(), torch.full((2, 1, 4, 4), 3.0)
+    model = CountingModel()
+    assert float(diffusion.predict_x0(model, x_t, 999).max()) == 1.0
+    assert float(diffusion.predict_x0(model, x_t, 999, clip=False).max()) > 100
+
+
+@pytest.mark.parametrize("schedule, t", [("linear", 1), ("linear", 500), ("linear", 999),
+                                         ("cosine", 1), ("cosine", 500), ("cosine", 990)])
+def test_eta_1_is_the_posterior_of_ho_et_al(schedule, t):
+    """Equations 6 and 7 with beta_t, and the other variance of section 3.2."""
+    diffusion = DiffusionProcess(schedule=schedule)
+    x_t, x_0, z = torch.randn(3, 2, 1, 8, 8, dtype=torch.float64).unbind()
+    x_0 = x_0.clamp(-1, 1)
+    ab = diffusion.alpha_bar.numpy()
+    beta = 1 - ab[t] / ab[t - 1]
+    mean = (math.sqrt(ab[t - 1]) * beta * x_0 + math.sqrt(1 - beta) * (1 - ab[t - 1]) * x_t) / (1 - ab[t])
+    variance = (1 - ab[t - 1]) / (1 - ab[t]) * beta
+    step = DiffusionProcess(schedule=schedule, objective="x0").reverse_diffusion_step
+    got, seen = step(lambda *_: x_0, x_t, t, noise=z)
+    torch.testing.assert_close(seen, x_0)
+    torch.testing.assert_close(got, mean + math.sqrt(variance) * z, atol=5e-7, rtol=0)
+    got, _ = step(lambda *_: x_0, x_t, t, noise=z, variance="beta")
+    torch.testing.assert_close(got, mean + math.sqrt(beta) * z, atol=5e-7, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_long_stride_equals_the_published_ddim_step(eta):
+    """Song et al. 2021, equations 12 and 16, written out from the noise prediction."""
+    diffusion, t, s = DiffusionProcess(), 700, 300
+    x_t, eps, z = torch.randn(3, 2, 1, 8, 8, dtype=torch.float64).unbind()
+    a_t, a_s = diffusion.alpha_bar[[t, s]].tolist()
+    sigma = eta * math.sqrt((1 - a_s) / (1 - a_t)) * math.sqrt(1 - a_t / a_s)
+    want = (math.sqrt(a_s) * (x_t - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)
+            + math.sqrt(1 - a_s - sigma**2) * eps + sigma * z)
+    got, _ = diffusion.reverse_diffusion_step(lambda *_: eps, x_t, t, s, eta=eta, noise=z, clip=False)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_a_step_takes_an_integer_or_a_batch_of_equal_timesteps():
+    diffusion, x_t = DiffusionProcess(), torch.randn(3, 1, 4, 4)
+    model = GaussianModel(diffusion)
+    one, _ = diffusion.reverse_diffusion_step(model, x_t, 400, eta=0)
+    many, _ = diffusion.reverse_diffusion_step(model, x_t, torch.full((3,), 400), eta=0)
+    assert torch.equal(one, many)
+    with pytest.raises(ValueError):
+        diffusion.reverse_diffusion_step(model, x_t, torch.tensor([400, 400, 399]))
+
+
+@pytest.mark.parametrize("bad", [dict(t=5, t_prev=5), dict(t=5, t_prev=6), dict(t=5, t_prev=-2),
+                                 dict(t=1000), dict(t=5, eta=1.5), dict(t=5, eta=-0.1),
+                                 dict(t=5, eta=float("nan")), dict(t=5, variance="big")])
+def test_impossible_steps_are_refused(bad):
+    with pytest.raises(ValueError):
+        DiffusionProcess().reverse_diffusion_step(CountingModel(), torch.zeros(1, 1, 4, 4), **bad)
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_the_last_step_adds_no_noise(sampler):
+    diffusion = DiffusionProcess(20)
+    x_T = torch.randn(4, 1, 8, 8)
+    *_, (t, x, x_0) = diffusion.trajectory(GaussianModel(diffusion), x_T, sampler=sampler)
+    assert t == -1
+    torch.testing.assert_close(x, x_0)
+    y, _ = diffusion.reverse_diffusion_step(GaussianModel(diffusion), x_T, 0, noise=torch.ones_like(x_T) * 9)
+    assert float(y.abs().max()) <= 1.0
+
+
+# ---- The loop
+
+@pytest.mark.parametrize("T", [1, 2, 10, 20, 50, 200, 1000, 2000])
+def test_timesteps_are_distinct_and_exactly_as_many_as_asked(T):
+    diffusion = DiffusionProcess(T)
+    for steps in {1, 2, 3, 7, T // 3, T // 2, T - 1, T} & set(range(1, T + 1)):
+        levels = diffusion.timesteps(steps)
+        assert len(levels) == steps + 1 and levels[0] == T - 1 and levels[-1] == -1
+        assert all(a > b for a, b in zip(levels, levels[1:]))
+        gaps = [a - b for a, b in zip(levels, levels[1:])]
+        assert max(gaps) - min(gaps) <= 2                               # uniform but for rounding
+    assert diffusion.timesteps() == list(range(T - 1, -2, -1))
+
+
+@pytest.mark.parametrize("steps", [0, -3, 11, 2.5, float("nan")])
+def test_an_impossible_number_of_steps_is_refused(steps):
+    with pytest.raises(ValueError):
+        DiffusionProcess(10).timesteps(steps)
+
+
+@pytest.mark.parametrize("T", [1, 2, 10, 20, 50, 200, 2000])
+def test_samplers_run_for_any_chain_length(T):
+    diffusion = DiffusionProcess(T)
+    for sampler in SAMPLERS:
+        images = diffusion.sample(GaussianModel(diffusion), 4, 2, seed=0, sampler=sampler, device="cpu")
+        assert images.shape == (2, 1, 4, 4) and images.isfinite().all() and images.abs().max() <= 1
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler, steps, eta", [
+    ("ddpm", 1000, None), ("ddpm_beta", 1000, None), ("ddim", 100, None), ("ddim", 500, 0.5)])
+def test_samplers_return_the_mean_and_spread_of_gaussian_data(schedule, sampler, steps, eta):
+    diffusion = DiffusionProcess(schedule=schedule)
+    images = diffusion.sample(GaussianModel(diffusion), 32, 16, seed=1, sampler=sampler, steps=steps,
+                              eta=eta, clip=False)                      # 16,384 independent pixels
+    assert float(images.mean()) == pytest.approx(MEAN, abs=0.02)
+    assert float(images.std()) == pytest.approx(STD, abs=0.02)
+
+
+def exact_flow(diffusion, x_T):
+    """Where the deterministic flow of Gaussian data carries x_T, in closed form."""
+    a = float(diffusion.alpha_bar[-1])
+    return MEAN + STD * (x_T - math.sqrt(a) * MEAN) / math.sqrt(STD**2 * a + 1 - a)
+
+
+def test_ddim_converges_to_the_exact_flow_at_first_order():
+    diffusion = DiffusionProcess()
+    x_T = seeded_noise(3, range(4), 0, (1, 16, 16)).double()
+    want, model = exact_flow(diffusion, x_T), GaussianModel(diffusion)
+    errors = [float((diffusion.sample(model, x_T=x_T, sampler="ddim", steps=n, clip=False) - want).abs().mean())
+              for n in (10, 20, 40, 80)]
+    ratios = [a / b for a, b in zip(errors, errors[1:])]
+    assert all(1.7 < ratio < 2.3 for ratio in ratios), (errors, ratios)
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_eps_x0_and_v_models_of_one_denoiser_give_the_same_pictures(sampler):
+    results = []
+    for objective in ("eps", "x0", "v"):
+        diffusion = DiffusionProcess(100, objective=objective)
+        x_T = seeded_noise(0, range(4), 0, (1, 8, 8)).double()
+        results.append(diffusion.sample(GaussianModel(diffusion), x_T=x_T, sampler=sampler, seed=0))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=0)   # float32 weights of x_0
+    torch.testing.assert_close(results[2], results[0], atol=1e-5, rtol=0)
+
+
+def test_one_ddim_step_from_noise_is_the_clamped_estimate(tiny_model):
+    diffusion = DiffusionProcess()
+    x_T = torch.randn(4, 1, 16, 16)
+    t = torch.full((4,), 999)
+    a = float(diffusion.alpha_bar[999])
+    with torch.no_grad():
+        want = ((x_T - math.sqrt(1 - a) * tiny_model(x_T, t)) / math.sqrt(a)).clamp(-1, 1)
+    got = diffusion.sample(tiny_model, x_T=x_T, sampler="ddim", steps=1)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)    # float32, after dividing by 0.0064
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_n_steps_call_the_model_n_times(sampler):
+    diffusion = DiffusionProcess(60)
+    for steps in (1, 2, 7, 59, 60, None):
+        model = CountingModel()
+        diffusion.sample(model, 4, 2, sampler=sampler, steps=steps, seed=0)
+        expected = steps or min(SAMPLERS[sampler].steps or 60, 60)
+        assert len(model.calls) == expected
+        assert [t for t, _ in model.calls] == diffusion.timesteps(expected)[:-1]
+
+
+@pytest.mark.parametrize("guidance, calls", [(0.0, 5), (1.0, 5), (2.0, 10)])
+def test_guidance_costs_a_second_call_only_when_it_is_used(guidance, calls):
+    model = CountingModel()
+    DiffusionProcess().sample(model, 4, 2, sampler="ddim", steps=5, y=3, guidance=guidance, seed=0)
+    assert len(model.calls) == calls
+
+
+def test_guidance_pushes_away_from_the_answer_without_a_class():
+    diffusion = DiffusionProcess(objective="x0")
+    model = lambda x, t, y: (y.float() * 0.1).view(-1, 1, 1, 1).expand_as(x)       # noqa: E731
+    x_t, y = torch.zeros(2, 1, 4, 4), torch.tensor([2, 4])
+    for g in (0.0, 1.0, 2.0):
+        want = -0.1 + g * (0.1 * y.float() + 0.1)
+        got = diffusion.predict_x0(model, x_t, 5, y, guidance=g)
+        torch.testing.assert_close(got[:, 0, 0, 0], want)
+    with pytest.raises(ValueError):
+        diffusion.predict_x0(model, x_t, 5, guidance=2.0)
+
+
+def test_the_trajectory_ends_with_the_sample_and_names_its_own_levels():
+    diffusion, x_T = DiffusionProcess(), torch.randn(2, 1, 8, 8)
+    items = list(diffusion.trajectory(GaussianModel(diffusion), x_T, sampler="ddpm", steps=7, seed=5))
+    assert [t for t, _, _ in items] == diffusion.timesteps(7)[1:]
+    picture = diffusion.sample(GaussianModel(diffusion), x_T=x_T, sampler="ddpm", steps=7, seed=5)
+    assert torch.equal(items[-1][1], picture)
+
+
+# ---- Randomness
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_image_i_of_a_seed_is_the_same_in_batches_of_4_and_64(sampler, tiny_model):
+    diffusion = DiffusionProcess(50)
+    settings = dict(image_size=16, seed=7, sampler=sampler, steps=10)
+    many = diffusion.sample(tiny_model, batch_size=64, **settings)
+    few = torch.cat([diffusion.sample(tiny_model, batch_size=4, first_index=i, **settings)
+                     for i in range(0, 64, 4)])
+    torch.testing.assert_close(few, many, atol=1e-3, rtol=0)
+    shuffled = diffusion.sample(tiny_model, batch_size=64, **{**settings, "seed": 8})
+    assert (shuffled - many).abs().mean() > 0.01
+
+
+def test_noise_belongs_to_seed_image_and_step_bit_for_bit():
+    many = seeded_noise(7, range(64), 3, (1, 28, 28))
+    few = torch.cat([seeded_noise(7, range(i, i + 4), 3, (1, 28, 28)) for i in range(0, 64, 4)])
+    assert torch.equal(many, few)
+    assert not torch.equal(many, seeded_noise(8, range(64), 3, (1, 28, 28)))
+    assert not torch.equal(many, seeded_noise(7, range(64), 4, (1, 28, 28)))
+    assert len({float(row[0, 0, 0]) for row in many}) == 64             # no two images share theirs
+    assert float(many.mean()) == pytest.approx(0, abs=0.02)
+    assert float(many.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_sampling_leaves_the_global_generator_alone():
+    diffusion = DiffusionProcess(10)
+    torch.manual_seed(0)
+    want = torch.randn(3)
+    torch.manual_seed(0)
+    for sampler in SAMPLERS:
+        diffusion.sample(CountingModel(), 4, 2, sampler=sampler)
+    assert torch.equal(torch.randn(3), want)
+
+
+def test_without_a_seed_pictures_differ():
+    diffusion = DiffusionProcess(10)
+    draw = lambda: diffusion.sample(GaussianModel(diffusion), 4, 2)     # noqa: E731
+    assert not torch.equal(draw(), draw())
+
+
+def test_sampling_switches_dropout_off_and_back_on():
+    model = torch.nn.Dropout(0.5)
+    seen = []
+    wrapped = torch.nn.Module()
+    wrapped.dropout = model
+    wrapped.forward = lambda x, t, y=None: seen.append(model.training) or x
+    wrapped.train()
+    DiffusionProcess(5).sample(wrapped, 4, 1)
+    assert seen == [False] * 5 and model.training

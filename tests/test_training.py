@@ -1,0 +1,297 @@
+"""Training, EMA, checkpoints, and using the parts from Python as the documents show it."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
+
+import train as train_module
+from checkpoint import load_checkpoint, save_checkpoint
+from data import Batches, to_signed
+from diffusion import DiffusionProcess
+from models import create_model
+from sample import generate, load_model
+from train import measure_seconds, sample_images, train, train_epoch
+from utils import EMA, get_precision, get_timesteps, moving_average, seed_step
+
+TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32")
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Make every data set 64 synthetic digits of 16x16 pixels, so that a run takes a second."""
+    import data
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 64)
+    return dict(dataset_name="synthetic_digits", image_size=16)
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- The loop
+
+def test_the_documented_use_from_python_works(data_dir, tmp_path):
+    """A DataLoader of torchvision, the five-argument train_epoch, diffusion.sample(model)."""
+    transform = torchvision.transforms.Compose([
+        torchvision.transforms.ToTensor(), torchvision.transforms.Normalize((0.5,), (0.5,))])
+    dataset = torchvision.datasets.MNIST(data_dir, train=True, transform=transform, download=False)
+    dataloader = DataLoader(torch.utils.data.Subset(dataset, range(256)), batch_size=32, shuffle=True)
+    diffusion, model = DiffusionProcess(), create_model(base_channels=8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    before = weights(model)
+    losses = [train_epoch(model, dataloader, optimizer, diffusion, torch.device("cpu")) for _ in range(3)]
+    assert losses[2] < losses[0] < 1.5 and not equal(before, weights(model))
+    assert sample_images(model, diffusion, torch.device("cpu"), num_images=2).shape == (2, 1, 28, 28)
+    images = diffusion.sample(model, batch_size=2)
+    assert images.shape == (2, 1, 28, 28) and images.abs().max() <= 1
+
+
+def test_training_on_one_batch_drives_the_loss_down():
+    torch.manual_seed(0)
+    x_0 = (torch.rand(16, 1, 8, 8) > 0.5).float() * 2 - 1
+    loader = DataLoader(TensorDataset(x_0.repeat(50, 1, 1, 1), torch.zeros(800).long()), batch_size=16)
+    model, losses = create_model(base_channels=16), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for epoch in range(2):
+        train_epoch(model, loader, optimizer, DiffusionProcess(), "cpu", seed=epoch, losses=losses)
+    assert losses[0] > 0.9 and sum(losses[-20:]) / 20 < 0.4 * losses[0]
+
+
+def test_train_epoch_returns_the_mean_and_the_loss_of_each_step(tiny_model):
+    losses = []
+    mean = train_epoch(tiny_model, Batches(torch.zeros(70, 1, 8, 8, dtype=torch.uint8), batch_size=16),
+                       torch.optim.SGD(tiny_model.parameters(), lr=0.0), DiffusionProcess(), "cpu",
+                       losses=losses)
+    assert len(losses) == 4 and mean == pytest.approx(sum(losses) / 4)
+
+
+def test_max_steps_stops_early(tiny_model):
+    losses = []
+    train_epoch(tiny_model, Batches(torch.zeros(64, 1, 8, 8, dtype=torch.uint8), batch_size=8),
+                torch.optim.SGD(tiny_model.parameters(), lr=0.0), DiffusionProcess(), "cpu",
+                losses=losses, max_steps=3)
+    assert len(losses) == 3
+
+
+def test_gradient_clipping_bounds_the_step(tiny_model):
+    """With plain SGD at rate 1, a step is as long as the clipped gradient."""
+    before = weights(tiny_model)
+    batch = Batches(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), batch_size=8)
+    train_epoch(tiny_model, batch, torch.optim.SGD(tiny_model.parameters(), lr=1.0), DiffusionProcess(),
+                "cpu", grad_clip=0.01)
+    length = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(before, weights(tiny_model))))
+    assert length == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_step_follows_from_seed_and_step_alone():
+    draws = []
+    for seed, step in ((0, 5), (0, 5), (0, 6), (1, 5)):
+        seed_step(seed, step)
+        draws.append(torch.randn(4).tolist())
+    assert draws[0] == draws[1] and draws[0] != draws[2] and draws[0] != draws[3]
+
+
+def test_get_timesteps_covers_the_range():
+    t = get_timesteps(20_000, 10, "cpu")
+    assert t.dtype == torch.int64 and set(t.tolist()) == set(range(10))
+
+
+def test_bf16_training_stays_close_to_float32(few_digits, tmp_path):
+    settings = dict(**few_digits, **{**TINY, "precision": "bf16"}, steps=4)
+    _, _, low = train(output_dir=tmp_path / "a", **settings)
+    _, _, high = train(output_dir=tmp_path / "b", **{**settings, "precision": "float32"})
+    assert low != high and low == pytest.approx(high, rel=0.03)
+
+
+# ---- EMA
+
+def test_ema_equals_torchs_averaged_model():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+
+    def warm(average, value, n):                       # torch copies the weights first, and counts that
+        decay = min(0.9, (1 + n - 1) / (10 + n - 1))
+        return decay * average + (1 - decay) * value
+
+    ema, reference = EMA(model, decay=0.9), AveragedModel(model, avg_fn=warm)
+    reference.update_parameters(model)
+    for _ in range(200):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        ema.update(model)
+        reference.update_parameters(model)
+    for a, b in zip(ema.model.parameters(), reference.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_ema_forgets_the_initial_weights_within_the_warm_up():
+    """After n warm-up updates the initial weights' share is the product of (1 + k) / (10 + k)."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    ema = EMA(model, decay=0.9995)
+    torch.nn.init.zeros_(model.weight)
+    share = 1.0
+    for k in range(30):
+        ema.update(model)
+        share *= (1 + k) / (10 + k)
+        assert float(ema.model.weight) == pytest.approx(share, rel=1e-4)
+    assert share < 1e-7
+
+
+def test_ema_copies_buffers_and_takes_no_gradient():
+    model = torch.nn.BatchNorm1d(2)
+    ema = EMA(model)
+    model.running_mean += 5
+    ema.update(model)
+    assert torch.equal(ema.model.running_mean, model.running_mean)
+    assert not any(p.requires_grad for p in ema.model.parameters())
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
+def test_an_impossible_decay_is_refused(decay):
+    with pytest.raises(ValueError):
+        EMA(torch.nn.Linear(1, 1), decay)
+
+
+# ---- A run
+
+def test_a_run_writes_what_it_promises_and_the_checkpoint_alone_suffices(few_digits, tmp_path, capsys):
+    _, ema, losses = train(**few_digits, **TINY, num_epochs=6, output_dir=tmp_path)
+    names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert names == {*(f"samples/epoch_{k:03d}.png" for k in range(1, 7)), "training_loss.png",
+                     "checkpoints/model_epoch_005.pt", "model_final.pt"}
+    assert len(losses) == 6 * 4
+    out = capsys.readouterr().out
+    assert "device: cpu" in out and "precision: float32" in out and "about" in out
+
+    model, diffusion, data = load_model(tmp_path / "model_final.pt")
+    assert data["name"] == "synthetic_digits" and data["image_size"] == 16 and len(data["classes"]) == 10
+    assert equal(weights(model), weights(ema))                          # samples come from the EMA
+    images, _ = generate(model, diffusion, 3, 16, steps=5)
+    assert images.shape == (3, 1, 16, 16)
+    assert not equal(weights(load_model(tmp_path / "model_final.pt", ema=False)[0]), weights(model))
+
+
+def test_the_same_seed_trains_the_same_model(few_digits, tmp_path):
+    runs = [weights(train(**few_digits, **TINY, steps=6, seed=s, output_dir=tmp_path)[0]) for s in (3, 3, 4)]
+    assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
+
+
+def test_drawing_samples_and_measuring_the_speed_change_no_weight(few_digits, tmp_path, monkeypatch):
+    """A picture drawn from the global generator would shift every later step."""
+    settings = dict(**few_digits, **TINY, num_epochs=3, output_dir=tmp_path)
+    with_pictures = weights(train(**settings)[0])
+    blank = torch.zeros(64, 1, 16, 16)
+    monkeypatch.setattr(train_module, "sample_images", lambda *a, **k: blank)
+    monkeypatch.setattr(train_module, "measure_seconds", lambda *a, **k: (1.0, 1.0))
+    assert equal(with_pictures, weights(train(**settings)[0]))
+
+
+def test_measuring_changes_neither_model_nor_data(tiny_model):
+    before, batch = weights(tiny_model), (torch.zeros(4, 1, 8, 8), torch.zeros(4).long())
+    step, pictures = measure_seconds(tiny_model, batch, DiffusionProcess(), torch.device("cpu"),
+                                     torch.float32, 8, num_images=2)
+    assert equal(before, weights(tiny_model)) and step > 0 and pictures > 0
+    assert all(p.grad is None for p in tiny_model.parameters())
+
+
+def test_a_diverging_run_stops_and_says_so(few_digits, tmp_path):
+    with pytest.raises(ValueError, match="loss became"):
+        train(**few_digits, **TINY, num_epochs=2, learning_rate=1e30, output_dir=tmp_path)
+    assert not (tmp_path / "model_final.pt").exists()
+
+
+# ---- Batches
+
+def test_an_epoch_of_60000_images_in_batches_of_128_is_468_steps():
+    batches = Batches(torch.zeros(60_000, 1, 1, 1, dtype=torch.uint8), batch_size=128)
+    assert len(batches) == 468 and sum(1 for _ in batches) == 468
+
+
+def test_an_epoch_shows_each_image_once_with_its_label_in_an_order_of_its_own():
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+    batches = Batches(images, torch.arange(40), batch_size=8, seed=1)
+    orders = []
+    for epoch in (1, 1, 2):
+        batches.epoch = epoch
+        x, y = (torch.cat(parts) for parts in zip(*batches))
+        assert torch.equal(x, to_signed(images[y])) and sorted(y.tolist()) == list(range(40))
+        orders.append(y.tolist())
+    assert orders[0] == orders[1] != orders[2]
+    other = Batches(images, torch.arange(40), batch_size=8, seed=2)
+    other.epoch = 1
+    assert torch.cat([y for _, y in other]).tolist() != orders[0]
+
+
+def test_a_set_smaller_than_one_batch_is_one_batch():
+    assert [len(x) for x, _ in Batches(torch.zeros(5, 1, 4, 4, dtype=torch.uint8), batch_size=8)] == [5]
+
+
+def test_pixels_are_centred_on_zero():
+    assert to_signed(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+    assert float(to_signed(torch.arange(256).to(torch.uint8)).mean()) == pytest.approx(0, abs=1e-6)
+
+
+# ---- Checkpoints
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    entries = {"a": torch.randn(3, 4), "b": {"c": [1, 2.5, None, "x", True]},
+               "d": torch.ones(2, dtype=torch.bfloat16), "e": {0: torch.tensor(7)}}
+    save_checkpoint(tmp_path / "x.pt", entries)
+    loaded = load_checkpoint(tmp_path / "x.pt")
+    assert torch.equal(loaded["a"], entries["a"]) and loaded["b"] == entries["b"]
+    assert loaded["d"].dtype == torch.bfloat16 and int(loaded["e"][0]) == 7
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_flipped_bit_never_goes_unnoticed(tmp_path):
+    """Flips one bit at 60 places: either the file still holds the very same values, or it is refused."""
+    entries = {"w": torch.arange(300.0), "n": 12345, "name": "abc"}
+    save_checkpoint(tmp_path / "x.pt", entries)
+    good = (tmp_path / "x.pt").read_bytes()
+    for place in range(3, len(good), len(good) // 60):
+        (tmp_path / "x.pt").write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1:])
+        try:
+            loaded = load_checkpoint(tmp_path / "x.pt")
+        except ValueError:
+            continue
+        assert torch.equal(loaded["w"], entries["w"]) and loaded["n"] == 12345 and loaded["name"] == "abc"
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "x.pt", {"n": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("utils.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "x.pt", {"n": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "x.pt")["n"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+# ---- Small things
+
+def test_precision_is_chosen_or_taken_as_asked():
+    cpu = torch.device("cpu")
+    assert get_precision("auto", cpu)[0] in (torch.float32, torch.bfloat16)
+    assert get_precision("bf16", cpu)[0] is torch.bfloat16
+    assert get_precision("float32", cpu)[0] is torch.float32
+    with pytest.raises(ValueError):
+        get_precision("int8", cpu)
+
+
+def test_moving_average_equals_a_loop():
+    values = [5.0, 1.0, 4.0, 2.0, 8.0]
+    want = [sum(values[max(0, k - 2):k + 1]) / len(values[max(0, k - 2):k + 1]) for k in range(5)]
+    assert moving_average(values, 3).tolist() == pytest.approx(want)
