@@ -229,6 +229,8 @@ class Batches:
     """
 
     def __init__(self, images, labels=None, batch_size=128, seed=0):
+        if batch_size < 1 or not len(images):
+            raise ValueError(f"need at least 1 image and a batch of at least 1, got {len(images)} and {batch_size}")
         self.images = images
         self.labels = torch.full((len(images),), -1) if labels is None else labels
         self.batch_size = min(batch_size, len(images))

@@ -200,7 +200,8 @@ class DiffusionProcess:
     def _model_output(self, model, x_t, t, y, guidance):
         """The model's output, pushed away from what it says without a class (Ho & Salimans 2022, eq. 6).
 
-        guidance 1 is the conditional model and 0 the unconditional one; each costs one call.
+        guidance 1 is the conditional model and 0 the unconditional one; each costs one call. (The
+        paper counts from zero: its w is guidance - 1.)
         """
         if y is None and guidance not in (0, 1):
             raise ValueError(f"guidance={guidance} needs class labels y to guide towards")
@@ -218,7 +219,7 @@ class DiffusionProcess:
         Computed in float32 even if the model ran in bfloat16: at high t it divides by a small number.
         """
         dtype = torch.promote_types(x_t.dtype, torch.float32)
-        t = torch.full((len(x_t),), t, device=x_t.device) if isinstance(t, int) else t
+        t = t if torch.is_tensor(t) else torch.full((len(x_t),), int(t), device=x_t.device)
         out = self._model_output(model, x_t, t, y, guidance).to(dtype)
         signal_weight, noise_weight = self._weights(t)
         if self.objective == "eps":
@@ -247,10 +248,11 @@ class DiffusionProcess:
         t; default t - 1; -1 is clean.  noise: like x_t, drawn if needed.
         Returns (x_prev, x_0 estimate).  Raises ValueError if t_prev >= t or eta is outside [0, 1].
         """
-        if not isinstance(t, int):
+        if torch.is_tensor(t):
             if (t != t.flatten()[0]).any():
                 raise ValueError("reverse_diffusion_step takes one t for the whole batch")
-            t = int(t.flatten()[0])
+            t = t.flatten()[0]
+        t = int(t)
         t_prev = t - 1 if t_prev is None else int(t_prev)
         if not -1 <= t_prev < t < self.num_timesteps:
             raise ValueError(f"need -1 <= t_prev < t < {self.num_timesteps}, got t={t}, t_prev={t_prev}")

@@ -143,7 +143,7 @@ def main(argv=None):
     add = parser.add
     add("--checkpoint", "a file written by train.py", "outputs/model_final.pt")
     add("--num_images", "how many", 64, type=positive_int)
-    add("--seed", "image i of a seed is always the same", 0, type=seed_number)
+    add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42, type=seed_number)
     add("--sampler", "how to step down", "ddim", choices=sorted(SAMPLERS))
     add("--steps", "model calls; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)

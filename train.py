@@ -28,7 +28,7 @@ from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_
 CHECKPOINT_EPOCHS = 5
 
 
-def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=0.0):
+def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None):
     """One update: noise a batch, compare the model's prediction with the truth, step downhill."""
     t = get_timesteps(len(x_0), diffusion.num_timesteps, x_0.device)
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -42,11 +42,11 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
 
 
 def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, precision=torch.float32,
-                grad_clip=0.0, seed=None, first_step=0, max_steps=None, losses=None, title="training"):
+                grad_clip=None, seed=None, first_step=0, max_steps=None, losses=None, title="training"):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
     dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
-    ema:         an EMA to update after each step.     grad_clip: the largest gradient norm; 0 is off.
+    ema:         an EMA to update after each step.     grad_clip: the largest gradient norm.
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
     first_step:  how many steps the run has behind it.   max_steps: stop after so many.
     losses:      a list that the loss of each step is appended to.
@@ -54,6 +54,7 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, pr
     model.train()
     epoch_losses = []       # kept on the device: reading a number there would make it wait
     steps = min(len(dataloader), max_steps or len(dataloader))
+    start = time.perf_counter()
     bar = tqdm(itertools.islice(dataloader, steps), total=steps, desc=title, unit="step")
     for k, (x_0, y) in enumerate(bar):
         if seed is not None:
@@ -63,7 +64,7 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, pr
             ema.update(model)
         epoch_losses.append(loss)
         if k % 10 == 9 or k == steps - 1:
-            rate = (k + 1) * len(x_0) / bar.format_dict["elapsed"]
+            rate = (k + 1) * len(x_0) / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss.item():.4f}, {rate:.0f} images/s")
     epoch_losses = torch.stack(epoch_losses).tolist()
     if losses is not None:
@@ -101,9 +102,18 @@ def measure_seconds(model, batch, diffusion, device, precision, image_size, num_
     return sorted(times[1:])[1], one_call * (len(diffusion.sampling_levels("ddim")) - 1)
 
 
+def print_cost(model, batches, diffusion, device, precision, image_size, total_steps, num_epochs):
+    """Say before the training how long it will take here."""
+    step, pictures = measure_seconds(model, next(iter(batches)), diffusion, device, precision, image_size)
+    print(f"cost: an epoch is {len(batches)} steps of {batches.batch_size} images, about "
+          f"{format_seconds(len(batches) * step)} here ({batches.batch_size / step:.0f} images/s); the whole "
+          f"run of {total_steps} steps about {format_seconds(total_steps * step + num_epochs * pictures)}, "
+          f"with {format_seconds(pictures)} for the pictures of each epoch", flush=True)
+
+
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None,
           timesteps=1000, schedule="linear", objective="eps", base_channels=64, image_size=None,
-          grad_clip=0.0, grad_checkpoint=False, ema_decay=0.9995, seed=0, data_dir="data",
+          grad_clip=None, grad_checkpoint=False, ema_decay=0.9995, seed=0, data_dir="data",
           output_dir="outputs", device="auto", precision="auto"):
     """Train from nothing and write pictures, checkpoints and the loss plot; main() documents the settings.
 
@@ -111,7 +121,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     fall back on.  steps: optimizer steps, instead of num_epochs.
     Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders.
     """
-    # Everything that can be wrong is found before anything long begins.
+    # What can be wrong is found before the training begins.
     diffusion = DiffusionProcess(timesteps, schedule, objective)
     device_name, device = device, get_device(device)
     precision, precision_reason = get_precision(precision, device)
@@ -121,6 +131,9 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     else:
         images, labels = get_dataset(dataset_name, data_dir, image_size=image_size)
     channels, image_size = images.shape[1], images.shape[-1]
+    if image_size % 4:
+        raise ValueError(f"the images are {image_size}x{image_size} pixels, and the U-Net needs a multiple of "
+                         f"4: give --image_size {image_size // 4 * 4 + 4}, for instance")
     batches = Batches(images, labels, batch_size, seed)
     if steps is not None:
         num_epochs = math.ceil(steps / len(batches))
@@ -137,13 +150,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     print(f"precision: {precision_reason}; samples are drawn in float32")
     print(f"data: {dataset_name}, {len(images)} images of {channels}x{image_size}x{image_size}; "
           f"model: {count_parameters(model):,} parameters")
-    step_seconds, sample_seconds = measure_seconds(
-        model, next(iter(batches)), diffusion, device, precision, image_size)
-    print(f"cost: an epoch is {len(batches)} steps of {batches.batch_size} images, about "
-          f"{format_seconds(len(batches) * step_seconds)} here "
-          f"({batches.batch_size / step_seconds:.0f} images/s); the whole run of {total_steps} steps "
-          f"about {format_seconds(total_steps * step_seconds + num_epochs * sample_seconds)}, "
-          f"with {format_seconds(sample_seconds)} for the pictures of each epoch", flush=True)
+    print_cost(model, batches, diffusion, device, precision, image_size, total_steps, num_epochs)
 
     def save(path, epoch):
         save_checkpoint(path, {
@@ -193,7 +200,7 @@ def main(argv=None):
     add("--objective", "what the model predicts", "eps", choices=OBJECTIVES)
     add("--base_channels", "width of the U-Net: 32 is small, 128 for quality", 64, type=positive_int)
     add("--image_size", "resize to this many pixels, a multiple of 4", type=positive_int)
-    add("--grad_clip", "largest gradient norm; off unless given", 0.0, type=positive_float)
+    add("--grad_clip", "largest gradient norm; off unless given", type=positive_float)
     add("--grad_checkpoint", "less memory, about a third slower", False, action="store_true")
     add("--ema_decay", "averaging of the weights for samples; 0 is off", 0.9995, type=fraction)
     add("--seed", "the same seed trains the same model", 0, type=seed_number)

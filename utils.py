@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose help states every default."""
 
     def add(self, flag, help, default=None, **settings):
-        if default not in (None, 0.0, False):
+        if default is not None and default is not False:
             help += f" (default: {default})"
         self.add_argument(flag, help=help, default=default, **settings)
 
@@ -153,11 +153,11 @@ def get_precision(name, device):
         return PRECISIONS[name], f"{name} (as asked)"
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
+    elif device.type == "mps":
+        return torch.float32, "float32 (bf16 is not tried on Apple GPUs unless asked for)"
+    else:
         features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         native = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
-    else:
-        native = False
     if native:
         return torch.bfloat16, "bf16 autocast (the device has bfloat16 instructions)"
     return torch.float32, "float32 (the device has no bfloat16 instructions)"
@@ -183,7 +183,7 @@ def count_parameters(model):
 
 
 class EMA:
-    """A running average of a model's weights; samples come from it (Ho et al. 2020, section 4).
+    """A running average of a model's weights; samples come from it (Ho et al. 2020, appendix B).
 
     After n updates the next one keeps min(decay, (1 + n) / (10 + n)) of the average. A fixed 0.9995
     from the start would still hold a good part of the random initial weights after 2,000 steps.
@@ -291,10 +291,10 @@ def save_strip(rows, column_labels, path, row_labels=None, title=None):
 
 
 def moving_average(values, window):
-    """The mean of the last `window` values at each point (of fewer, at the start)."""
+    """The mean of the last `window` values at each point; at the start, of the later half of all so far."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
+    starts = np.maximum(ends - window, ends // 2)
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 

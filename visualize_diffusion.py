@@ -23,7 +23,7 @@ def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0)
     x_0 = to_signed(images)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     columns = [diffusion.forward_diffusion(x_0, torch.full((len(x_0),), t), noise)[0] for t in timesteps]
-    share = [f"t = {t}\n" + rf"$\bar\alpha$ = {diffusion.alpha_bar[t]:.2g}" for t in timesteps]
+    share = [f"t = {t}\n" + rf"$\bar\alpha$ {diffusion.alpha_bar[t]:.4f}" for t in timesteps]
     save_strip(torch.stack(columns, dim=1), share, path)
 
 

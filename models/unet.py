@@ -102,7 +102,7 @@ class SimpleUNet(nn.Module):
         # Row 0 is "no class" (y = -1), rows 1.. are the classes.
         self.class_emb = nn.Embedding(num_classes + 1, time_emb_dim) if num_classes else None
 
-        # A GroupNorm cannot stand first: an image has 1 or 3 channels. So convolve first.
+        # Every block ends in a norm over 8 groups of channels, and an image has 1 or 3: convolve first.
         self.conv_in = nn.Conv2d(image_channels, b, 3, padding=1)
         self.down1 = DownBlock(b, b, time_emb_dim)
         self.down2 = DownBlock(b, 2 * b, time_emb_dim)

@@ -292,6 +292,6 @@ def test_precision_is_chosen_or_taken_as_asked():
 
 
 def test_moving_average_equals_a_loop():
-    values = [5.0, 1.0, 4.0, 2.0, 8.0]
-    want = [sum(values[max(0, k - 2):k + 1]) / len(values[max(0, k - 2):k + 1]) for k in range(5)]
-    assert moving_average(values, 3).tolist() == pytest.approx(want)
+    values = [5.0, 1.0, 4.0, 2.0, 8.0, 3.0, 9.0]
+    parts = [[5], [1], [1, 4], [4, 2], [4, 2, 8], [2, 8, 3], [8, 3, 9]]     # of 5: the last 3, not 2
+    assert moving_average(values, 3).tolist() == pytest.approx([sum(p) / len(p) for p in parts])
