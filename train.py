@@ -19,7 +19,7 @@ from tqdm import tqdm
 from checkpoint import save_checkpoint
 from data import DATASETS, Batches, class_names, get_dataset, get_default_dataset
 from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess
-from models import create_model
+from models import MODELS, create_model
 from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device, format_seconds,
                    fraction, get_device, get_precision, get_timesteps, make_output_dir, plot_losses,
                    positive_float, positive_int, save_images, seed_number, seed_step,
@@ -112,7 +112,7 @@ def print_cost(model, batches, diffusion, device, precision, image_size, total_s
 
 
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None,
-          timesteps=1000, schedule="linear", objective="eps", base_channels=64, image_size=None,
+          timesteps=1000, schedule="linear", objective="eps", model="simple", base_channels=64, image_size=None,
           grad_clip=None, grad_checkpoint=False, ema_decay=0.9995, seed=0, data_dir="data",
           output_dir="outputs", device="auto", precision="auto"):
     """Train from nothing and write pictures, checkpoints and the loss plot; main() documents the settings.
@@ -140,8 +140,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     total_steps = steps or num_epochs * len(batches)
 
     torch.manual_seed(seed)                                             # the initial weights
-    model_config = dict(image_channels=channels, base_channels=base_channels)
-    model = create_model("simple", **model_config, grad_checkpoint=grad_checkpoint).to(device)
+    model_name, model_config = model, dict(image_channels=channels, base_channels=base_channels)
+    model = create_model(model_name, **model_config, grad_checkpoint=grad_checkpoint).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     ema = EMA(model, ema_decay)
     losses = []
@@ -154,7 +154,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
 
     def save(path, epoch):
         save_checkpoint(path, {
-            "model_name": "simple", "model_config": model_config, "diffusion_config": diffusion.config,
+            "model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
             "data": {"name": str(dataset_name), "image_size": image_size, "channels": channels,
                      "classes": class_names(dataset_name)},
             "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
@@ -198,6 +198,8 @@ def main(argv=None):
     add("--timesteps", "number of noise levels T", 1000, type=positive_int)
     add("--schedule", "how alpha_bar falls", "linear", choices=sorted(SCHEDULES))
     add("--objective", "what the model predicts", "eps", choices=OBJECTIVES)
+    add("--model", "simple is small; attention has residual blocks and self-attention, 12 M parameters",
+        "simple", choices=sorted(MODELS))
     add("--base_channels", "width of the U-Net: 32 is small, 128 for quality", 64, type=positive_int)
     add("--image_size", "resize to this many pixels, a multiple of 4", type=positive_int)
     add("--grad_clip", "largest gradient norm; off unless given", type=positive_float)

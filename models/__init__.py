@@ -1,8 +1,9 @@
 """Networks. A model is any callable `model(x_t, t, y=None)` that returns a tensor shaped like x_t."""
 
+from models.attention_unet import AttentionUNet
 from models.unet import SimpleUNet
 
-MODELS = {"simple": SimpleUNet}
+MODELS = {"simple": SimpleUNet, "attention": AttentionUNet}
 
 
 def create_model(name="simple", **config):

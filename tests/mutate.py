@@ -70,7 +70,7 @@ EDITS = [
     Edit("skip zeroed", "models/unet.py",
          "torch.cat([x, skip], dim=1)", "torch.cat([x, torch.zeros_like(skip)], dim=1)", "unet"),
     Edit("time ignored", "models/unet.py",
-         "x = x + self.time(t_emb)", "x = x + 0 * self.time(t_emb)", "unet"),
+         "+ self.time(t_emb)[", "+ 0 * self.time(t_emb)[", "unet"),
     Edit("time embedding halved", "models/unet.py",
          "torch.cat([angles.sin(), angles.cos()], dim=1)", "torch.cat([angles.sin(), angles.sin()], dim=1)",
          "unet"),

@@ -99,6 +99,23 @@ def test_the_output_depends_on_the_class_and_no_class_is_minus_one():
         model(x, t, torch.tensor([3]))
 
 
+def test_the_output_is_a_correction_to_the_input(tiny_model):
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
+    for p in tiny_model.conv_out.parameters():
+        torch.nn.init.zeros_(p)
+    assert torch.equal(tiny_model(x, t), x)
+
+
+def test_the_time_shifts_channels_ahead_of_the_activation():
+    """With a shift far below zero, SiLU closes every channel of the first half of the block."""
+    block = DownBlock(8, 8, 4)
+    torch.nn.init.constant_(block.time.bias, -100.0)
+    torch.nn.init.zeros_(block.time.weight)
+    x = torch.randn(3, 8, 6, 6)
+    same = block(x, torch.randn(3, 4))
+    torch.testing.assert_close(same, block(torch.zeros_like(x), torch.zeros(3, 4)))
+
+
 @pytest.mark.parametrize("block", ["up1", "up2"])
 def test_cutting_a_skip_changes_the_output(tiny_model, block):
     x, t = torch.randn(1, 1, 16, 16), torch.tensor([50])

@@ -1,0 +1,176 @@
+"""The second network: residual blocks and self-attention, for 32x32 and 64x64 pictures in colour.
+
+The plan is SimpleUNet's: down, bottleneck, up, with a skip at each level. What is new lets it grow deep:
+
+    residual blocks       learn a correction to their input, so that many of them can stand in a row
+    self-attention        every position looks at every other: cloth repeats itself across the picture
+    strided convolutions  learn how to halve the resolution; up again by copying pixels and a convolution
+
+One class, grown by numbers. `multipliers` gives the channels of each level in units of base_channels.
+
+    AttentionUNet()                                                # 12,356,161 parameters, 64x64 grey
+    AttentionUNet(3, multipliers=(1, 2, 4, 8), num_blocks=1, attention_levels=(2, 3))   # 34 M, colour
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models.unet import TimeEmbedding
+
+ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class ResBlock(nn.Module):
+    """Norm, activation, convolution, twice, told the time in between, added to the input (He et al. 2016).
+
+    x: [B, in_channels, H, W], t_emb: [B, time_emb_dim] -> [B, out_channels, H, W]
+    """
+
+    def __init__(self, in_channels, out_channels, time_emb_dim, dropout=0.0, groups=32, activation="silu"):
+        super().__init__()
+        act = ACTIVATIONS[activation]
+        self.conv1 = nn.Sequential(nn.GroupNorm(groups, in_channels), act(),
+                                   nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.time = nn.Sequential(act(), nn.Linear(time_emb_dim, out_channels))
+        self.conv2 = nn.Sequential(nn.GroupNorm(groups, out_channels), act(), nn.Dropout(dropout),
+                                   nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = (nn.Identity() if in_channels == out_channels
+                         else nn.Conv2d(in_channels, out_channels, 1))
+
+    def forward(self, x, t_emb):
+        h = self.conv1(x) + self.time(t_emb)[:, :, None, None]
+        return self.shortcut(x) + self.conv2(h)
+
+
+class SelfAttention(nn.Module):
+    """Every position asks all others for what it needs (Vaswani et al. 2017, eq. 1), added to the input.
+
+    x: [B, C, H, W] -> [B, C, H, W].  heads must divide C.
+    Set `record = True` to keep the weights of the last call in `weights`, [B, heads, H*W, H*W]: row i
+    says where position i looked. Slower; for figures only.
+    """
+
+    def __init__(self, channels, heads=4, groups=32):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        self.record, self.weights = False, None
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)                       # each [B, heads, H*W, C/heads]
+        if self.record:
+            self.weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+            h = self.weights @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, and attention after them where the level has it."""
+
+    def __init__(self, channels_in, channels_out, num_blocks, attention, heads, **block):
+        super().__init__()
+        sizes = [channels_in] + [channels_out] * num_blocks
+        self.blocks = nn.ModuleList(ResBlock(i, o, **block) for i, o in zip(sizes, sizes[1:]))
+        self.attention = SelfAttention(channels_out, heads, block["groups"]) if attention else nn.Identity()
+
+    def forward(self, x, t_emb):
+        for block in self.blocks:
+            x = block(x, t_emb)
+        return self.attention(x)
+
+
+class AttentionUNet(nn.Module):
+    """Predicts a tensor like x_t from (x_t, t, y), like SimpleUNet, and grows by numbers.
+
+    image_channels:    1 for grey, 3 for colour.
+    base_channels, multipliers: level k works with base_channels * multipliers[k] channels, at 1 / 2^k of
+                       the resolution; height and width must be multiples of 2^(levels - 1).
+    num_blocks:        residual blocks at each level.   attention_levels: which levels attend (0 = top).
+    heads, groups:     of the attention and of the norms; both must divide the channels.
+    time_emb_dim:      length of the time embedding; its network has four times as many hidden units.
+    dropout:           share of values dropped in each block while training.
+    activation:        a key of ACTIVATIONS.
+    num_classes:       None, or the number of classes that y may name; without it y is ignored.
+    grad_checkpoint:   recompute each level in the backward pass: less memory, about a third slower.
+    Raises ValueError for numbers that do not fit together.
+    """
+
+    def __init__(self, image_channels=1, base_channels=64, multipliers=(1, 2, 4), num_blocks=2,
+                 attention_levels=(1, 2), heads=4, groups=32, time_emb_dim=256, dropout=0.0,
+                 activation="silu", num_classes=None, grad_checkpoint=False):
+        super().__init__()
+        channels = [base_channels * m for m in multipliers]
+        if any(c < 1 or c % groups or c % heads for c in channels):
+            raise ValueError(f"channels {channels} must be multiples of groups={groups} and heads={heads}")
+        if not set(attention_levels) <= set(range(len(channels))):
+            raise ValueError(f"attention_levels {attention_levels} must lie in 0..{len(channels) - 1}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; choose from {sorted(ACTIVATIONS)}")
+        self.image_channels = image_channels
+        self.num_classes = num_classes
+        self.grad_checkpoint = grad_checkpoint
+        self.multiple = 2 ** (len(channels) - 1)
+
+        self.time_mlp = nn.Sequential(
+            TimeEmbedding(time_emb_dim),
+            nn.Linear(time_emb_dim, 4 * time_emb_dim),
+            nn.SiLU(),
+            nn.Linear(4 * time_emb_dim, time_emb_dim),
+        )
+        # Row 0 is "no class" (y = -1), rows 1.. are the classes.
+        self.class_emb = nn.Embedding(num_classes + 1, time_emb_dim) if num_classes else None
+
+        block = dict(time_emb_dim=time_emb_dim, dropout=dropout, groups=groups, activation=activation)
+        attends = [level in attention_levels for level in range(len(channels))]
+        inputs = [base_channels, *channels[:-1]]
+        self.conv_in = nn.Conv2d(image_channels, base_channels, 3, padding=1)
+        self.down = nn.ModuleList(Level(i, o, num_blocks, attend, heads, **block)
+                                  for i, o, attend in zip(inputs, channels, attends))
+        self.shrink = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2, padding=1) for c in channels[:-1])
+        self.bottleneck1 = Level(channels[-1], channels[-1], 1, True, heads, **block)
+        self.bottleneck2 = Level(channels[-1], channels[-1], 1, False, heads, **block)
+        # From the bottom up: the level below and the skip lie side by side.
+        below = [*channels[1:], channels[-1]]
+        self.up = nn.ModuleList(Level(b + c, c, num_blocks, attend, heads, **block)
+                                for b, c, attend in reversed(list(zip(below, channels, attends))))
+        self.grow = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in reversed(channels[1:]))
+        self.conv_out = nn.Sequential(nn.GroupNorm(groups, base_channels * multipliers[0]),
+                                      ACTIVATIONS[activation](),
+                                      nn.Conv2d(base_channels * multipliers[0], image_channels, 3, padding=1))
+
+    def forward(self, x_t, t, y=None):
+        channels, height, width = x_t.shape[1:]
+        if channels != self.image_channels:
+            raise ValueError(f"the model takes {self.image_channels} channels, the images have {channels}")
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"height and width must be multiples of {self.multiple}, got {height}x{width}")
+        t_emb = self.time_mlp(t)                                       # [B] -> [B, time_emb_dim]
+        if self.class_emb is not None:
+            y = torch.full_like(t, -1) if y is None else y
+            t_emb = t_emb + self.class_emb(y + 1)
+
+        h, skips = self.conv_in(x_t), []
+        for k, level in enumerate(self.down):
+            h = self._run(level, h if k == 0 else self.shrink[k - 1](h), t_emb)
+            skips.append(h)
+        h = self._run(self.bottleneck1, h, t_emb)
+        h = self._run(self.bottleneck2, h, t_emb)
+        for k, level in enumerate(self.up):
+            if k > 0:
+                h = self.grow[k - 1](F.interpolate(h, scale_factor=2, mode="nearest"))
+            h = self._run(level, torch.cat([h, skips.pop()], dim=1), t_emb)
+        assert not skips
+        return x_t + self.conv_out(h)       # a correction to the input, as in SimpleUNet
+
+    def _run(self, level, *inputs):
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(level, *inputs, use_reentrant=False)
+        return level(*inputs)

@@ -1,0 +1,143 @@
+"""AttentionUNet: the published sizes, the attention against its formula, and what each input is for."""
+
+import pytest
+import torch
+
+from models.attention_unet import AttentionUNet, ResBlock, SelfAttention
+from utils import count_parameters
+
+SMALL = dict(base_channels=8, multipliers=(1, 2), num_blocks=1, attention_levels=(1,), heads=2, groups=4,
+             time_emb_dim=16)
+
+
+def conv(kernel, i, o):
+    return kernel * kernel * i * o + o
+
+
+def block(i, o):
+    """Two norms, two 3x3 convolutions, the time's linear layer, a 1x1 convolution if the width changes."""
+    return 2 * i + conv(3, i, o) + 257 * o + 2 * o + conv(3, o, o) + (conv(1, i, o) if i != o else 0)
+
+
+def attention(c):
+    return 2 * c + conv(1, c, 3 * c) + conv(1, c, c)
+
+
+def test_the_ct_shape_has_the_listed_layers_and_12356161_parameters():
+    """64 to 128 to 256 channels, two blocks a level, attention at levels 1 and 2, time 256 -> 1024 -> 256."""
+    by_hand = (
+        257 * 1024 + 1025 * 256 + conv(3, 1, 64)
+        + 2 * block(64, 64) + conv(3, 64, 64)
+        + block(64, 128) + block(128, 128) + attention(128) + conv(3, 128, 128)
+        + block(128, 256) + block(256, 256) + attention(256)
+        + block(256, 256) + attention(256) + block(256, 256)
+        + block(512, 256) + block(256, 256) + attention(256) + conv(3, 256, 256)
+        + block(384, 128) + block(128, 128) + attention(128) + conv(3, 128, 128)
+        + block(192, 64) + block(64, 64)
+        + 2 * 64 + conv(3, 64, 1))
+    with torch.device("meta"):
+        model = AttentionUNet()
+    assert by_hand == 12_356_161 and count_parameters(model) == by_hand
+    shrinking = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)]
+    assert len(shrinking) == 2
+    assert all(m.num_groups == 32 for m in model.modules() if isinstance(m, torch.nn.GroupNorm))
+
+
+def test_the_fabrics_shape_has_34_million_parameters():
+    with torch.device("meta"):
+        model = AttentionUNet(3, multipliers=(1, 2, 4, 8), num_blocks=1, attention_levels=(2, 3))
+    assert count_parameters(model) == 34_146_243
+
+
+def test_attention_equals_softmax_written_as_a_loop():
+    torch.manual_seed(0)
+    layer, x = SelfAttention(8, heads=2, groups=4), torch.randn(2, 8, 3, 5)
+    q, k, v = layer.qkv(layer.norm(x)).flatten(2).split(8, dim=1)          # each [B, C, 15]
+    mixed = torch.empty_like(v)
+    for b in range(2):
+        for head in range(2):
+            rows = slice(4 * head, 4 * head + 4)
+            for i in range(15):
+                scores = torch.stack([q[b, rows, i] @ k[b, rows, j] / 4 ** 0.5 for j in range(15)])
+                mixed[b, rows, i] = v[b, rows] @ (scores.exp() / scores.exp().sum())
+    want = x + layer.out(mixed.reshape(2, 8, 3, 5))
+    torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)
+    layer.record = True
+    torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)
+    assert layer.weights.shape == (2, 2, 15, 15)
+    torch.testing.assert_close(layer.weights.sum(-1), torch.ones(2, 2, 15))
+
+
+def test_a_residual_block_adds_to_its_input():
+    layer = ResBlock(8, 8, 16, groups=4)
+    for p in layer.conv2[-1].parameters():
+        torch.nn.init.zeros_(p)
+    x = torch.randn(2, 8, 6, 6)
+    assert torch.equal(layer(x, torch.randn(2, 16)), x)
+
+
+@pytest.mark.parametrize("channels, size, levels", [(1, 28, (1, 2)), (3, 32, (1, 2, 2)), (3, 8, (1, 1, 2, 2))])
+def test_any_number_of_levels_and_blocks_keeps_the_shape(channels, size, levels):
+    for blocks in (1, 3):
+        model = AttentionUNet(channels, **{**SMALL, "multipliers": levels, "num_blocks": blocks})
+        x = torch.randn(2, channels, size, size)
+        assert model(x, torch.tensor([0, 999])).shape == x.shape
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_every_parameter_gets_a_gradient(activation, num_classes):
+    torch.manual_seed(0)
+    model = AttentionUNet(**SMALL, num_classes=num_classes, activation=activation)
+    y = torch.tensor([-1, 0, 1, 2]) if num_classes else None
+    model(torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 500, 999]), y).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_time_class_and_each_skip_change_the_output():
+    torch.manual_seed(0)
+    model = AttentionUNet(**SMALL, num_classes=3).eval()
+    x, t, y = torch.randn(1, 1, 8, 8), torch.tensor([50]), torch.tensor([1])
+    whole = model(x, t, y)
+    assert (model(x, torch.tensor([400]), y) - whole).abs().max() > 1e-3
+    assert (model(x, t, torch.tensor([2])) - whole).abs().max() > 1e-3
+    assert torch.equal(model(x, t), model(x, t, torch.tensor([-1])))
+    for level, width in zip(model.up, (16, 8)):                     # the skip lies in the last channels
+        def cut(_, inputs, width=width):
+            return torch.cat([inputs[0][:, :-width], 0 * inputs[0][:, -width:]], 1), inputs[1]
+        hook = level.register_forward_pre_hook(cut)
+        assert (model(x, t, y) - whole).abs().max() > 1e-3
+        hook.remove()
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    model, x, t = AttentionUNet(**SMALL, dropout=0.5), torch.randn(1, 1, 8, 8), torch.tensor([5])
+    assert not torch.equal(model(x, t), model(x, t))
+    model.eval()
+    assert torch.equal(model(x, t), model(x, t))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        model = AttentionUNet(**SMALL, dropout=0.3, grad_checkpoint=flag)
+        model(torch.ones(2, 1, 8, 8), torch.tensor([3, 9])).square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bad", [dict(groups=5), dict(heads=3), dict(attention_levels=(2,)),
+                                 dict(activation="tanh"), dict(base_channels=0)])
+def test_numbers_that_do_not_fit_together_are_refused(bad):
+    with pytest.raises(ValueError):
+        AttentionUNet(**{**SMALL, **bad})
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9, 8), (1, 3, 8, 8)])
+def test_images_that_do_not_fit_are_named(shape):
+    with pytest.raises(ValueError, match="multiples of 2|channels"):
+        AttentionUNet(**SMALL)(torch.zeros(shape), torch.tensor([0]))
