@@ -39,6 +39,8 @@ DATASETS = {
     "synthetic_fabrics": Row(synthetic.fabrics, synthetic.FABRIC_FAMILIES),
 }
 SYNTHETIC_SIZE = 10_000
+DATASET_HELP = (f"one of {', '.join(DATASETS)}, or a folder of images; without it MNIST, or synthetic digits "
+                "where MNIST cannot be downloaded")
 
 
 class DatasetUnavailable(ValueError):
@@ -188,7 +190,8 @@ def _load_folder(folder, image_size):
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)      # [N, 3, H, W]
     grey = bool((images == images[:, :1]).all())            # also where a grey picture is stored as RGB
     images = images[:, :1] if grey else images
-    print(f"{len(images)} images of {image_size}x{image_size} ({'grey' if grey else 'colour'}) from {folder}")
+    kind = "grey" if grey else "colour"
+    print(f"{len(images)} images of {image_size}x{image_size} ({kind}) from {folder}")
     return images.contiguous()
 
 
@@ -230,7 +233,7 @@ class Batches:
 
     def __init__(self, images, labels=None, batch_size=128, seed=0):
         if batch_size < 1 or not len(images):
-            raise ValueError(f"need at least 1 image and a batch of at least 1, got {len(images)} and {batch_size}")
+            raise ValueError(f"batches of {batch_size} from {len(images)} images: both must be at least 1")
         self.images = images
         self.labels = torch.full((len(images),), -1) if labels is None else labels
         self.batch_size = min(batch_size, len(images))
@@ -241,6 +244,6 @@ class Batches:
         return len(self.images) // self.batch_size
 
     def __iter__(self):
-        order = torch.from_numpy(np.random.default_rng([self.seed, self.epoch]).permutation(len(self.images)))
-        for index in order.split(self.batch_size)[:len(self)]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.images))
+        for index in torch.from_numpy(order).split(self.batch_size)[:len(self)]:
             yield to_signed(self.images[index]), self.labels[index]

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import save_checkpoint
-from data import DATASETS, Batches, class_names, get_dataset, get_default_dataset
+from data import DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset
 from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess
 from models import MODELS, create_model
 from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device, format_seconds,
@@ -112,8 +112,8 @@ def print_cost(model, batches, diffusion, device, precision, image_size, total_s
 
 
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None,
-          timesteps=1000, schedule="linear", objective="eps", model="simple", base_channels=64, image_size=None,
-          grad_clip=None, grad_checkpoint=False, ema_decay=0.9995, seed=0, data_dir="data",
+          timesteps=1000, schedule="linear", objective="eps", model="simple", base_channels=64,
+          image_size=None, grad_clip=None, grad_checkpoint=False, ema_decay=0.9995, seed=0, data_dir="data",
           output_dir="outputs", device="auto", precision="auto"):
     """Train from nothing and write pictures, checkpoints and the loss plot; main() documents the settings.
 
@@ -187,8 +187,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
 def main(argv=None):
     parser = Parser(description="Train a U-Net to undo noise.")
     add = parser.add
-    add("--dataset", f"one of {', '.join(DATASETS)}, or a folder of images; without it MNIST, or synthetic "
-        "digits where MNIST cannot be downloaded", metavar="NAME")
+    add("--dataset", DATASET_HELP, metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--output_dir", "where pictures and checkpoints go", "outputs")
     add("--epochs", "passes over the data", 20, type=positive_int)

@@ -8,7 +8,7 @@ Writes outputs/forward_diffusion.png.
 
 import torch
 
-from data import DATASETS, get_dataset, get_default_dataset, to_signed
+from data import DATASET_HELP, get_dataset, get_default_dataset, to_signed
 from diffusion import SCHEDULES, DiffusionProcess
 from utils import Parser, command, make_output_dir, save_strip, seed_number
 
@@ -31,8 +31,7 @@ def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0)
 def main(argv=None):
     parser = Parser(description="Show how noise destroys images.")
     add = parser.add
-    add("--dataset", f"one of {', '.join(DATASETS)}, or a folder of images; without it MNIST, or synthetic "
-        "digits where MNIST cannot be downloaded", metavar="NAME")
+    add("--dataset", DATASET_HELP, metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--schedule", "how alpha_bar falls", "linear", choices=sorted(SCHEDULES))
     add("--seed", "picks the images and the noise", 0, type=seed_number)

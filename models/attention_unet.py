@@ -15,9 +15,8 @@ One class, grown by numbers. `multipliers` gives the channels of each level in u
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from models.unet import TimeEmbedding
+from models.unet import UNet
 
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -87,7 +86,7 @@ class Level(nn.Module):
         return self.attention(x)
 
 
-class AttentionUNet(nn.Module):
+class AttentionUNet(UNet):
     """Predicts a tensor like x_t from (x_t, t, y), like SimpleUNet, and grows by numbers.
 
     image_channels:    1 for grey, 3 for colour.
@@ -106,7 +105,6 @@ class AttentionUNet(nn.Module):
     def __init__(self, image_channels=1, base_channels=64, multipliers=(1, 2, 4), num_blocks=2,
                  attention_levels=(1, 2), heads=4, groups=32, time_emb_dim=256, dropout=0.0,
                  activation="silu", num_classes=None, grad_checkpoint=False):
-        super().__init__()
         channels = [base_channels * m for m in multipliers]
         if any(c < 1 or c % groups or c % heads for c in channels):
             raise ValueError(f"channels {channels} must be multiples of groups={groups} and heads={heads}")
@@ -114,20 +112,8 @@ class AttentionUNet(nn.Module):
             raise ValueError(f"attention_levels {attention_levels} must lie in 0..{len(channels) - 1}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; choose from {sorted(ACTIVATIONS)}")
-        self.image_channels = image_channels
-        self.num_classes = num_classes
-        self.grad_checkpoint = grad_checkpoint
-        self.multiple = 2 ** (len(channels) - 1)
-
-        self.time_mlp = nn.Sequential(
-            TimeEmbedding(time_emb_dim),
-            nn.Linear(time_emb_dim, 4 * time_emb_dim),
-            nn.SiLU(),
-            nn.Linear(4 * time_emb_dim, time_emb_dim),
-        )
-        # Row 0 is "no class" (y = -1), rows 1.. are the classes.
-        self.class_emb = nn.Embedding(num_classes + 1, time_emb_dim) if num_classes else None
-
+        super().__init__(image_channels, 2 ** (len(channels) - 1), time_emb_dim, 4 * time_emb_dim, num_classes,
+                         grad_checkpoint)
         block = dict(time_emb_dim=time_emb_dim, dropout=dropout, groups=groups, activation=activation)
         attends = [level in attention_levels for level in range(len(channels))]
         inputs = [base_channels, *channels[:-1]]
@@ -147,30 +133,17 @@ class AttentionUNet(nn.Module):
                                       nn.Conv2d(base_channels * multipliers[0], image_channels, 3, padding=1))
 
     def forward(self, x_t, t, y=None):
-        channels, height, width = x_t.shape[1:]
-        if channels != self.image_channels:
-            raise ValueError(f"the model takes {self.image_channels} channels, the images have {channels}")
-        if height % self.multiple or width % self.multiple:
-            raise ValueError(f"height and width must be multiples of {self.multiple}, got {height}x{width}")
-        t_emb = self.time_mlp(t)                                       # [B] -> [B, time_emb_dim]
-        if self.class_emb is not None:
-            y = torch.full_like(t, -1) if y is None else y
-            t_emb = t_emb + self.class_emb(y + 1)
-
+        self.check(x_t)
+        t_emb = self.embed(t, y)                                       # [B] -> [B, time_emb_dim]
         h, skips = self.conv_in(x_t), []
         for k, level in enumerate(self.down):
-            h = self._run(level, h if k == 0 else self.shrink[k - 1](h), t_emb)
+            h = self.run(level, h if k == 0 else self.shrink[k - 1](h), t_emb)
             skips.append(h)
-        h = self._run(self.bottleneck1, h, t_emb)
-        h = self._run(self.bottleneck2, h, t_emb)
+        h = self.run(self.bottleneck1, h, t_emb)
+        h = self.run(self.bottleneck2, h, t_emb)
         for k, level in enumerate(self.up):
             if k > 0:
                 h = self.grow[k - 1](F.interpolate(h, scale_factor=2, mode="nearest"))
-            h = self._run(level, torch.cat([h, skips.pop()], dim=1), t_emb)
+            h = self.run(level, torch.cat([h, skips.pop()], dim=1), t_emb)
         assert not skips
         return x_t + self.conv_out(h)       # a correction to the input, as in SimpleUNet
-
-    def _run(self, level, *inputs):
-        if self.grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(level, *inputs, use_reentrant=False)
-        return level(*inputs)

@@ -74,34 +74,66 @@ class UpBlock(DownBlock):
         return super().forward(torch.cat([x, skip], dim=1), t_emb)
 
 
-class SimpleUNet(nn.Module):
-    """Predicts a tensor like x_t from (x_t, t, y); trained by DiffusionProcess.training_loss.
+class UNet(nn.Module):
+    """What the networks here have in common: their settings, and the embedding of time and class.
 
-    image_channels: 1 for grey, 3 for colour.    base_channels: b, a multiple of 8.
-    num_classes:    None, or the number of classes that y may name; without it y is ignored.
-    grad_checkpoint: recompute the blocks in the backward pass: less memory, about a third slower.
-    Height and width must be multiples of 4 (they are halved twice).
+    multiple: height and width must be multiples of this.  The other arguments: see SimpleUNet.
     """
 
-    def __init__(self, image_channels=1, base_channels=64, time_emb_dim=256, num_classes=None,
-                 grad_checkpoint=False):
+    def __init__(self, image_channels, multiple, time_emb_dim, time_hidden_dim, num_classes, grad_checkpoint):
         super().__init__()
-        if base_channels < 8 or base_channels % 8:
-            raise ValueError(f"base_channels must be a multiple of 8 (GroupNorm), got {base_channels}")
-        b = base_channels
         self.image_channels = image_channels
+        self.multiple = multiple
         self.num_classes = num_classes
         self.grad_checkpoint = grad_checkpoint
-
         self.time_mlp = nn.Sequential(
             TimeEmbedding(time_emb_dim),
-            nn.Linear(time_emb_dim, time_emb_dim),
+            nn.Linear(time_emb_dim, time_hidden_dim),
             nn.SiLU(),
-            nn.Linear(time_emb_dim, time_emb_dim),
+            nn.Linear(time_hidden_dim, time_emb_dim),
         )
         # Row 0 is "no class" (y = -1), rows 1.. are the classes.
         self.class_emb = nn.Embedding(num_classes + 1, time_emb_dim) if num_classes else None
 
+    def embed(self, t, y):
+        """What every block is told: t [B], y [B] or None -> [B, time_emb_dim]."""
+        if self.class_emb is None:
+            return self.time_mlp(t)
+        y = torch.full_like(t, -1) if y is None else y
+        return self.time_mlp(t) + self.class_emb(y + 1)
+
+    def check(self, x_t):
+        """Raise ValueError for images that the network cannot take."""
+        channels, height, width = x_t.shape[1:]
+        if channels != self.image_channels:
+            raise ValueError(f"the model takes {self.image_channels} channels, the images have {channels}")
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"height and width must be multiples of {self.multiple}, got {height}x{width}")
+
+    def run(self, block, *inputs):
+        """block(*inputs), forgetting what happens inside until the backward pass if grad_checkpoint."""
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+class SimpleUNet(UNet):
+    """Predicts a tensor like x_t from (x_t, t, y); trained by DiffusionProcess.training_loss.
+
+    image_channels:  1 for grey, 3 for colour.
+    base_channels:   b, a multiple of 8.
+    time_emb_dim:    length of the time embedding, even.
+    num_classes:     None, or the number of classes that y may name; without it y is ignored.
+    grad_checkpoint: recompute the blocks in the backward pass: less memory, about a third slower.
+    Height and width must be multiples of 4 (they are halved twice). Raises ValueError for a bad number.
+    """
+
+    def __init__(self, image_channels=1, base_channels=64, time_emb_dim=256, num_classes=None,
+                 grad_checkpoint=False):
+        super().__init__(image_channels, 4, time_emb_dim, time_emb_dim, num_classes, grad_checkpoint)
+        if base_channels < 8 or base_channels % 8:
+            raise ValueError(f"base_channels must be a multiple of 8 (GroupNorm), got {base_channels}")
+        b = base_channels
         # Every block ends in a norm over 8 groups of channels, and an image has 1 or 3: convolve first.
         self.conv_in = nn.Conv2d(image_channels, b, 3, padding=1)
         self.down1 = DownBlock(b, b, time_emb_dim)
@@ -116,27 +148,13 @@ class SimpleUNet(nn.Module):
         self.conv_out = nn.Conv2d(b, image_channels, 1)
 
     def forward(self, x_t, t, y=None):
-        channels, height, width = x_t.shape[1:]
-        if channels != self.image_channels:
-            raise ValueError(f"the model takes {self.image_channels} channels, the images have {channels}")
-        if height % 4 or width % 4:
-            raise ValueError(f"height and width must be multiples of 4, got {height}x{width}")
-        t_emb = self.time_mlp(t)                                       # [B] -> [B, time_emb_dim]
-        if self.class_emb is not None:
-            y = torch.full_like(t, -1) if y is None else y
-            t_emb = t_emb + self.class_emb(y + 1)
-
-        run = self._run
-        skip1 = run(self.down1, self.conv_in(x_t), t_emb)              # [B, b, 28, 28]
-        skip2 = run(self.down2, self.pool(skip1), t_emb)               # [B, 2b, 14, 14]
-        h = run(self.bottleneck, self.pool(skip2), t_emb)              # [B, 2b, 7, 7]
-        h = run(self.up1, self.upsample1(h), skip2, t_emb)             # [B, 2b, 14, 14]
-        h = run(self.up2, self.upsample2(h), skip1, t_emb)             # [B, b, 28, 28]
+        self.check(x_t)
+        t_emb = self.embed(t, y)                                       # [B] -> [B, time_emb_dim]
+        skip1 = self.run(self.down1, self.conv_in(x_t), t_emb)         # [B, b, 28, 28]
+        skip2 = self.run(self.down2, self.pool(skip1), t_emb)          # [B, 2b, 14, 14]
+        h = self.run(self.bottleneck, self.pool(skip2), t_emb)         # [B, 2b, 7, 7]
+        h = self.run(self.up1, self.upsample1(h), skip2, t_emb)        # [B, 2b, 14, 14]
+        h = self.run(self.up2, self.upsample2(h), skip1, t_emb)        # [B, b, 28, 28]
         # A correction to the input. At high t, x_t nearly is the noise asked for; copied through the
         # convolutions and norms it would come out 2 % wrong, and predict_x0 multiplies that by 157.
         return x_t + self.conv_out(h)
-
-    def _run(self, block, *inputs):
-        if self.grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)

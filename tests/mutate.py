@@ -75,7 +75,7 @@ EDITS = [
          "torch.cat([angles.sin(), angles.cos()], dim=1)", "torch.cat([angles.sin(), angles.sin()], dim=1)",
          "unet"),
     Edit("class -1 is not no class", "models/unet.py",
-         "t_emb = t_emb + self.class_emb(y + 1)", "t_emb = t_emb + self.class_emb(y.clamp(min=0))", "unet"),
+         "self.class_emb(y + 1)", "self.class_emb(y.clamp(min=0))", "unet"),
     Edit("EMA never updated", "train.py", "            ema.update(model)\n        epoch_losses",
          "            pass\n        epoch_losses", "training"),
     Edit("EMA without a warm-up", "utils.py",
