@@ -180,8 +180,8 @@ def _load_folder(folder, image_size):
         try:
             pictures.append(np.asarray(_read_image(path, image_size)))
         except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            skipped.append(f"  {path.relative_to(folder)}: {reason.replace(str(path), 'file')}")
+            reason = " ".join(str(error).replace(repr(str(path)), "").split()) or type(error).__name__
+            skipped.append(f"  {path.relative_to(folder)}: {reason}")
     if skipped:
         print(f"{len(skipped)} of {len(files)} files in {folder} cannot be used and are skipped:")
         print("\n".join(skipped[:20] + [f"  and {len(skipped) - 20} more"] * (len(skipped) > 20)))

@@ -95,7 +95,7 @@ def level_name(t):
     return f"t = {t}" if t >= 0 else "finished"
 
 
-def save_generation_strip(frames, path, num_images=3, num_columns=10):
+def save_generation_strip(frames, path, num_images=3, num_columns=11):
     """x_t above, the estimate of x_0 made from it below, for a few images; the timesteps over the columns."""
     picks = torch.linspace(0, len(frames) - 1, min(num_columns, len(frames))).round().int().tolist()
     columns = [frames[k] for k in picks]
@@ -115,7 +115,8 @@ def draw_frame(t, x_t, x_0, num_images=16, height=360):
     width, height = left.shape[1] * scale, left.shape[0] * scale
     frame = Image.new("RGB", (2 * width + gap, height + title), "white")
     draw = ImageDraw.Draw(frame)
-    for x, pixels, text in ((0, left, f"x_t   {level_name(t)}"), (width + gap, right, "guess of x_0")):
+    name = f"x_t at {level_name(t)}" if t >= 0 else "finished"
+    for x, pixels, text in ((0, left, name), (width + gap, right, "guess of x_0")):
         panel = Image.fromarray(pixels.numpy()).resize((width, height), Image.NEAREST)
         frame.paste(panel, (x, title))
         draw.text((x + 4, 6), text, fill="black", font_size=15)
@@ -176,7 +177,7 @@ def main(argv=None):
         eta=args.eta, batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision],
         num_frames=51 if args.show_intermediate else 0)
     picture = output_dir / "generated_samples.png"
-    save_images(images, picture, upscale=2 if size < 64 else 1)
+    save_images(images, picture, upscale=max(1, 84 // size))
     print(f"wrote {picture}")
     if frames:
         for path in save_intermediate(frames, output_dir):

@@ -99,7 +99,8 @@ def measure_seconds(model, batch, diffusion, device, precision, image_size, num_
         start = synchronized_seconds(device)
         diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1)
         one_call = synchronized_seconds(device) - start
-    return sorted(times[1:])[1], one_call * (len(diffusion.sampling_levels("ddim")) - 1)
+    step = sorted(times[1:])[1]          # the median of three; the first step also warms up
+    return step, one_call * (len(diffusion.sampling_levels("ddim")) - 1)
 
 
 def print_cost(model, batches, diffusion, device, precision, image_size, total_steps, num_epochs):
@@ -112,7 +113,7 @@ def print_cost(model, batches, diffusion, device, precision, image_size, total_s
 
 
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None,
-          timesteps=1000, schedule="linear", objective="eps", model="simple", base_channels=64,
+          timesteps=1000, schedule="linear", objective="eps", model_name="simple", base_channels=64,
           image_size=None, grad_clip=None, grad_checkpoint=False, ema_decay=0.9995, seed=0, data_dir="data",
           output_dir="outputs", device="auto", precision="auto"):
     """Train from nothing and write pictures, checkpoints and the loss plot; main() documents the settings.
@@ -123,7 +124,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     """
     # What can be wrong is found before the training begins.
     diffusion = DiffusionProcess(timesteps, schedule, objective)
-    device_name, device = device, get_device(device)
+    device_asked, device = device, get_device(device)
     precision, precision_reason = get_precision(precision, device)
     output_dir = make_output_dir(output_dir)
     if dataset_name is None:
@@ -140,13 +141,13 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     total_steps = steps or num_epochs * len(batches)
 
     torch.manual_seed(seed)                                             # the initial weights
-    model_name, model_config = model, dict(image_channels=channels, base_channels=base_channels)
+    model_config = dict(image_channels=channels, base_channels=base_channels)
     model = create_model(model_name, **model_config, grad_checkpoint=grad_checkpoint).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     ema = EMA(model, ema_decay)
     losses = []
 
-    print(f"device: {describe_device(device, device_name)}")
+    print(f"device: {describe_device(device, device_asked)}")
     print(f"precision: {precision_reason}; samples are drawn in float32")
     print(f"data: {dataset_name}, {len(images)} images of {channels}x{image_size}x{image_size}; "
           f"model: {count_parameters(model):,} parameters")
@@ -174,7 +175,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             raise ValueError(f"the loss became {mean_loss} in epoch {epoch}: try a lower --lr, --grad_clip 1 "
                              "or --precision float32; earlier checkpoints are untouched")
         picture = make_output_dir(output_dir / "samples") / f"epoch_{epoch:03d}.png"
-        save_images(sample_images(ema.model, diffusion, device, image_size=image_size), picture)
+        save_images(sample_images(ema.model, diffusion, device, image_size=image_size), picture,
+                    upscale=max(1, 84 // image_size))
         plot_losses(losses, output_dir / "training_loss.png")
         print(f"epoch {epoch}: mean loss {mean_loss:.4f}, {seconds:.0f} s; wrote {picture}", flush=True)
         if epoch % CHECKPOINT_EPOCHS == 0:
@@ -209,7 +211,7 @@ def main(argv=None):
     add("--precision", "arithmetic while training", "auto", choices=["auto", *PRECISIONS])
     args = vars(parser.parse_args(argv))
     renamed = dict(dataset_name=args.pop("dataset"), num_epochs=args.pop("epochs"),
-                   learning_rate=args.pop("lr"))
+                   learning_rate=args.pop("lr"), model_name=args.pop("model"))
     train(**renamed, **args)
 
 

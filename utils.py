@@ -1,6 +1,4 @@
 """What every command needs: one-line errors, device and precision, EMA, image files, plots.
-
-Nothing here knows about diffusion.
 """
 
 import argparse
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -95,9 +94,9 @@ fraction.__name__ = "number from 0 to 1"
 
 
 def format_seconds(seconds):
-    """8 -> "8 s", 75 -> "75 s", 400 -> "6.7 min", 9000 -> "2.5 h"."""
+    """0.42 -> "0.4 s", 75 -> "75 s", 400 -> "6.7 min", 9000 -> "2.5 h"."""
     if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
@@ -309,9 +308,12 @@ def plot_losses(losses, path, window=100):
     axes.plot(steps, losses, color="#b8c4d6", linewidth=0.6, label="each step")
     axes.plot(steps, average, color="#d55e00", linewidth=1.8, label=f"mean of the last {window} steps")
     axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(LogFormatter(minor_thresholds=(2, 0.7)))                  # 0.02, 0.05: no powers of ten
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (mean squared error)")
-    axes.set_title(f"Training loss: {average[-1]:.4f} at step {len(losses)}")
+    axes.set_title(f"Training loss after {len(losses)} steps: {average[-1]:.4f} on average")
     axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

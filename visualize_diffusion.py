@@ -10,12 +10,12 @@ import torch
 
 from data import DATASET_HELP, get_dataset, get_default_dataset, to_signed
 from diffusion import SCHEDULES, DiffusionProcess
-from utils import Parser, command, make_output_dir, save_strip, seed_number
+from utils import Parser, command, make_output_dir, positive_int, save_strip, seed_number
 
 FORWARD_TIMESTEPS = (0, 50, 100, 200, 400, 600, 800, 999)
 
 
-def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0):
+def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0, title=None):
     """One row per image, one column per timestep: the image sinks into noise.
 
     images: uint8 [N, C, H, W]. A row keeps one noise throughout, so that only its share grows.
@@ -23,8 +23,10 @@ def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0)
     x_0 = to_signed(images)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     columns = [diffusion.forward_diffusion(x_0, torch.full((len(x_0),), t), noise)[0] for t in timesteps]
-    share = [f"t = {t}\n" + rf"$\bar\alpha$ {diffusion.alpha_bar[t]:.4f}" for t in timesteps]
-    save_strip(torch.stack(columns, dim=1), share, path)
+    shares = [float(diffusion.alpha_bar[t]) for t in timesteps]
+    labels = [f"t = {t}\n" + r"$\bar\alpha$ " + (f"{share:.4f}" if share > 1e-3 else f"{share:.0e}")
+              for t, share in zip(timesteps, shares)]
+    save_strip(torch.stack(columns, dim=1), labels, path, title=title)
 
 
 @command
@@ -33,6 +35,7 @@ def main(argv=None):
     add = parser.add
     add("--dataset", DATASET_HELP, metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--image_size", "resize to this many pixels", type=positive_int)
     add("--schedule", "how alpha_bar falls", "linear", choices=sorted(SCHEDULES))
     add("--seed", "picks the images and the noise", 0, type=seed_number)
     add("--output_dir", "where the figure goes", "outputs")
@@ -40,12 +43,13 @@ def main(argv=None):
 
     output_dir = make_output_dir(args.output_dir)
     if args.dataset is None:
-        _, images, _ = get_default_dataset(args.data_dir)
+        name, images, _ = get_default_dataset(args.data_dir, args.image_size)
     else:
-        images, _ = get_dataset(args.dataset, args.data_dir)
+        name, (images, _) = args.dataset, get_dataset(args.dataset, args.data_dir, image_size=args.image_size)
     pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:8]
     path = output_dir / "forward_diffusion.png"
-    forward_figure(images[pick], DiffusionProcess(schedule=args.schedule), path, seed=args.seed)
+    forward_figure(images[pick], DiffusionProcess(schedule=args.schedule), path, seed=args.seed,
+                   title=f"{name}: the forward process, {args.schedule} schedule")
     print(f"wrote {path}")
 
 

@@ -59,7 +59,7 @@ def test_visualize_writes_the_forward_figure(tmp_path, monkeypatch, capsys):
 def test_the_forward_figure_is_clean_at_the_left_and_static_at_the_right(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(visualize_diffusion, "save_strip",
-                        lambda rows, labels, path: seen.update(rows=rows, labels=labels))
+                        lambda rows, labels, path, title: seen.update(rows=rows, labels=labels))
     images = (torch.rand(8, 1, 28, 28) * 255).to(torch.uint8)
     visualize_diffusion.forward_figure(images, DiffusionProcess(), tmp_path / "x.png")
     assert seen["rows"].shape == (8, 8, 1, 28, 28)
