@@ -6,6 +6,7 @@
 
 import hashlib
 import io
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -16,30 +17,52 @@ from utils import write_file
 
 CHECKPOINT_FORMAT = "readable-diffusion"
 CHECKPOINT_VERSION = 1
+MAX_DEPTH, MAX_ENTRIES = 20, 1_000_000  # a few bytes of pickle can stand for billions of entries
 
 
-def _digest(entry, sha):
-    """Feed a nest of dicts, lists, tensors and plain values to a hash."""
-    if isinstance(entry, torch.Tensor):
-        sha.update(f"{entry.dtype}{tuple(entry.shape)}".encode())
-        sha.update(entry.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(entry, dict):
+def _walk(entry, depth=0):
+    """Every value in a nest of dicts and lists, with what tells its place: pairs (kind, value)."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deep")
+    if isinstance(entry, dict):
+        yield "dict", len(entry)
         for key, value in entry.items():
-            sha.update(f"key {key!r}".encode())
-            _digest(value, sha)
+            yield "key", key
+            yield from _walk(value, depth + 1)
     elif isinstance(entry, (list, tuple)):
-        sha.update(f"list of {len(entry)}".encode())
+        yield "list", len(entry)
         for value in entry:
-            _digest(value, sha)
+            yield from _walk(value, depth + 1)
     else:
-        sha.update(repr(entry).encode())
+        yield "value", entry
+
+
+def _digest(entries, max_bytes=math.inf):
+    """A hash over everything in `entries`.
+
+    max_bytes: the size of the file they came from; a tensor beyond that (one value shown a billion
+    times, say) or of an unusual kind raises ValueError before it costs memory.
+    """
+    sha = hashlib.sha256()
+    for count, (kind, value) in enumerate(_walk(entries)):
+        if count > MAX_ENTRIES:
+            raise ValueError("too many entries")
+        if not isinstance(value, torch.Tensor):
+            sha.update(f"{kind} {value!r}\n".encode())
+            continue
+        if value.layout != torch.strided or value.is_meta or value.is_complex():
+            raise ValueError("an unusual kind of tensor")
+        if value.numel() * value.element_size() > max_bytes:
+            raise ValueError("a tensor larger than its file")
+        sha.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
 
 def save_checkpoint(path, entries):
     """Write a dict of tensors and plain values as one .pt file, with a digest over all of them."""
     entries = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **entries}
-    entries["digest"] = _digest(entries, hashlib.sha256())
+    entries["digest"] = _digest(entries)
     buffer = io.BytesIO()       # in memory first: a full disk is then an OSError and not torch's own error
     torch.save(entries, buffer)
     write_file(path, buffer.getbuffer())
@@ -75,10 +98,13 @@ def load_checkpoint(path):
         raise ValueError(f"{path}: damaged, it cannot be read ({type(error).__name__})") from error
     if not isinstance(entries, dict) or entries.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: a foreign checkpoint, not written by this project")
-    if entries.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(f"{path}: format version {entries.get('version')}, "
-                         f"this code reads version {CHECKPOINT_VERSION}")
-    digest = entries.pop("digest", None)
-    if digest != _digest(entries, hashlib.sha256()):
+    version, digest = entries.get("version"), entries.pop("digest", None)
+    if type(version) is not int or version != CHECKPOINT_VERSION:
+        raise ValueError(f"{path}: format version {str(version)[:40]}, this code reads {CHECKPOINT_VERSION}")
+    try:
+        intact = isinstance(digest, str) and digest == _digest(entries, path.stat().st_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: refused, it holds {error}") from error
+    if not intact:
         raise ValueError(f"{path}: altered or damaged since it was written (its digest does not match)")
     return entries

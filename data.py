@@ -10,6 +10,7 @@ Images stay uint8 until a batch is made. Batches need no worker processes: index
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -57,6 +58,8 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None):
     Raises ValueError for an unknown name or a folder without usable images, DatasetUnavailable if a
     download fails.
     """
+    if image_size is not None and not 4 <= image_size <= 4096:
+        raise ValueError(f"image_size must lie in 4..4096, got {image_size}")
     if name in DATASETS:
         source = DATASETS[name].source
         if name.startswith("synthetic"):
@@ -64,7 +67,7 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None):
         else:
             images, labels = _torchvision_arrays(name, source, data_dir, train)
         return _resize(images, image_size), labels
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return _load_folder(Path(name), image_size), None
     raise ValueError(f"unknown dataset {name!r}; choose from {sorted(DATASETS)} or give a folder of images")
 
@@ -89,12 +92,14 @@ def class_names(name):
 def _torchvision_arrays(name, source, data_dir, train):
     try:
         dataset = source(data_dir, train=train, download=False)
-    except RuntimeError:                      # torchvision's way to say "not found"
+    except (RuntimeError, ValueError, AssertionError, EOFError, OSError, KeyError, IndexError) as error:
+        if "not found" not in str(error):
+            raise ValueError(f"{name}: the files under {data_dir} are damaged ({error}); "
+                             "delete them to download anew") from error
         dataset = _download(name, source, data_dir, train)
-    except (ValueError, AssertionError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{name}: the files under {data_dir} are damaged ({error}); "
-                         "delete them to download anew") from error
     images = torch.as_tensor(np.asarray(dataset.data))
+    if len(images) != len(dataset.targets):
+        raise ValueError(f"{name}: {len(images)} images but {len(dataset.targets)} labels under {data_dir}")
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)    # [N, C, H, W]
     return images.contiguous(), torch.as_tensor(np.asarray(dataset.targets), dtype=torch.int64)
 
@@ -143,13 +148,20 @@ MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
 
 
+def _open(path):
+    """The header of an image file, if it is of a format that we name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")       # of huge sizes, which _read_image refuses by itself
+        return Image.open(path, formats=sorted(set(IMAGE_SUFFIXES.values())))
+
+
 def _read_image(path, image_size):
     """One image file -> PIL image in mode RGB, its central square resized to image_size.
 
     Only the named formats are decoded, and the size in the header is checked first: a few bytes can
     claim a picture of many gigabytes. Raises ValueError, OSError or SyntaxError for a bad file.
     """
-    with Image.open(path, formats=sorted(set(IMAGE_SUFFIXES.values()))) as picture:
+    with _open(path) as picture:
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width}x{height} pixels are too many")
@@ -157,12 +169,12 @@ def _read_image(path, image_size):
             raise ValueError(f"{width}x{height} pixels are too few")
         if picture.format == "JPEG":
             picture.draft(None, (2 * image_size, 2 * image_size))     # decode no finer than needed
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        elif picture.mode.startswith("I"):
+        if picture.mode.startswith("I"):
             # 16-bit grey: PIL's own conversion would cut at 255 instead of scaling.
             picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+        elif "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -200,7 +212,7 @@ def _common_size(files, limit=64):
     sizes = Counter()
     for path in files:
         try:
-            with Image.open(path, formats=sorted(set(IMAGE_SUFFIXES.values()))) as picture:
+            with _open(path) as picture:
                 sizes[picture.size] += 1
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue                          # _load_folder names it
@@ -213,9 +225,9 @@ def _common_size(files, limit=64):
 def _resize(images, size):
     if size is None or images.shape[-2:] == (size, size):
         return images
-    parts = [F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
-             for part in images.split(1024)]
-    return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+    return torch.cat([
+        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().to(torch.uint8)
+        for part in images.split(1024)])
 
 
 def to_signed(images):

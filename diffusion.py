@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 # ---- Schedules: a function of T that returns alpha_bar, float64 [T], strictly decreasing in (0, 1).
 
+MAX_TIMESTEPS = 100_000
 MAX_BETA = 0.999  # keeps alpha_bar above zero: its square root divides in predict_x0
 
 
@@ -133,14 +134,14 @@ class DiffusionProcess:
             num_timesteps = len(self.alpha_bar)
         elif schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {schedule!r}; choose from {sorted(SCHEDULES)}")
-        elif num_timesteps < 1 or num_timesteps != int(num_timesteps):
-            raise ValueError(f"num_timesteps must be a whole number of at least 1, got {num_timesteps}")
+        elif not 1 <= num_timesteps <= MAX_TIMESTEPS or num_timesteps != int(num_timesteps):
+            raise ValueError(f"num_timesteps must be a whole number from 1 to {MAX_TIMESTEPS}, got {num_timesteps}")
         elif schedule == "linear":
-            self.alpha_bar = linear_alpha_bar(num_timesteps, beta_start, beta_end)
+            self.alpha_bar = linear_alpha_bar(int(num_timesteps), beta_start, beta_end)
         elif beta_start is not None or beta_end is not None:
             raise ValueError(f"beta_start and beta_end belong to the linear schedule, not {schedule!r}")
         else:
-            self.alpha_bar = SCHEDULES[schedule](num_timesteps)
+            self.alpha_bar = SCHEDULES[schedule](int(num_timesteps))
         ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
         if not (torch.cat([ends[:1], self.alpha_bar, ends[1:]]).diff() < 0).all():
             raise ValueError("alpha_bar must fall strictly, from below 1 to above 0")

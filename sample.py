@@ -22,6 +22,8 @@ from utils import (PRECISIONS, Parser, command, describe_device, format_seconds,
                    image_grid, make_output_dir, png_bytes, positive_int, save_gif,
                    save_images, save_strip, seed_number, to_uint8, write_file)
 
+MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
+
 
 def load_model(path, device="cpu", ema=True):
     """A model ready to sample from, out of a checkpoint alone.
@@ -39,9 +41,14 @@ def load_model(path, device="cpu", ema=True):
         model.load_state_dict(entries["ema" if ema else "model"], assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
         data = entries["data"]
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if any(v.dtype != torch.float32 or not v.isfinite().all() for v in model.state_dict().values()):
+            raise ValueError("not all weights are finite float32 numbers")
+        if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size {data['image_size']!r}")
+        data["name"] = str(data["name"])
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights do not fit the network it describes ({reason})") from error
+        raise ValueError(f"{path}: its weights and settings do not fit together ({reason})") from error
     return model.to(device).eval().requires_grad_(False), diffusion, data
 
 
@@ -127,7 +134,7 @@ def save_intermediate(frames, output_dir):
     """Write the strip, the GIF and the single frames. Returns the paths, the strip first."""
     strip, gif = output_dir / "generation_strip.png", output_dir / "generation.gif"
     folder = make_output_dir(output_dir / "generation_frames")
-    for old in folder.glob("frame_*.png"):               # a longer run may have left more of them
+    for old in folder.glob("frame_[0-9][0-9][0-9]_*.png"):      # a longer run may have left more of them
         old.unlink()
     save_generation_strip(frames, strip)
     pictures = [draw_frame(*frame) for frame in frames]
@@ -162,12 +169,13 @@ def main(argv=None):
     if not Path(args.checkpoint).exists():
         raise ValueError(f"no checkpoint at {args.checkpoint}; make one with python train.py, or name one "
                          "with --checkpoint")
-    output_dir = make_output_dir(args.output_dir)
+    output_dir = make_output_dir(args.output_dir, "generated_samples.png", "generation_strip.png",
+                                 "generation.gif")
     model, diffusion, data = load_model(args.checkpoint, device)
     size = data["image_size"]
     calls = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
     print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
-    print(f"model: {args.checkpoint}, trained on {data['name']} ({size}x{size})")
+    print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})")
     seconds = seconds_for(model, diffusion, args.num_images, size, args.batch_size, calls, device)
     print(f"cost: {args.num_images} images in {calls} steps of {args.sampler}, about "
           f"{format_seconds(seconds)} here", flush=True)

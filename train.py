@@ -11,6 +11,7 @@ model_epoch_005.pt ... (every 5 epochs), training_loss.png and, at the end, mode
 import copy
 import itertools
 import math
+import shutil
 import time
 
 import torch
@@ -123,10 +124,13 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders.
     """
     # What can be wrong is found before the training begins.
+    if num_epochs < 1 or (steps is not None and steps < 1):
+        raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
     diffusion = DiffusionProcess(timesteps, schedule, objective)
     device_asked, device = device, get_device(device)
     precision, precision_reason = get_precision(precision, device)
-    output_dir = make_output_dir(output_dir)
+    output_dir = make_output_dir(output_dir, "model_final.pt", "training_loss.png")
+    samples_dir, checkpoints_dir = (make_output_dir(output_dir / name) for name in ("samples", "checkpoints"))
     if dataset_name is None:
         dataset_name, images, labels = get_default_dataset(data_dir, image_size)
     else:
@@ -146,6 +150,10 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     ema = EMA(model, ema_decay)
     losses = []
+    need = 2 * 16 * count_parameters(model)       # two checkpoints of weights, average, Adam's two moments
+    if shutil.disk_usage(output_dir).free < need:
+        raise OSError(28, f"a checkpoint needs {need // 2 / 1e6:.0f} MB, the disk has not twice that free",
+                      str(output_dir))
 
     print(f"device: {describe_device(device, device_asked)}")
     print(f"precision: {precision_reason}; samples are drawn in float32")
@@ -174,13 +182,13 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         if not math.isfinite(mean_loss):
             raise ValueError(f"the loss became {mean_loss} in epoch {epoch}: try a lower --lr, --grad_clip 1 "
                              "or --precision float32; earlier checkpoints are untouched")
-        picture = make_output_dir(output_dir / "samples") / f"epoch_{epoch:03d}.png"
+        picture = samples_dir / f"epoch_{epoch:03d}.png"
         save_images(sample_images(ema.model, diffusion, device, image_size=image_size), picture,
                     upscale=max(1, 84 // image_size))
         plot_losses(losses, output_dir / "training_loss.png")
         print(f"epoch {epoch}: mean loss {mean_loss:.4f}, {seconds:.0f} s; wrote {picture}", flush=True)
         if epoch % CHECKPOINT_EPOCHS == 0:
-            save(make_output_dir(output_dir / "checkpoints") / f"model_epoch_{epoch:03d}.pt", epoch)
+            save(checkpoints_dir / f"model_epoch_{epoch:03d}.pt", epoch)
     save(output_dir / "model_final.pt", num_epochs)
     return model, ema.model, losses
 

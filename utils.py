@@ -25,10 +25,16 @@ def command(main):
     """Decorate main(argv=None): turn a bad value or a file that cannot be used into one clear line."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")   # an odd file name must not end a training
         try:
             return main(argv)
-        except torch.OutOfMemoryError:
-            message = "out of memory; try a smaller --batch_size or --base_channels, or --grad_checkpoint"
+        except (RuntimeError, MemoryError) as error:
+            if "memory" not in str(error) and not isinstance(error, MemoryError):
+                raise
+            message = ("out of memory; try a smaller --batch_size, --base_channels or --image_size, or "
+                       "--grad_checkpoint")
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
             message = f"{name}{error.strerror or error}"
@@ -37,7 +43,7 @@ def command(main):
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     return wrapped
 
@@ -51,13 +57,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, help=help, default=default, **settings)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def positive_int(text):
-    """An argparse type: 1, 2, 3, ..."""
+    """An argparse type: 1, 2, 3, ... 10^9."""
     value = int(text)
-    if value < 1:
+    if not 1 <= value <= 10**9:
         raise ValueError
     return value
 
@@ -73,7 +79,7 @@ def positive_float(text):
 def seed_number(text):
     """An argparse type: 0, 1, 2, ..."""
     value = int(text)
-    if value < 0:
+    if not 0 <= value < 2**63:
         raise ValueError
     return value
 
@@ -100,13 +106,17 @@ def format_seconds(seconds):
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def make_output_dir(path):
-    """Create a folder for results, with a file written and removed, so that a run of hours does not
-    find out at its end that it may not write there."""
+def make_output_dir(path, *files):
+    """Create a folder for results and check that it, and each of `files` in it, can be written: a run of
+    hours must not find out at its end that something is in the way. Returns the folder as a Path."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    write_file(path / ".write_test", b"")
-    (path / ".write_test").unlink()
+    probe = path / f".write_test.{os.getpid()}"
+    write_file(probe, b"")
+    probe.unlink()
+    for file in files:
+        if (path / file).is_dir():
+            raise IsADirectoryError(21, "a folder is in the way", str(path / file))
     return path
 
 
@@ -116,10 +126,12 @@ def get_device(name="auto"):
     """A torch.device: CUDA, then MPS, then CPU, or the one that is named. ValueError if it is not there."""
     if name != "auto":
         try:
-            torch.empty(0, device=name)
+            device = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-        return torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"device {name!r} cannot be used; choose from auto, cpu, cuda, cuda:1, mps")
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -212,7 +224,7 @@ class EMA:
 def write_file(path, data):
     """Write bytes so that the file is either the old one or wholly the new one, never half of it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

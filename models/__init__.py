@@ -16,4 +16,4 @@ def create_model(name="simple", **config):
     try:
         return MODELS[name](**config)
     except TypeError as error:
-        raise ValueError(f"model {name!r}: {error}") from error
+        raise ValueError(f"model {name!r}: {str(error).splitlines()[0]}") from error

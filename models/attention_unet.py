@@ -106,7 +106,10 @@ class AttentionUNet(UNet):
                  attention_levels=(1, 2), heads=4, groups=32, time_emb_dim=256, dropout=0.0,
                  activation="silu", num_classes=None, grad_checkpoint=False):
         channels = [base_channels * m for m in multipliers]
-        if any(c < 1 or c % groups or c % heads for c in channels):
+        if not 1 <= len(channels) <= 10 or not 1 <= num_blocks <= 100 or min(groups, heads) < 1:
+            raise ValueError(f"impossible shape: {len(channels)} levels, {num_blocks} blocks, {groups} groups, "
+                             f"{heads} heads")
+        if any(not 1 <= c <= 2**16 or c % groups or c % heads for c in channels):
             raise ValueError(f"channels {channels} must be multiples of groups={groups} and heads={heads}")
         if not set(attention_levels) <= set(range(len(channels))):
             raise ValueError(f"attention_levels {attention_levels} must lie in 0..{len(channels) - 1}")

@@ -131,8 +131,8 @@ class SimpleUNet(UNet):
     def __init__(self, image_channels=1, base_channels=64, time_emb_dim=256, num_classes=None,
                  grad_checkpoint=False):
         super().__init__(image_channels, 4, time_emb_dim, time_emb_dim, num_classes, grad_checkpoint)
-        if base_channels < 8 or base_channels % 8:
-            raise ValueError(f"base_channels must be a multiple of 8 (GroupNorm), got {base_channels}")
+        if not 8 <= base_channels <= 4096 or base_channels % 8:
+            raise ValueError(f"base_channels must be a multiple of 8 (GroupNorm) up to 4096, got {base_channels}")
         b = base_channels
         # The blocks work with features in 8 groups of channels, and an image has 1 or 3: convolve first.
         self.conv_in = nn.Conv2d(image_channels, b, 3, padding=1)

@@ -197,13 +197,24 @@ def make_bad(kind, good, path):
         entries["model_name"] = "transformer"
     if kind == "no weights":
         del entries["ema"]
+    if kind == "no size":
+        entries["data"] = {}
+    if kind == "a huge size":
+        entries["data"]["image_size"] = 10**9
+    if kind == "half precision":
+        entries["ema"] = {k: v.half() for k, v in entries["ema"].items()}
+    if kind == "not a number":
+        entries["ema"]["conv_in.bias"] = entries["ema"]["conv_in.bias"] * float("nan")
+    if kind == "endless chain":
+        entries["diffusion_config"]["num_timesteps"] = float("inf")
     save_checkpoint(path, entries)
-    return "do not fit|unknown model"
+    return "do not fit together"
 
 
 @pytest.mark.parametrize("kind", [
     "missing", "a folder", "empty", "truncated", "altered", "text", "bare weights", "old pickle", "malicious",
-    "zip bomb", "newer", "another network", "monstrous network", "unknown network", "no weights"])
+    "zip bomb", "newer", "another network", "monstrous network", "unknown network", "no weights", "no size",
+    "a huge size", "half precision", "not a number", "endless chain"])
 def test_a_bad_checkpoint_is_named_for_what_it_is(kind, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "bad.pt"
@@ -214,6 +225,20 @@ def test_a_bad_checkpoint_is_named_for_what_it_is(kind, checkpoint, tmp_path, ca
 
 
 # ---- Folders and disks
+
+@pytest.mark.parametrize("name", ["model_final.pt", "training_loss.png"])
+def test_a_folder_in_the_way_of_a_result_is_found_before_the_training(name, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    error = fails(capsys, train.main, "--dataset", "synthetic_digits", "--output_dir", tmp_path)
+    assert name in error and "in the way" in error
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_found_before_the_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    error = fails(capsys, train.main, "--dataset", "synthetic_digits", "--output_dir", tmp_path)
+    assert "32 MB" in error and not list(tmp_path.rglob("*.png"))
+
 
 def test_an_empty_folder_of_images_is_an_error(tmp_path, capsys):
     (tmp_path / "empty").mkdir()

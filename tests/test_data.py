@@ -130,9 +130,12 @@ def test_without_a_network_the_answer_comes_within_15_seconds(kind, silent_serve
 def test_damaged_files_are_called_damaged(mnist_server, tmp_path):
     get_dataset("mnist", tmp_path)
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="damaged"):
-        get_dataset("mnist", tmp_path)
+    whole = path.read_bytes()
+    for length in (1000, len(whole) - 784, 3, 0):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="damaged") as error:
+            get_default_dataset(tmp_path)                       # and no synthetic digits in their place
+        assert not isinstance(error.value, DatasetUnavailable)
 
 
 # ---- Folders

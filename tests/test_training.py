@@ -1,6 +1,7 @@
 """Training, EMA, checkpoints, and using the parts from Python as the documents show it."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -295,3 +296,35 @@ def test_moving_average_equals_a_loop():
     values = [5.0, 1.0, 4.0, 2.0, 8.0, 3.0, 9.0]
     parts = [[5], [1], [1, 4], [4, 2], [4, 2, 8], [2, 8, 3], [8, 3, 9]]     # of 5: the last 3, not 2
     assert moving_average(values, 3).tolist() == pytest.approx([sum(p) / len(p) for p in parts])
+
+
+# ---- Checkpoints that are small and claim much
+
+def hostile(kind):
+    entries = {"format": "readable-diffusion", "version": 1, "digest": "x"}
+    if kind == "billion laughs":
+        nest = ["lol"]
+        for _ in range(25):
+            nest = [nest] * 10
+        entries["x"] = nest
+    elif kind == "one value shown a billion times":
+        entries["x"] = torch.zeros(1).expand(10**9)
+    elif kind == "a list that holds itself":
+        entries["x"] = []
+        entries["x"].append(entries["x"])
+    elif kind == "sparse":
+        entries["x"] = torch.eye(3).to_sparse()
+    elif kind == "version is a tensor":
+        entries["version"] = torch.tensor([1, 2])
+    return entries
+
+
+@pytest.mark.parametrize("kind", ["billion laughs", "one value shown a billion times", "sparse",
+                                  "a list that holds itself", "version is a tensor"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_small_file_that_claims_much_is_refused_at_little_cost(kind, tmp_path):
+    torch.save(hostile(kind), tmp_path / "x.pt")
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="refused|format version|damaged"):
+        load_checkpoint(tmp_path / "x.pt")
+    assert time.perf_counter() - start < 20         # a bound on hanging, not a timing: 10^25 entries never end
