@@ -148,6 +148,15 @@ def test_ema_forgets_the_initial_weights_within_the_warm_up():
     assert share < 1e-7
 
 
+def test_training_updates_the_average_after_every_step(tiny_model):
+    """An average that keeps nothing equals the weights, if it is updated at all."""
+    ema, before = EMA(tiny_model, decay=0.0), weights(tiny_model)
+    train_epoch(tiny_model, Batches(torch.zeros(24, 1, 8, 8, dtype=torch.uint8), batch_size=8),
+                torch.optim.SGD(tiny_model.parameters(), lr=0.1), DiffusionProcess(), "cpu", ema=ema)
+    assert ema.updates == 3 and equal(weights(ema.model), weights(tiny_model))
+    assert not equal(weights(ema.model), before)
+
+
 def test_ema_copies_buffers_and_takes_no_gradient():
     model = torch.nn.BatchNorm1d(2)
     ema = EMA(model)
