@@ -8,7 +8,6 @@ Writes outputs/generated_samples.png; with --show_intermediate also generation_s
 and generation_frames/.
 """
 
-import time
 from pathlib import Path
 
 import torch
@@ -19,8 +18,8 @@ from checkpoint import load_checkpoint
 from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from models import create_model
 from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
-                   image_grid, make_output_dir, png_bytes, positive_int, save_gif,
-                   save_images, save_strip, seed_number, to_uint8, write_file)
+                   image_grid, make_output_dir, measure, png_bytes, positive_int, save_gif, save_images,
+                   save_strip, seed_number, to_uint8, write_file)
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 
@@ -89,10 +88,7 @@ def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, dev
     """How long sampling will take here, from timing one call of the model."""
     x_T = torch.zeros(min(batch_size, num_images), model.image_channels, image_size, image_size,
                       device=device)
-    for _ in range(2):                                   # the first call also warms up
-        start = time.perf_counter()
-        diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1).cpu()
-        one_call = time.perf_counter() - start
+    one_call = measure(lambda: diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1), device)
     return one_call * calls * num_images / len(x_T)
 
 

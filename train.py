@@ -22,9 +22,8 @@ from data import DATASET_HELP, Batches, class_names, get_dataset, get_default_da
 from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess
 from models import MODELS, create_model
 from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device, format_seconds,
-                   fraction, get_device, get_precision, get_timesteps, make_output_dir, plot_losses,
-                   positive_float, positive_int, save_images, seed_number, seed_step,
-                   synchronized_seconds)
+                   fraction, get_device, get_precision, get_timesteps, make_output_dir, measure,
+                   plot_losses, positive_float, positive_int, save_images, seed_number, seed_step)
 
 CHECKPOINT_EPOCHS = 5
 
@@ -89,18 +88,14 @@ def measure_seconds(model, batch, diffusion, device, precision, image_size, num_
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
     ema = EMA(model)
     x_0, y = (part.to(device) for part in batch)
-    times = []
-    for _ in range(4):
-        start = synchronized_seconds(device)
+
+    def update():
         train_step(model, x_0, y, optimizer, diffusion, precision)
         ema.update(model)
-        times.append(synchronized_seconds(device) - start)
+
     x_T = torch.zeros(num_images, model.image_channels, image_size, image_size, device=device)
-    for _ in range(2):
-        start = synchronized_seconds(device)
-        diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1)
-        one_call = synchronized_seconds(device) - start
-    step = sorted(times[1:])[1]          # the median of three; the first step also warms up
+    step = measure(update, device, repeats=3)
+    one_call = measure(lambda: diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1), device)
     return step, one_call * (len(diffusion.sampling_levels("ddim")) - 1)
 
 

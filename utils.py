@@ -332,10 +332,18 @@ def plot_losses(losses, path, window=100):
     save_figure(figure, path)
 
 
-def synchronized_seconds(device):
-    """The clock, after all work queued on the device is done: for timing alone."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
+def measure(work, device, repeats=1):
+    """Seconds that work() takes: the median of `repeats` calls, after one that warms up."""
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)      # a GPU only queues the work
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    times = []
+    for _ in range(1 + repeats):
+        start = clock()
+        work()
+        times.append(clock() - start)
+    return sorted(times[1:])[repeats // 2]

@@ -30,7 +30,8 @@ class Edit(NamedTuple):
 
 EDITS = [
     Edit("root of alpha_bar missing", "diffusion.py",
-         "self._signal = self.alpha_bar.sqrt().float()", "self._signal = self.alpha_bar.float()", "diffusion"),
+         "self._signal = self.alpha_bar.sqrt().float()", "self._signal = self.alpha_bar.float()",
+         "diffusion"),
     Edit("root of 1 - alpha_bar missing", "diffusion.py",
          "(1 - self.alpha_bar).sqrt().float()", "(1 - self.alpha_bar).float()", "diffusion"),
     Edit("t off by one in the step", "diffusion.py",
@@ -50,7 +51,8 @@ EDITS = [
     Edit("float32 schedule, linear", "diffusion.py",
          "num_timesteps, dtype=torch.float64).flip(0)", "num_timesteps).flip(0)", "diffusion"),
     Edit("float32 schedule, cosine", "diffusion.py",
-         "torch.arange(num_timesteps + 1, dtype=torch.float64)", "torch.arange(num_timesteps + 1)", "diffusion"),
+         "torch.arange(num_timesteps + 1, dtype=torch.float64)", "torch.arange(num_timesteps + 1)",
+         "diffusion"),
     Edit("betas not scaled by 1000 / T", "diffusion.py",
          "scale = 1000 / num_timesteps", "scale = 1.0", "diffusion"),
     Edit("betas not capped", "diffusion.py", "MAX_BETA = 0.999", "MAX_BETA = 2.0", "diffusion"),
@@ -79,7 +81,8 @@ EDITS = [
     Edit("EMA never updated", "train.py", "            ema.update(model)\n        epoch_losses",
          "            pass\n        epoch_losses", "training"),
     Edit("EMA without a warm-up", "utils.py",
-         "decay = min(self.decay, (1 + self.updates) / (10 + self.updates))", "decay = self.decay", "training"),
+         "decay = min(self.decay, (1 + self.updates) / (10 + self.updates))", "decay = self.decay",
+         "training"),
     Edit("EMA weights swapped", "utils.py",
          "average.lerp_(value, 1 - decay)", "average.lerp_(value, decay)", "training"),
     Edit("samples from the last weights", "sample.py",
@@ -96,8 +99,8 @@ EDITS = [
     Edit("digest not checked", "checkpoint.py",
          "intact = isinstance(digest, str) and digest == _digest(entries, path.stat().st_size)",
          "intact = isinstance(digest, str)", "training commands"),
-    Edit("checkpoints may run code", "checkpoint.py", "weights_only=True)\n    except", "weights_only=False)\n    except",
-         "commands"),
+    Edit("checkpoints may run code", "checkpoint.py",
+         "weights_only=True)\n    except", "weights_only=False)\n    except", "commands"),
     Edit("written over the old file", "utils.py",
          'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")', "temporary = path", "training"),
     Edit("frames labelled one step late", "sample.py",
@@ -111,7 +114,7 @@ EDITS = [
 def caught_by(edit, folder):
     """Apply the edit in a fresh copy of the project; the name of the first test to fail, or None."""
     copy = folder / "project"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "data", "pretrained"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "data"))
     path = copy / edit.file
     source = path.read_text()
     if source.count(edit.right) != 1:
