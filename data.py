@@ -2,16 +2,15 @@
 
     mnist, fashion_mnist, cifar10           through torchvision, which downloads them once
     synthetic_digits, synthetic_fabrics     drawn by synthetic.py: no download, 10,000 images each
-    a path                                  any folder of images, nested or flat, grey or colour
+    a path                                  any folder of images, nested or flat (folders.py)
 
 Images stay uint8 until a batch is made. Batches need no worker processes: indexing an array is fast.
 """
 
+import itertools
 import threading
 import urllib.error
 import urllib.request
-import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -19,9 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 
 import synthetic
+from folders import class_folders, digest, find_duplicates, load_folder, save_sheet, verify_folder
+from utils import to_signed
 
 
 class Row(NamedTuple):
@@ -48,43 +48,69 @@ class DatasetUnavailable(ValueError):
     """The data set is not on disk and cannot be downloaded now."""
 
 
-def get_dataset(name, data_dir="data", *, train=True, image_size=None):
+def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=None, **folder_settings):
     """Load a data set by name, or a folder of images by its path.
 
     data_dir:    where torchvision's files lie or go.  train: False for the test set (not for folders).
     image_size:  resize to this height and width; by default a named set keeps its own size, and a
                  folder keeps its images' common square size if that is at most 64, else takes 64.
+    channels:    1 for grey, 3 for colour; by default as the data are.
+    folder_settings: fit, with_labels, cache_dir: see folders.load_folder.
     Returns (images uint8 [N, C, H, W], labels int64 [N] or None).
     Raises ValueError for an unknown name or a folder without usable images, DatasetUnavailable if a
     download fails.
     """
     if image_size is not None and not 4 <= image_size <= 4096:
         raise ValueError(f"image_size must lie in 4..4096, got {image_size}")
-    if name in DATASETS:
-        source = DATASETS[name].source
-        if name.startswith("synthetic"):
-            images, labels = source(SYNTHETIC_SIZE, seed=0 if train else 1)
-        else:
-            images, labels = _torchvision_arrays(name, source, data_dir, train)
-        return _resize(images, image_size), labels
-    if name and Path(name).is_dir():
-        return _load_folder(Path(name), image_size), None
-    raise ValueError(f"unknown dataset {name!r}; choose from {sorted(DATASETS)} or give a folder of images")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if name not in DATASETS:
+        return load_folder(_folder(name), image_size, channels=channels, **folder_settings)
+    source = DATASETS[name].source
+    if name.startswith("synthetic"):
+        images, labels = source(SYNTHETIC_SIZE, seed=0 if train else 1)
+    else:
+        images, labels = _torchvision_arrays(name, source, data_dir, train)
+    return _with_channels(_resize(images, image_size), channels), labels
 
 
-def get_default_dataset(data_dir="data", image_size=None):
+def _folder(name):
+    if not name or not Path(name).is_dir():
+        raise ValueError(f"unknown dataset {name!r}; choose from {sorted(DATASETS)} or give a folder of images")
+    return Path(name)
+
+
+def get_default_dataset(data_dir="data", **settings):
     """MNIST where it can be had, else the synthetic digits, saying so. Returns (name, images, labels)."""
     try:
-        return "mnist", *get_dataset("mnist", data_dir, image_size=image_size)
+        return "mnist", *get_dataset("mnist", data_dir, **settings)
     except DatasetUnavailable:
         print("MNIST is not on disk and cannot be downloaded: using synthetic digits instead "
               "(--dataset mnist tells what is missing)")
-        return "synthetic_digits", *get_dataset("synthetic_digits", image_size=image_size)
+        return "synthetic_digits", *get_dataset("synthetic_digits", **settings)
 
 
-def class_names(name):
-    """The names of the classes of a data set, or None for a folder."""
-    return list(DATASETS[name].classes) if name in DATASETS else None
+def class_names(name, with_labels=False):
+    """The names of the classes, in the order of the labels; None for a folder without labels."""
+    if name in DATASETS:
+        return list(DATASETS[name].classes)
+    return class_folders(name) if with_labels else None
+
+
+def verify_dataset(name, sheet, data_dir="data", *, image_size=None, channels=None, fit="crop"):
+    """Look at a data set without training: print what is in it, draw a contact sheet as PNG.
+
+    Returns whether there is anything to train on. Raises what get_dataset raises.
+    """
+    if name not in DATASETS:
+        return verify_folder(_folder(name), sheet, image_size, channels=channels, fit=fit)
+    images, labels = get_dataset(name, data_dir, image_size=image_size, channels=channels)
+    print(f"Found {len(images)} images in dataset {name}, {'x'.join(map(str, images.shape[1:]))}")
+    counts = zip(class_names(name), torch.bincount(labels).tolist())
+    print("classes: " + ", ".join(f"{label} ({count})" for label, count in counts))
+    print(f"duplicates: {len(find_duplicates(map(digest, images.numpy())))}")
+    save_sheet(images, sheet)
+    return True
 
 
 # ---- torchvision's sets
@@ -141,83 +167,20 @@ def _any_reachable(urls, seconds=8):
     return answered.is_set()
 
 
-# ---- Folders of images
+def split_held_out(images, labels, share, seed=0):
+    """Set a random share of the images aside, to measure the loss on images that are not trained on.
 
-IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
-MAX_PIXELS = 50_000_000
-MIN_SIDE = 8
-
-
-def _open(path):
-    """The header of an image file, if it is of a format that we name."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")       # of huge sizes, which _read_image refuses by itself
-        return Image.open(path, formats=sorted(set(IMAGE_SUFFIXES.values())))
-
-
-def _read_image(path, image_size):
-    """One image file -> PIL image in mode RGB, its central square resized to image_size.
-
-    Only the named formats are decoded, and the size in the header is checked first: a few bytes can
-    claim a picture of many gigabytes. Raises ValueError, OSError or SyntaxError for a bad file.
+    Returns (images, labels, held-out images, held-out labels); labels stay None if they are.
     """
-    with _open(path) as picture:
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width}x{height} pixels are too many")
-        if min(width, height) < MIN_SIDE:
-            raise ValueError(f"{width}x{height} pixels are too few")
-        if picture.format == "JPEG":
-            picture.draft(None, (2 * image_size, 2 * image_size))     # decode no finer than needed
-        if picture.mode.startswith("I"):
-            # 16-bit grey: PIL's own conversion would cut at 255 instead of scaling.
-            picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
-        elif "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.resize((image_size, image_size), Image.LANCZOS, box=(left, top, left + side, top + side))
-
-
-def _load_folder(folder, image_size):
-    """Every image below a folder, in the order of their names; files that cannot be used are named."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not files:
-        raise ValueError(f"{folder}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    image_size = image_size or _common_size(files)
-    pictures, skipped = [], []
-    for path in files:
-        try:
-            pictures.append(np.asarray(_read_image(path, image_size)))
-        except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).replace(repr(str(path)), "").split()) or type(error).__name__
-            skipped.append(f"  {path.relative_to(folder)}: {reason}")
-    if skipped:
-        print(f"{len(skipped)} of {len(files)} files in {folder} cannot be used and are skipped:")
-        print("\n".join(skipped[:20] + [f"  and {len(skipped) - 20} more"] * (len(skipped) > 20)))
-    if not pictures:
-        raise ValueError(f"{folder}: none of its {len(files)} images can be used")
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)      # [N, 3, H, W]
-    grey = bool((images == images[:, :1]).all())            # also where a grey picture is stored as RGB
-    images = images[:, :1] if grey else images
-    kind = "grey" if grey else "colour"
-    print(f"{len(images)} images of {image_size}x{image_size} ({kind}) from {folder}")
-    return images.contiguous()
-
-
-def _common_size(files, limit=64):
-    """The square size that nearly all files share, if it is at most `limit`; otherwise `limit`."""
-    sizes = Counter()
-    for path in files:
-        try:
-            with _open(path) as picture:
-                sizes[picture.size] += 1
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            continue                          # _load_folder names it
-    (width, height), count = sizes.most_common(1)[0] if sizes else ((0, 1), 0)
-    return width if width == height <= limit and count > 0.9 * sizes.total() else limit
+    count = round(share * len(images))
+    if share and not 0 < count < len(images):
+        raise ValueError(f"holding out {share} of {len(images)} images leaves nothing on one side")
+    order = torch.from_numpy(np.random.default_rng([seed, 2**32 - 1]).permutation(len(images)))
+    held, kept = order[:count].sort().values, order[count:].sort().values
+    if not count:
+        return images, labels, images[:0], labels           # untouched: it may be mapped from a file
+    return tuple(part for index in (kept, held)
+                 for part in (images[index], None if labels is None else labels[index]))
 
 
 # ---- Batches
@@ -230,32 +193,58 @@ def _resize(images, size):
         for part in images.split(1024)])
 
 
-def to_signed(images):
-    """uint8 0..255 -> float32 [-1, 1]: centred on zero, like the noise that is to be mixed in."""
-    return images.float() / 127.5 - 1
+def _with_channels(images, channels):
+    if channels is None or images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)        # ITU-R BT.601, as PIL's mode "L"
+    return torch.cat([(part * luma).sum(1, keepdim=True).round().to(torch.uint8)
+                      for part in images.split(1024)])
 
 
 class Batches:
-    """An epoch of batches: iterates over (images float [B, C, H, W] in [-1, 1], labels [B]).
+    """Batches of (images float [B, C, H, W] in [-1, 1], labels [B]) without end, or an epoch of them.
 
-    The order depends only on (seed, epoch); set `epoch` before each pass. The last partial batch is
-    dropped (60,000 images in batches of 128 are 468 steps); a set smaller than one batch is one batch.
-    Without labels, every label is -1 ("no class").
+    Iterating over it is one epoch, number `epoch`; stream(k) starts at step k of the run and goes on
+    from epoch to epoch. Order and flips depend only on (seed, step). The last partial batch of an epoch
+    is dropped (60,000 images in batches of 128 are 468 steps); a set smaller than one batch is one
+    batch. Without labels, every label is -1 ("no class").
+
+    images: uint8 [N, C, H, W].  flip: mirror every other image, at random.
     """
 
-    def __init__(self, images, labels=None, batch_size=128, seed=0):
+    def __init__(self, images, labels=None, batch_size=128, seed=0, flip=False):
         if batch_size < 1 or not len(images):
             raise ValueError(f"batches of {batch_size} from {len(images)} images: both must be at least 1")
         self.images = images
         self.labels = torch.full((len(images),), -1) if labels is None else labels
         self.batch_size = min(batch_size, len(images))
         self.seed = seed
+        self.flip = flip
         self.epoch = 0
 
     def __len__(self):
         return len(self.images) // self.batch_size
 
+    def take(self, index, mirrored=None):
+        """The images at `index` as floats, those of them that are `mirrored` turned round, and their labels."""
+        x_0 = to_signed(self.images[index])
+        if mirrored is not None:
+            x_0[mirrored] = x_0[mirrored].flip(-1)
+        return x_0, self.labels[index]
+
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.images))
-        for index in torch.from_numpy(order).split(self.batch_size)[:len(self)]:
-            yield to_signed(self.images[index]), self.labels[index]
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = torch.from_numpy(random.permutation(len(self.images)))
+        mirrored = torch.from_numpy(random.random(len(order)) < 0.5) if self.flip else None
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            here = slice(start, start + self.batch_size)
+            yield self.take(order[here], mirrored[here] if self.flip else None)
+
+    def stream(self, first_step=0):
+        """Batches from step `first_step` of the run on, epoch after epoch, without end."""
+        while True:
+            self.epoch = first_step // len(self)
+            yield from itertools.islice(self, first_step % len(self), None)
+            first_step = (self.epoch + 1) * len(self)

@@ -13,8 +13,8 @@ Only this file knows whether that tensor means the noise ("eps"), the image ("x0
     loss = diffusion.training_loss(model, x_0)
     images = diffusion.sample(model, sampler="ddim", steps=50, seed=0)
 
-Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine schedule),
-Salimans & Ho 2022 (the v objective), Ho & Salimans 2022 (classifier-free guidance).
+Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine schedule), Jabri
+et al. 2022 (sigmoid schedule), Salimans & Ho 2022 (the v objective), Ho & Salimans 2022 (classifier-free guidance).
 """
 
 import contextlib
@@ -48,15 +48,27 @@ def linear_alpha_bar(num_timesteps, beta_start=None, beta_end=None):
     return torch.cumprod(1 - betas.clamp(max=MAX_BETA), dim=0)
 
 
-def cosine_alpha_bar(num_timesteps, s=0.008):
-    """alpha_bar falls like a squared cosine (Nichol & Dhariwal 2021, eq. 17): gentler at both ends."""
-    level = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    f = torch.cos((level + s) / (1 + s) * math.pi / 2) ** 2
+def _from_curve(f):
+    """alpha_bar for t = 0..T-1 from a curve at the T + 1 points 0, 1/T, ... 1, no beta above the cap."""
     betas = (1 - f[1:] / f[:-1]).clamp(max=MAX_BETA)
     return torch.cumprod(1 - betas, dim=0)
 
 
-SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar}
+def cosine_alpha_bar(num_timesteps, s=0.008):
+    """alpha_bar falls like a squared cosine (Nichol & Dhariwal 2021, eq. 17): gentler at both ends."""
+    level = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    return _from_curve(torch.cos((level + s) / (1 + s) * math.pi / 2) ** 2)
+
+
+def sigmoid_alpha_bar(num_timesteps, start=-3.0, end=3.0):
+    """alpha_bar falls like a logistic curve between `start` and `end`, stretched to reach from 1 to 0 (Jabri
+    et al. 2022; Chen 2023)."""
+    level = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = torch.sigmoid(-(start + level * (end - start)))
+    return _from_curve((f - f[-1]) / (f[0] - f[-1]))
+
+
+SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar, "sigmoid": sigmoid_alpha_bar}
 OBJECTIVES = ("eps", "x0", "v")
 
 
@@ -115,7 +127,7 @@ class DiffusionProcess:
     """A noise schedule, what the model predicts, and everything that follows from the two.
 
     num_timesteps: T, the number of noise levels (ignored where schedule is given as numbers).
-    schedule:      "linear", "cosine", or the alpha_bar values themselves, [T] in (0, 1) and falling.
+    schedule:      "linear", "cosine", "sigmoid", or the alpha_bar values themselves, [T] in (0, 1) and falling.
     objective:     what the model's output means: "eps" (the noise), "x0" (the clean image) or
                    "v" = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0.
     beta_start, beta_end: ends of the linear schedule, used as they are; by default scaled with T.

@@ -2,71 +2,147 @@
 
     python train.py                                       # MNIST, 20 epochs
     python train.py --epochs 50 --dataset fashion_mnist
-    python train.py --dataset path/to/photos --image_size 32
+    python train.py --dataset path/to/photos --verify     # look at a folder first
+    python train.py --dataset path/to/photos --preset fabrics_laptop
+    torchrun --nproc_per_node=4 train.py --preset cifar10 # one process for each GPU
 
 Writes into outputs/: samples/epoch_001.png ... (64 images after each epoch), checkpoints/
-model_epoch_005.pt ... (every 5 epochs), training_loss.png and, at the end, model_final.pt.
+model_epoch_005.pt ... (every 5 epochs), training_loss.png and .csv and, at the end, model_final.pt. A run
+that is counted in --steps numbers its files by steps.
 """
 
-import copy
+import argparse
+import contextlib
 import itertools
 import math
 import shutil
+import sys
 import time
+from typing import NamedTuple
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import distributed
 from checkpoint import save_checkpoint
-from data import DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset
-from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess
-from models import MODELS, create_model
-from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device, format_seconds,
-                   fraction, get_device, get_precision, get_timesteps, make_output_dir, measure,
-                   plot_losses, positive_float, positive_int, save_images, seed_number, seed_step)
+from data import (DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, split_held_out,
+                  verify_dataset)
+from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess, seeded_noise
+from folders import FITS
+from models import ACTIVATIONS, MODELS, create_model
+from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device,
+                   format_seconds, fraction, get_device, get_precision, get_timesteps, int_tuple,
+                   make_output_dir, measure, peak_memory, plot_losses, positive_float, positive_int,
+                   save_images, seed_number, seed_step, whole_number)
 
-CHECKPOINT_EPOCHS = 5
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+LR_SCHEDULES = ("constant", "cosine")
+
+# A row is a set of flags; those on the command line win. dataset=None: it has to be given.
+FABRICS = dict(
+    dataset="synthetic_fabrics", image_size=64, channels=3, model="attention", base_channels=64,
+    multipliers=(1, 2, 4, 8), num_blocks=1, attention_levels=(2, 3), schedule="sigmoid", objective="v",
+    batch_size=32, accumulate=2, beta2=0.99, ema_decay=0.995, ema_every=10, grad_clip=1.0, flip=True,
+    num_samples=16)
+PRESETS = {
+    "mnist":         dict(dataset="mnist", epochs=20, batch_size=128, lr=2e-4),
+    "fashion_mnist": dict(dataset="fashion_mnist", epochs=50, batch_size=128, lr=2e-4, flip=True),
+    "mnist_short":   dict(dataset="mnist", epochs=5, batch_size=64, lr=1e-3, timesteps=200, base_channels=32,
+                          time_emb_dim=128),
+    "cifar10":       dict(dataset="cifar10", epochs=200, batch_size=128, lr=2e-4, warmup=1000, model="attention",
+                          multipliers=(1, 2, 4), num_blocks=2, attention_levels=(1, 2), dropout=0.1,
+                          schedule="cosine", objective="v", grad_clip=1.0, ema_decay=0.9995, flip=True),
+    "ct":            dict(dataset=None, image_size=64, channels=1, epochs=60, batch_size=32, lr=2e-4,
+                          lr_schedule="cosine", optimizer="adamw", weight_decay=1e-4, timesteps=400,
+                          schedule="cosine", model="attention", base_channels=64, multipliers=(1, 2, 4),
+                          num_blocks=2, attention_levels=(1, 2), time_emb_dim=256, groups=32, dropout=0.05,
+                          ema_decay=0.9995, grad_clip=1.0, val_fraction=0.05,
+                          without_gpu=dict(batch_size=8)),
+    "fabrics_500k":  dict(FABRICS, steps=500_000, lr=8e-5, sample_every=25_000, save_every=25_000),
+    "fabrics_100k":  dict(FABRICS, steps=100_000, lr=2e-4, sample_every=1000, save_every=1000),
+    "fabrics_laptop": dict(FABRICS, base_channels=32, multipliers=(1, 2, 4, 4), groups=8, accumulate=1,
+                           batch_size=16, steps=8000, lr=5e-4, lr_schedule="cosine", warmup=200,
+                           optimizer="adamw", ema_decay=0.999, ema_every=1, val_fraction=0.05,
+                           sample_every=1000, save_every=2000),
+}
 
 
-def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None):
-    """One update: noise a batch, compare the model's prediction with the truth, step downhill."""
+def rate_at(step, total_steps, peak, schedule="constant", warmup=0):
+    """The learning rate of step 0, 1, ...: up to `peak` on a line over `warmup` steps, then constant or
+    down to zero along half a cosine (Loshchilov & Hutter 2017, eq. 5, without restarts)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+    return peak
+
+
+def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None, accumulate=1):
+    """One update: noise a batch, compare the model's prediction with the truth, step downhill.
+
+    accumulate: work through the batch in so many parts, one after the other, to save memory.
+    Of several processes each works on every n-th image. Timesteps and noise are drawn for the whole
+    batch first, so that neither parts nor processes change them.
+    """
     t = get_timesteps(len(x_0), diffusion.num_timesteps, x_0.device)
-    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        loss = diffusion.training_loss(model, x_0, y, t)
+    noise = torch.randn_like(x_0)
+    rank, world = distributed.place()
+    if rank > 0:
+        torch.manual_seed(torch.initial_seed() + rank)      # or dropout would repeat itself in each process
     optimizer.zero_grad()
-    loss.backward()
+    total = torch.zeros((), device=x_0.device)
+    parts = torch.arange(len(x_0), device=x_0.device).tensor_split(accumulate)
+    for k, part in enumerate(parts):
+        mine = part[rank::world]
+        last = k == len(parts) - 1            # only then do the processes exchange their gradients
+        with (contextlib.nullcontext() if last or world == 1 else model.no_sync(),
+              torch.autocast(x_0.device.type, torch.bfloat16, enabled=precision == torch.bfloat16)):
+            loss = diffusion.training_loss(model, x_0[mine], y[mine], t[mine], noise[mine])
+            loss = loss * (len(part) / len(x_0))
+            loss.backward()
+        total += loss.detach()
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
-    return loss.detach()
+    return total
 
 
-def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, precision=torch.float32,
-                grad_clip=None, seed=None, first_step=0, max_steps=None, losses=None, title="training"):
+def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1,
+                precision=torch.float32, grad_clip=None, accumulate=1, rate=None, seed=None, first_step=0,
+                steps=None, losses=None, title="training"):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
     dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
-    ema:         an EMA to update after each step.     grad_clip: the largest gradient norm.
+    ema:         an EMA to update after every `ema_every` steps.   grad_clip: the largest gradient norm.
+    accumulate:  see train_step.    rate: a function from the step to the learning rate.
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
-    first_step:  how many steps the run has behind it.   max_steps: stop after so many.
+    first_step:  how many steps the run has behind it.   steps: how many to do, if not one pass.
     losses:      a list that the loss of each step is appended to.
     """
     model.train()
     epoch_losses = []       # kept on the device: reading a number there would make it wait
-    steps = min(len(dataloader), max_steps or len(dataloader))
-    start = time.perf_counter()
-    bar = tqdm(itertools.islice(dataloader, steps), total=steps, desc=title, unit="step")
+    steps = len(dataloader) if steps is None else steps
+    start = shown = time.perf_counter()
+    bar = tqdm(itertools.islice(dataloader, steps), total=steps, desc=title, unit="step",
+               disable=distributed.place()[0] > 0)
     for k, (x_0, y) in enumerate(bar):
+        step = first_step + k
         if seed is not None:
-            seed_step(seed, first_step + k)
-        loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, precision, grad_clip)
-        if ema is not None:
+            seed_step(seed, step)
+        if rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+        loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, precision, grad_clip,
+                          accumulate)
+        if ema is not None and (step + 1) % ema_every == 0:
             ema.update(model)
         epoch_losses.append(loss)
-        if k % 10 == 9 or k == steps - 1:
-            rate = (k + 1) * len(x_0) / (time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {loss.item():.4f}, {rate:.0f} images/s")
-    epoch_losses = torch.stack(epoch_losses).tolist()
+        now = time.perf_counter()
+        if now - shown > 1 or k == steps - 1:
+            shown = now
+            bar.set_postfix_str(f"loss {loss.item():.4f}, {(k + 1) * len(x_0) / (now - start):.0f} images/s")
+    epoch_losses = distributed.mean_over_ranks(torch.stack(epoch_losses)).tolist()
     if losses is not None:
         losses.extend(epoch_losses)
     return sum(epoch_losses) / len(epoch_losses)
@@ -82,140 +158,366 @@ def sample_images(model, diffusion, device, num_images=64, image_size=28):
                             sampler="ddim")
 
 
-def measure_seconds(model, batch, diffusion, device, precision, image_size, num_images=64):
-    """(seconds for a training step, seconds for one set of pictures), measured on copies: nothing changes."""
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
-    ema = EMA(model)
-    x_0, y = (part.to(device) for part in batch)
+@torch.no_grad()
+def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
+    """The loss on images that are not trained on, always at the same timesteps and with the same noise, so
+    that two models, or two moments of a training, compare.
+
+    batches: a Batches of all held-out images, whose count is divided evenly over the timesteps.
+    """
+    images, total, T = len(batches.images), 0.0, diffusion.num_timesteps
+    for first in range(0, images, batches.batch_size):
+        index = torch.arange(first, min(first + batches.batch_size, images))
+        x_0, y = batches.take(index)
+        t = ((index + 0.5) * T / images).long().to(device)
+        noise = seeded_noise(0, index.tolist(), 0, x_0.shape[1:]).to(device)
+        with torch.autocast(t.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            loss = diffusion.training_loss(model, x_0.to(device), y.to(device), t, noise)
+        total += float(loss) * len(index)
+    return total / images
+
+
+class Plan(NamedTuple):
+    """When a run does what, in steps. A run is counted in epochs or, with --steps, in steps."""
+    total_steps: int
+    stretch: int  # steps from one report to the next
+    sample_every: int
+    save_every: int
+    unit: int  # steps in what the run is counted in: an epoch, or 1
+    unit_name: str  # "epoch" or "step"
+
+    def name(self, step):
+        """What a file written after `step` steps is called: epoch_005 or step_0005000."""
+        return f"{self.unit_name}_{step // self.unit:0{3 if self.unit_name == 'epoch' else 7}d}"
+
+    def title(self, step):
+        """For the eye: epoch 5/20, step 5000/8000."""
+        return f"{self.unit_name} {step // self.unit}/{self.total_steps // self.unit}"
+
+    def is_due(self, every, step):
+        return step % every == 0 or step == self.total_steps
+
+    def count(self, every):
+        return math.ceil(self.total_steps / every)
+
+
+def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_every=None):
+    """Pictures after each epoch and a checkpoint every 5; in a run by steps 5 times, and at the end."""
+    if steps is None:
+        unit, total = steps_per_epoch, num_epochs * steps_per_epoch
+        sample_every, save_every = (sample_every or 1) * unit, (save_every or 5) * unit
+        return Plan(total, unit, sample_every, save_every, unit, "epoch")
+    sample_every = min(steps, sample_every or math.ceil(steps / 5))
+    save_every = min(steps, save_every or steps)
+    return Plan(steps, math.gcd(sample_every, save_every), sample_every, save_every, 1, "step")
+
+
+def load_batches(dataset_name, batch_size, seed, flip, data_dir, val_dir, val_fraction, **settings):
+    """(name, Batches to train on, Batches held out or None)"""
+    with distributed.first_rank_first():
+        if dataset_name is None:
+            dataset_name, images, labels = get_default_dataset(data_dir, **settings)
+        else:
+            images, labels = get_dataset(dataset_name, data_dir, **settings)
+        if val_dir:
+            like = dict(settings, image_size=images.shape[-1], channels=images.shape[1])
+            rest = images, labels, *get_dataset(val_dir, **like)
+        else:
+            rest = split_held_out(images, labels, val_fraction, seed)
+    images, labels, held_images, held_labels = rest
+    held_out = Batches(held_images, held_labels, batch_size) if len(held_images) else None
+    return dataset_name, Batches(images, labels, batch_size, seed, flip), held_out
+
+
+def measure_seconds(network, ema, batch, diffusion, picture_shape, **settings):
+    """(seconds for a training step, seconds for a call of the model on one set of pictures).
+
+    The steps are real ones, but at learning rate 0, so that they change nothing; `ema` must be one to
+    throw away. picture_shape: (B, C, H, W).  settings: as train_step takes them.
+    """
+    x_0, y = batch
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.0, fused=True)
+    x_T = torch.zeros(picture_shape, device=x_0.device)
 
     def update():
-        train_step(model, x_0, y, optimizer, diffusion, precision)
-        ema.update(model)
+        train_step(network, x_0, y, optimizer, diffusion, **settings)
+        ema.update(network)
 
-    x_T = torch.zeros(num_images, model.image_channels, image_size, image_size, device=device)
-    step = measure(update, device, repeats=3)
-    one_call = measure(lambda: diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1), device)
-    return step, one_call * (len(diffusion.sampling_levels("ddim")) - 1)
+    step = measure(update, x_0.device, repeats=10 if x_0.device.type == "cuda" else 3)
+    call = measure(lambda: diffusion.sample(ema.model, x_T=x_T, sampler="ddim", steps=1), x_0.device)
+    optimizer.zero_grad()
+    return step, call
 
 
-def print_cost(model, batches, diffusion, device, precision, image_size, total_steps, num_epochs):
-    """Say before the training how long it will take here."""
-    step, pictures = measure_seconds(model, next(iter(batches)), diffusion, device, precision, image_size)
+def print_cost(plan, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples, memory):
+    """Say before the training how long it will take here, and how much memory."""
+    pictures = call_seconds * picture_calls
+    check = len(held_out.images) / num_samples * call_seconds if held_out else 0
+    whole = (plan.total_steps * step_seconds + plan.count(plan.sample_every) * pictures
+             + plan.count(plan.stretch) * check)
     print(f"cost: an epoch is {len(batches)} steps of {batches.batch_size} images, about "
-          f"{format_seconds(len(batches) * step)} here ({batches.batch_size / step:.0f} images/s); the whole "
-          f"run of {total_steps} steps about {format_seconds(total_steps * step + num_epochs * pictures)}, "
-          f"with {format_seconds(pictures)} for the pictures of each epoch", flush=True)
+          f"{format_seconds(len(batches) * step_seconds)} here ({batches.batch_size / step_seconds:.0f} images/s); "
+          f"the whole run of {plan.total_steps} steps about {format_seconds(whole)}, with "
+          f"{format_seconds(pictures)} for each set of pictures; {memory / 1e9:.1f} GB of memory", flush=True)
 
 
-def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None,
-          timesteps=1000, schedule="linear", objective="eps", model_name="simple", base_channels=64,
-          image_size=None, grad_clip=None, grad_checkpoint=False, ema_decay=0.9995, seed=0, data_dir="data",
-          output_dir="outputs", device="auto", precision="auto"):
-    """Train from nothing and write pictures, checkpoints and the loss plot; main() documents the settings.
+def build_model(name, config, image_size, seed, device, grad_checkpoint):
+    """A network with the initial weights of the seed, for images of this size."""
+    torch.manual_seed(seed)
+    model = create_model(name, **config, grad_checkpoint=grad_checkpoint).to(device)
+    if image_size % model.multiple:
+        fitting = math.ceil(image_size / model.multiple) * model.multiple
+        raise ValueError(f"the images are {image_size}x{image_size} pixels, and the U-Net needs a multiple of "
+                         f"{model.multiple}: give --image_size {fitting}, for instance")
+    return model
+
+
+def log_losses(path, first_step, losses, rate, held_out_losses):
+    """Append to a table, one row for each step: step (from 1), loss, learning rate, held-out loss."""
+    with open(path, "a" if first_step else "w") as file:
+        if first_step == 0:
+            file.write("step,loss,learning_rate,held_out_loss\n")
+        for step, loss in enumerate(losses, start=first_step + 1):
+            file.write(f"{step},{loss:.6g},{rate(step - 1):.6g},{held_out_losses.get(step, '')}\n")
+
+
+def as_flags(row):
+    """A row of settings as one would type it."""
+    words = []
+    for flag, value in row.items():
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            words.append(f"--{flag} {text}")
+    return " ".join(words)
+
+
+def check_disk(output_dir, num_checkpoints, checkpoint_bytes):
+    need = num_checkpoints * checkpoint_bytes
+    if shutil.disk_usage(output_dir).free < need:
+        raise OSError(28, f"{num_checkpoints} checkpoints of {checkpoint_bytes / 1e6:.0f} MB do not fit on the "
+                      "disk; --save_every sets how many there are", str(output_dir))
+
+
+def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None, seed=0,
+          data_dir="data", output_dir="outputs", device="auto", precision="auto",
+          image_size=None, channels=None, fit="crop", with_labels=False, cache_dir=None, flip=False,
+          val_dir=None, val_fraction=0.0, timesteps=1000, schedule="linear", objective="eps",
+          model_name="simple", grad_checkpoint=False, compile=False,
+          optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0, accumulate=1,
+          grad_clip=None, ema_decay=0.9995, ema_every=1, num_samples=64, sample_every=None, save_every=None,
+          **model_config):
+    """Train from nothing and write pictures, checkpoints and the loss; main() documents the settings.
 
     dataset_name: a key of DATASETS, a folder of images, or None for MNIST with synthetic digits to
-    fall back on.  steps: optimizer steps, instead of num_epochs.
+    fall back on.  steps: optimizer steps, instead of num_epochs; sample_every and save_every then count
+    steps, else epochs.  model_config: base_channels and whatever else create_model takes.
     Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders.
     """
-    # What can be wrong is found before the training begins.
+    # ---- What can be wrong is found before the training begins.
     if num_epochs < 1 or (steps is not None and steps < 1):
         raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
+    if not 0 <= beta2 < 1:
+        raise ValueError(f"beta2 must lie in [0, 1), got {beta2}")
     diffusion = DiffusionProcess(timesteps, schedule, objective)
-    device_asked, device = device, get_device(device)
+    device_asked, device = device, get_device(distributed.join(device))
+    rank, world = distributed.place()
     precision, precision_reason = get_precision(precision, device)
-    output_dir = make_output_dir(output_dir, "model_final.pt", "training_loss.png")
+    output_dir = make_output_dir(output_dir, "model_final.pt", "model_best.pt", "training_loss.png",
+                                 "training_loss.csv")
     samples_dir, checkpoints_dir = (make_output_dir(output_dir / name) for name in ("samples", "checkpoints"))
-    if dataset_name is None:
-        dataset_name, images, labels = get_default_dataset(data_dir, image_size)
-    else:
-        images, labels = get_dataset(dataset_name, data_dir, image_size=image_size)
-    channels, image_size = images.shape[1], images.shape[-1]
-    if image_size % 4:
-        raise ValueError(f"the images are {image_size}x{image_size} pixels, and the U-Net needs a multiple of "
-                         f"4: give --image_size {image_size // 4 * 4 + 4}, for instance")
-    batches = Batches(images, labels, batch_size, seed)
-    if steps is not None:
-        num_epochs = math.ceil(steps / len(batches))
-    total_steps = steps or num_epochs * len(batches)
+    dataset_name, batches, held_out = load_batches(
+        dataset_name, batch_size * accumulate, seed, flip, data_dir, val_dir, val_fraction,
+        image_size=image_size, channels=channels, fit=fit, with_labels=with_labels, cache_dir=cache_dir)
+    if world > 1 and batches.batch_size % (world * accumulate):
+        raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally by {world} processes "
+                         f"in {accumulate} parts")
+    channels, image_size = batches.images.shape[1], batches.images.shape[-1]
+    plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every)
+    model_config = dict(model_config, image_channels=channels)
+    model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
+    # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
+    check_disk(output_dir, plan.count(plan.save_every) + 2, 16 * count_parameters(model))
 
-    torch.manual_seed(seed)                                             # the initial weights
-    model_config = dict(image_channels=channels, base_channels=base_channels)
-    model = create_model(model_name, **model_config, grad_checkpoint=grad_checkpoint).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
-    ema = EMA(model, ema_decay)
-    losses = []
-    need = 2 * 16 * count_parameters(model)       # two checkpoints of weights, average, Adam's two moments
-    if shutil.disk_usage(output_dir).free < need:
-        raise OSError(28, f"a checkpoint needs {need // 2 / 1e6:.0f} MB, the disk has not twice that free",
-                      str(output_dir))
-
-    print(f"device: {describe_device(device, device_asked)}")
+    # ---- What is going to happen
+    print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
     print(f"precision: {precision_reason}; samples are drawn in float32")
-    print(f"data: {dataset_name}, {len(images)} images of {channels}x{image_size}x{image_size}; "
-          f"model: {count_parameters(model):,} parameters")
-    print_cost(model, batches, diffusion, device, precision, image_size, total_steps, num_epochs)
+    print(f"data: {dataset_name}, {len(batches.images)} images of {channels}x{image_size}x{image_size}"
+          + (f", {len(held_out.images)} held out" if held_out else "")
+          + f"; model: {count_parameters(model):,} parameters")
+    ema, trial_ema = EMA(model, ema_decay), EMA(model)
+    if compile:
+        model.compile()
+    network = DistributedDataParallel(model) if world > 1 else model
+    step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate)
+    batch = tuple(part.to(device) for part in next(iter(batches)))
+    seconds = measure_seconds(network, trial_ema, batch, diffusion, (num_samples, *batch[0].shape[1:]),
+                              **step_settings)
+    print_cost(plan, batches, held_out, *seconds, len(diffusion.sampling_levels("ddim")) - 1, num_samples,
+               peak_memory(device))
+    del trial_ema, batch
 
-    def save(path, epoch):
+    # ---- Training
+    optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=learning_rate, betas=(0.9, beta2),
+                                      weight_decay=weight_decay, fused=True)
+    losses, held_out_losses = [], {}
+
+    def rate(step):
+        return rate_at(step, plan.total_steps, learning_rate, lr_schedule, warmup)
+
+    def save(path):
         save_checkpoint(path, {
             "model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
             "data": {"name": str(dataset_name), "image_size": image_size, "channels": channels,
-                     "classes": class_names(dataset_name)},
+                     "classes": class_names(dataset_name, with_labels)},
             "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
-            "optimizer": optimizer.state_dict(), "epoch": epoch, "step": len(losses),
-            "losses": torch.tensor(losses)})
+            "optimizer": optimizer.state_dict(), "epoch": len(losses) // len(batches), "step": len(losses),
+            "losses": torch.tensor(losses), "held_out_losses": held_out_losses})
         print(f"wrote {path}")
 
-    for epoch in range(1, num_epochs + 1):
-        batches.epoch = epoch
-        start = time.perf_counter()
+    start, stream = time.perf_counter(), batches.stream()
+    while len(losses) < plan.total_steps:
+        first, began = len(losses), time.perf_counter()
+        last = min(first + plan.stretch, plan.total_steps)
+        title = plan.title(last)
         mean_loss = train_epoch(
-            model, batches, optimizer, diffusion, device, ema=ema, precision=precision,
-            grad_clip=grad_clip, seed=seed, first_step=len(losses), max_steps=total_steps - len(losses),
-            losses=losses, title=f"epoch {epoch}/{num_epochs}")
-        seconds = time.perf_counter() - start
+            network, stream, optimizer, diffusion, device, ema=ema, ema_every=ema_every, rate=rate, seed=seed,
+            first_step=first, steps=last - first, losses=losses, title=title, **step_settings)
         if not math.isfinite(mean_loss):
-            raise ValueError(f"the loss became {mean_loss} in epoch {epoch}: try a lower --lr, --grad_clip 1 "
+            raise ValueError(f"the loss became {mean_loss} by {title}: try a lower --lr, --grad_clip 1 "
                              "or --precision float32; earlier checkpoints are untouched")
-        picture = samples_dir / f"epoch_{epoch:03d}.png"
-        save_images(sample_images(ema.model, diffusion, device, image_size=image_size), picture,
-                    upscale=max(1, 84 // image_size))
-        plot_losses(losses, output_dir / "training_loss.png")
-        print(f"epoch {epoch}: mean loss {mean_loss:.4f}, {seconds:.0f} s; wrote {picture}", flush=True)
-        if epoch % CHECKPOINT_EPOCHS == 0:
-            save(checkpoints_dir / f"model_epoch_{epoch:03d}.pt", epoch)
-    save(output_dir / "model_final.pt", num_epochs)
+        if rank > 0:
+            continue
+        report = f"{title}: mean loss {mean_loss:.4f}, {time.perf_counter() - began:.0f} s"
+        if held_out:
+            held_out_losses[last] = held_out_loss(ema.model, held_out, diffusion, device, precision)
+            report += f", held-out loss {held_out_losses[last]:.4f}"
+        if plan.is_due(plan.sample_every, last):
+            path = samples_dir / f"{plan.name(last)}.png"
+            save_images(sample_images(ema.model, diffusion, device, num_samples, image_size), path,
+                        upscale=max(1, 84 // image_size))
+            report += f"; wrote {path}"
+        print(report, flush=True)
+        log_losses(output_dir / "training_loss.csv", first, losses[first:], rate, held_out_losses)
+        plot_losses(losses, output_dir / "training_loss.png", held_out_losses)
+        if held_out and held_out_losses[last] == min(held_out_losses.values()):
+            save(output_dir / "model_best.pt")
+        if last % plan.save_every == 0:
+            save(checkpoints_dir / f"model_{plan.name(last)}.pt")
+    if rank == 0:
+        save(output_dir / "model_final.pt")
+        print(f"took {format_seconds(time.perf_counter() - start)} and {peak_memory(device) / 1e9:.1f} GB of memory")
     return model, ema.model, losses
+
+
+# Flags that are handed on to create_model where they are given; a model has its own defaults.
+MODEL_FLAGS = ("base_channels", "multipliers", "num_blocks", "attention_levels", "heads", "groups",
+               "time_emb_dim", "dropout", "activation")
 
 
 @command
 def main(argv=None):
     parser = Parser(description="Train a U-Net to undo noise.")
     add = parser.add
+    add("--preset", f"a row of settings, which flags override: {', '.join(PRESETS)}", choices=list(PRESETS),
+        metavar="NAME")
+    parser.group("data")
     add("--dataset", DATASET_HELP, metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
-    add("--output_dir", "where pictures and checkpoints go", "outputs")
-    add("--epochs", "passes over the data", 20, type=positive_int)
-    add("--steps", "optimizer steps, instead of --epochs", type=positive_int)
-    add("--batch_size", "images per step", 128, type=positive_int)
-    add("--lr", "learning rate of Adam", 2e-4, type=positive_float)
+    add("--verify", "look at the data set and stop: exit code 0 if it can be trained on, else 2", False,
+        action="store_true")
+    add("--image_size", "resize to this many pixels", type=positive_int)
+    add("--channels", "1 for grey, 3 for colour; default: as the data are", type=int, choices=(1, 3))
+    add("--fit", "of pictures that are not square: the central square, or all of it stretched", "crop",
+        choices=FITS)
+    add("--flip", "mirror every other image, at random", False, action=argparse.BooleanOptionalAction)
+    add("--with_labels", "of a folder: the names of its sub-folders are classes", False, action="store_true")
+    add("--cache_dir", "keep the decoded images of a folder there, for a set larger than memory")
+    add("--val_dir", "a data set or folder that is not trained on, for the held-out loss")
+    add("--val_fraction", "or hold out this share of the images", 0.0, type=fraction)
+    parser.group("process and network")
     add("--timesteps", "number of noise levels T", 1000, type=positive_int)
     add("--schedule", "how alpha_bar falls", "linear", choices=sorted(SCHEDULES))
     add("--objective", "what the model predicts", "eps", choices=OBJECTIVES)
     add("--model", "simple is small; attention has residual blocks and self-attention, 12 M parameters",
         "simple", choices=sorted(MODELS))
-    add("--base_channels", "width of the U-Net: 32 is small, 128 for quality", 64, type=positive_int)
-    add("--image_size", "resize to this many pixels, a multiple of 4", type=positive_int)
+    add("--base_channels", "width of the U-Net: 32 is small, 64 the default, 128 for quality", type=positive_int)
+    add("--time_emb_dim", "length of the time embedding; default: 256", type=positive_int)
+    add("--multipliers", "attention: channels of each level in units of base_channels; default: 1,2,4",
+        type=int_tuple)
+    add("--num_blocks", "attention: residual blocks per level; default: 2", type=positive_int)
+    add("--attention_levels", "attention: levels that attend, 0 = full resolution; default: 1,2",
+        type=int_tuple)
+    add("--heads", "attention: heads; default: 4", type=positive_int)
+    add("--groups", "attention: groups of GroupNorm; default: 32", type=positive_int)
+    add("--dropout", "attention: share of values dropped while training; default: 0", type=fraction)
+    add("--activation", "attention: default: silu", choices=sorted(ACTIVATIONS))
+    parser.group("training")
+    add("--epochs", "passes over the data; default: 20", type=positive_int)
+    add("--steps", "optimizer steps, instead of --epochs", type=positive_int)
+    add("--batch_size", "images per step, over all processes", 128, type=positive_int)
+    add("--accumulate", "batches added up for one step", 1, type=positive_int)
+    add("--optimizer", "how to step", "adam", choices=sorted(OPTIMIZERS))
+    add("--lr", "learning rate", 2e-4, type=positive_float)
+    add("--lr_schedule", "constant, or falling to zero along a cosine", "constant", choices=LR_SCHEDULES)
+    add("--warmup", "steps in which the learning rate rises from zero", 0, type=whole_number)
+    add("--beta2", "Adam's memory of squared gradients", 0.999, type=fraction)
+    add("--weight_decay", "pull towards zero", 0.0, type=fraction)
     add("--grad_clip", "largest gradient norm; off unless given", type=positive_float)
-    add("--grad_checkpoint", "less memory, about a third slower", False, action="store_true")
+    add("--grad_checkpoint", "less memory, about a third slower", False, action=argparse.BooleanOptionalAction)
     add("--ema_decay", "averaging of the weights for samples; 0 is off", 0.9995, type=fraction)
+    add("--ema_every", "steps between two updates of the average", 1, type=positive_int)
     add("--seed", "the same seed trains the same model", 0, type=seed_number)
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     add("--precision", "arithmetic while training", "auto", choices=["auto", *PRECISIONS])
-    args = vars(parser.parse_args(argv))
-    renamed = dict(dataset_name=args.pop("dataset"), num_epochs=args.pop("epochs"),
-                   learning_rate=args.pop("lr"), model_name=args.pop("model"))
-    train(**renamed, **args)
+    add("--compile", "torch.compile: a minute or more at the start, faster steps on a GPU", False, action=argparse.BooleanOptionalAction)
+    parser.group("results")
+    add("--output_dir", "where pictures and checkpoints go", "outputs")
+    add("--num_samples", "pictures drawn while training", 64, type=positive_int)
+    add("--sample_every", "epochs between two sets of pictures (default: 1), or, with --steps, steps",
+        type=positive_int)
+    add("--save_every", "epochs between two checkpoints (default: 5), or, with --steps, steps",
+        type=positive_int)
+    settings = parse(parser, argv)
+
+    if settings.pop("verify"):
+        usable = verify_dataset(
+            settings["dataset"] or "mnist", make_output_dir(settings["output_dir"]) / "dataset_sheet.png",
+            settings["data_dir"], image_size=settings["image_size"], channels=settings["channels"],
+            fit=settings["fit"])
+        sys.exit(0 if usable else 2)
+    model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
+    model_config = {flag: value for flag, value in model_config.items() if value is not None}
+    for flag, name in dict(dataset="dataset_name", epochs="num_epochs", lr="learning_rate",
+                           model="model_name").items():
+        settings[name] = settings.pop(flag)
+    try:
+        train(**settings, **model_config)
+    finally:
+        distributed.leave()
+
+
+def parse(parser, argv):
+    """The settings as a dict: flags that were given, then the row of --preset, then the defaults."""
+    given = parser.parse_args(argv)
+    if given.epochs and given.steps:
+        raise ValueError(f"--epochs {given.epochs} and --steps {given.steps}: give one of them")
+    if given.preset:
+        row = dict(PRESETS[given.preset])
+        without_gpu = row.pop("without_gpu", {})
+        if get_device(given.device).type == "cpu":
+            row.update(without_gpu)
+        if given.epochs or given.steps:
+            row = {flag: value for flag, value in row.items() if flag not in ("epochs", "steps", "sample_every", "save_every")}
+        if row["dataset"] is None and given.dataset is None:
+            raise ValueError(f"--preset {given.preset} is for a folder of your own: add --dataset FOLDER")
+        print(f"preset {given.preset}: {as_flags(row)}")
+        parser.set_defaults(**row)
+    settings = vars(parser.parse_args(argv))
+    del settings["preset"]
+    settings["epochs"] = settings["epochs"] or 20                      # --steps goes before it
+    return settings
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Networks. A model is any callable `model(x_t, t, y=None)` that returns a tensor shaped like x_t."""
 
-from models.attention_unet import AttentionUNet
+from models.attention_unet import ACTIVATIONS, AttentionUNet
 from models.unet import SimpleUNet
 
+__all__ = ["ACTIVATIONS", "MODELS", "create_model"]
 MODELS = {"simple": SimpleUNet, "attention": AttentionUNet}
 
 

@@ -56,19 +56,35 @@ def test_schedules_match_the_known_table(column, schedule):
         assert 10 * math.log10(ab[t] / (1 - ab[t])) == pytest.approx(row[column + 1], abs=0.006)
 
 
+@pytest.mark.parametrize("T, values", [
+    (1000, {0: 0.9996997208, 100: 0.9600004766, 500: 0.4983428218, 900: 0.03898857754, 999: 3.00287e-7}),
+    (400, {0: 0.9992462354, 40: 0.9592356028, 200: 0.4958571139, 360: 0.03823697762, 399: 7.53772e-7})])
+def test_the_sigmoid_schedule_is_the_one_of_denoising_diffusion_pytorch(T, values):
+    """Its sigmoid_beta_schedule (version 2.3.4), cumulated in float64."""
+    ab = DiffusionProcess(T, schedule="sigmoid").alpha_bar
+    for t, value in values.items():
+        assert float(ab[t]) == pytest.approx(value, rel=1e-6 if t < T - 1 else 1e-4)
+
+
 def test_schedules_cross_0_db_where_they_should():
-    for schedule, first in (("linear", 259), ("cosine", 496)):
+    for schedule, first in (("linear", 259), ("cosine", 496), ("sigmoid", 499)):
         ab = DiffusionProcess(schedule=schedule).alpha_bar
         assert ab[first] < 0.5 <= ab[first - 1]
 
 
 def plain_alpha_bar(schedule, T):
-    """The two schedules as loops over Python floats."""
+    """The schedules as loops over Python floats."""
+    def sigmoid(u):                                   # falls from 1 to 0
+        low, high, here = (1 / (1 + math.exp(-x)) for x in (-3, 3, -3 + 6 * u / T))
+        return (high - here) / (high - low)
+
     ab, table = 1.0, []
     for t in range(T):
         if schedule == "linear":
             share = t / (T - 1) if T > 1 else 1.0
             beta = (1e-4 + share * (0.02 - 1e-4)) * 1000 / T
+        elif schedule == "sigmoid":
+            beta = 1 - sigmoid(t + 1) / sigmoid(t)
         else:
             f0, f1 = (math.cos((u / T + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t, t + 1))
             beta = 1 - f1 / f0
@@ -77,7 +93,7 @@ def plain_alpha_bar(schedule, T):
     return np.array(table)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("T", [1, 2, 10, 20, 50, 200, 1000, 2000])
 def test_schedules_equal_a_plain_loop_in_double_precision(schedule, T):
     ab = DiffusionProcess(T, schedule).alpha_bar
@@ -85,7 +101,7 @@ def test_schedules_equal_a_plain_loop_in_double_precision(schedule, T):
     np.testing.assert_allclose(ab.numpy(), plain_alpha_bar(schedule, T), rtol=1e-9)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("T", [1, 2, 10, 20, 50, 200, 500, 1000, 2000])
 def test_a_chain_of_any_length_starts_clean_and_ends_in_noise(schedule, T):
     ab = DiffusionProcess(T, schedule).alpha_bar
@@ -121,7 +137,7 @@ def test_impossible_settings_are_refused(bad):
 
 # ---- Forward
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 def test_the_forward_jump_equals_the_chain_step_by_step(schedule):
     """x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) z, repeated, has the jump's mean and variance."""
     diffusion = DiffusionProcess(300, schedule)
@@ -306,7 +322,7 @@ def test_samplers_run_for_any_chain_length(T):
         assert images.shape == (2, 1, 4, 4) and images.isfinite().all() and images.abs().max() <= 1
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("sampler, steps, eta", [
     ("ddpm", 1000, None), ("ddpm_beta", 1000, None), ("ddim", 100, None), ("ddim", 500, 0.5)])
 def test_samplers_return_the_mean_and_spread_of_gaussian_data(schedule, sampler, steps, eta):

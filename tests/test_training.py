@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
-from data import Batches, to_signed
+from data import Batches
 from diffusion import DiffusionProcess
 from models import create_model
 from sample import generate, load_model
 from train import measure_seconds, sample_images, train, train_epoch
-from utils import EMA, get_precision, get_timesteps, moving_average, seed_step
+from utils import EMA, get_precision, get_timesteps, moving_average, seed_step, to_signed
 
 TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32")
 
@@ -74,11 +74,11 @@ def test_train_epoch_returns_the_mean_and_the_loss_of_each_step(tiny_model):
     assert len(losses) == 4 and mean == pytest.approx(sum(losses) / 4)
 
 
-def test_max_steps_stops_early(tiny_model):
+def test_steps_stops_early(tiny_model):
     losses = []
     train_epoch(tiny_model, Batches(torch.zeros(64, 1, 8, 8, dtype=torch.uint8), batch_size=8),
                 torch.optim.SGD(tiny_model.parameters(), lr=0.0), DiffusionProcess(), "cpu",
-                losses=losses, max_steps=3)
+                losses=losses, steps=3)
     assert len(losses) == 3
 
 
@@ -178,7 +178,7 @@ def test_a_run_writes_what_it_promises_and_the_checkpoint_alone_suffices(few_dig
     _, ema, losses = train(**few_digits, **TINY, num_epochs=6, output_dir=tmp_path)
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert names == {*(f"samples/epoch_{k:03d}.png" for k in range(1, 7)), "training_loss.png",
-                     "checkpoints/model_epoch_005.pt", "model_final.pt"}
+                     "training_loss.csv", "checkpoints/model_epoch_005.pt", "model_final.pt"}
     assert len(losses) == 6 * 4
     out = capsys.readouterr().out
     assert "device: cpu" in out and "precision: float32" in out and "about" in out
@@ -208,9 +208,8 @@ def test_drawing_samples_and_measuring_the_speed_change_no_weight(few_digits, tm
 
 def test_measuring_changes_neither_model_nor_data(tiny_model):
     before, batch = weights(tiny_model), (torch.zeros(4, 1, 8, 8), torch.zeros(4).long())
-    step, pictures = measure_seconds(tiny_model, batch, DiffusionProcess(), torch.device("cpu"),
-                                     torch.float32, 8, num_images=2)
-    assert equal(before, weights(tiny_model)) and step > 0 and pictures > 0
+    step, call = measure_seconds(tiny_model, EMA(tiny_model), batch, DiffusionProcess(), (2, 1, 8, 8))
+    assert equal(before, weights(tiny_model)) and step > 0 and call > 0
     assert all(p.grad is None for p in tiny_model.parameters())
 
 

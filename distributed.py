@@ -1,0 +1,57 @@
+"""Several processes as one training, one GPU each: torchrun --nproc_per_node=4 train.py ...
+
+Each process ("rank") keeps a copy of the model and works on its share of every batch;
+DistributedDataParallel averages the gradients. Without torchrun nothing here does anything.
+"""
+
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def join(device="auto"):
+    """Join the processes that torchrun has started. Returns the device of this one, as a name.
+
+    Only rank 0 goes on printing.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return device
+    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else device
+
+
+def leave():
+    """Part from the other processes at the end of the run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def place():
+    """(rank, number of processes): (0, 1) for a process that is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def first_rank_first():
+    """Rank 0 does what follows alone (a download, a cache), then the others, who find it done."""
+    rank, world = place()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
+
+
+def mean_over_ranks(values):
+    """The mean of a tensor over all processes."""
+    rank, world = place()
+    if world > 1:
+        dist.all_reduce(values)               # the sum; gloo has no mean
+    return values / world

@@ -1,0 +1,299 @@
+"""A folder of images as one array: every file is looked at, what cannot be used is named, the rest cut to one size.
+
+    images, labels = load_folder("photos", image_size=64)           # uint8 [N, C, 64, 64], None
+    usable = verify_folder("photos", "outputs/dataset_sheet.png")     # a report; nothing is trained
+
+Nested or flat; png, jpg, webp and bmp; grey, colour, palette, with or without transparency.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from utils import save_images, to_signed, write_file
+
+IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+FITS = ("crop", "stretch")
+MAX_PIXELS = 50_000_000
+MIN_SIDE = 8
+DEFAULT_SIZE = 64
+
+
+class Picture(NamedTuple):
+    """What became of one file."""
+    name: str  # its path below the folder
+    problem: str  # why it cannot be used, or ""
+    tiny: bool = False  # the problem is that it has too few pixels
+    size: tuple = ()  # (width, height) in the file
+    mode: str = ""  # PIL's name of its kind of pixels
+    pixels: np.ndarray | None = None  # uint8 [C, S, S]
+
+
+# ---- One file
+
+def _open(path):
+    """The header of an image file, if it is of a format that we name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")       # of huge sizes, which are refused below
+        return Image.open(path, formats=sorted(set(IMAGE_SUFFIXES.values())))
+
+
+def _cut(picture, image_size, fit, channels):
+    """A PIL picture -> uint8 [C, S, S]: transparency on white, to one size with antialiasing."""
+    if picture.format == "JPEG":
+        picture.draft(None, (2 * image_size, 2 * image_size))     # decode no finer than needed
+    if picture.mode.startswith("I"):
+        # 16-bit grey: PIL's own conversion would cut at 255 instead of scaling.
+        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    elif "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    width, height = picture.size
+    box = (0, 0, width, height)
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    pixels = np.asarray(picture.resize((image_size, image_size), Image.LANCZOS, box=box))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def read_picture(path, name, image_size, fit="crop", channels=None):
+    """Decode one file. Returns a Picture; a file that cannot be used is one with a problem, not an error.
+
+    Only the named formats are decoded, and the size in the header is checked first: a few bytes can
+    claim a picture of many gigabytes.
+    """
+    if path.is_symlink():
+        return Picture(name, "a link")
+    try:
+        if not path.stat().st_size:
+            return Picture(name, "empty")
+        with _open(path) as picture:
+            size, mode = picture.size, picture.mode
+            if size[0] * size[1] > MAX_PIXELS:
+                return Picture(name, f"{size[0]}x{size[1]} pixels are too many")
+            if min(size) < MIN_SIDE:
+                return Picture(name, f"{size[0]}x{size[1]} pixels are too few", tiny=True)
+            return Picture(name, "", False, size, mode, _cut(picture, image_size, fit, channels))
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).replace(repr(str(path)), "").split())
+        return Picture(name, reason or type(error).__name__)
+
+
+# ---- A folder
+
+def find_files(folder):
+    """(image files below a folder, in the order of their names; how many files are none by their name)."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() or p.is_symlink())
+    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+    return images, len(files) - len(images)
+
+
+def read_folder(folder, files, image_size, fit="crop", channels=None):
+    """Yield a Picture for each file, in order, with a progress bar where it takes long."""
+    def read(path):
+        return read_picture(path, str(path.relative_to(folder)), image_size, fit, channels)
+
+    with (ThreadPoolExecutor(os.cpu_count()) as pool,                  # PIL decodes outside Python's lock
+          tqdm(total=len(files), desc=f"reading {folder}", unit="file", delay=2) as bar):
+        for first in range(0, len(files), 256):                        # not all at once: they are large
+            for picture in pool.map(read, files[first:first + 256]):
+                yield picture
+                bar.update()
+
+
+def common_size(files):
+    """The square size that nearly all files share, if it is at most 64; otherwise 64."""
+    sizes = Counter()
+    for path in files:
+        try:
+            with _open(path) as picture:
+                sizes[picture.size] += 1
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue                          # read_picture names it
+    (width, height), count = sizes.most_common(1)[0] if sizes else ((0, 1), 0)
+    return width if width == height <= DEFAULT_SIZE and count > 0.9 * sizes.total() else DEFAULT_SIZE
+
+
+def class_folders(folder):
+    """The names of the sub-folders, sorted: the classes of a folder that is sorted into classes."""
+    return sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labels=False, cache_dir=None):
+    """Every usable image below a folder, in the order of their names. Says which files it skipped.
+
+    image_size:  height and width; by default the images' common square size up to 64, else 64.
+    channels:    1 or 3; by default 1 if all pictures are grey, also where they are stored as colour.
+    fit:         "crop" takes the central square, "stretch" the whole picture.
+    with_labels: the name of the sub-folder is the class.
+    cache_dir:   keep the decoded images there in a file and map it into memory, for a set larger than
+                 the memory or slow to read; made once.
+    Returns (images uint8 [N, C, H, W], labels int64 [N] or None). Raises ValueError if nothing is usable.
+    """
+    folder = Path(folder)
+    files, _ = find_files(folder)
+    if not files:
+        raise ValueError(f"{folder}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+    image_size = image_size or common_size(files)
+    if cache_dir is None:
+        images, names, problems = _decode(folder, files, image_size, fit, channels)
+    else:
+        images, names, problems = _cached(Path(cache_dir), folder, files, image_size, fit, channels)
+    if problems:
+        print(f"{len(problems)} of {len(files)} files in {folder} cannot be used and are skipped:")
+        print(_listing(problems))
+    if not len(images):
+        raise ValueError(f"{folder}: none of its {len(files)} images can be used")
+    kind = "grey" if images.shape[1] == 1 else "colour"
+    print(f"{len(images)} images of {image_size}x{image_size} ({kind}) from {folder}")
+    labels = None
+    if with_labels:
+        classes = class_folders(folder)
+        outside = next((name for name in names if len(Path(name).parts) < 2), None)
+        if outside:
+            raise ValueError(f"{folder}: with labels every image lies in a sub-folder named like its class; "
+                             f"{outside} does not")
+        labels = torch.tensor([classes.index(Path(name).parts[0]) for name in names])
+    return images, labels
+
+
+def _listing(lines, limit=20):
+    return "\n".join([f"  {line}" for line in lines[:limit]]
+                     + [f"  and {len(lines) - limit} more"] * (len(lines) > limit))
+
+
+def _decode(folder, files, image_size, fit, channels, out=None):
+    """Read all files into one array, or into the array `out`. Returns (images, names, problems)."""
+    shape = (len(files), 1 if channels == 1 else 3, image_size, image_size)
+    if out is None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+        if np.prod(shape, dtype=float) > memory / 2:
+            raise ValueError(f"{folder}: {len(files)} images of {image_size}x{image_size} need "
+                             f"{np.prod(shape, dtype=float) / 1e9:.0f} GB, more than half of the memory; "
+                             "--cache_dir keeps them on disk instead")
+        out = np.empty(shape, np.uint8)
+    names, problems, grey = [], [], True
+    for picture in read_folder(folder, files, image_size, fit, channels):
+        if picture.problem:
+            problems.append(f"{picture.name}: {picture.problem}")
+            continue
+        out[len(names)] = picture.pixels
+        names.append(picture.name)
+        grey = grey and bool((picture.pixels == picture.pixels[:1]).all())
+    images = torch.from_numpy(out[:len(names)])
+    if channels is None and grey:
+        images = images[:, :1].contiguous()
+    return images, names, problems
+
+
+def _cached(cache_dir, folder, files, image_size, fit, channels):
+    """What _decode returns, with the images mapped from a file in cache_dir, which is made if need be.
+
+    Its name tells the settings and the state of the folder: a changed folder gets another file.
+    """
+    state = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p in files for s in [p.lstat()]]
+    key = hashlib.sha256(repr((state, image_size, fit, channels)).encode()).hexdigest()[:16]
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    pixels = cache_dir / f"{folder.resolve().name}_{image_size}_{key}.npy"
+    notes = pixels.with_suffix(".json")
+    if not notes.exists():                    # written last, hence the sign that the pixels are whole
+        part = cache_dir / f".{pixels.name}.{os.getpid()}.tmp"
+        try:
+            shape = (len(files), 1 if channels == 1 else 3, image_size, image_size)
+            out = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+            images, names, problems = _decode(folder, files, image_size, fit, channels, out)
+            if images.shape != shape:         # grey after all, or some files skipped: the array is smaller
+                smaller = np.lib.format.open_memmap(f"{part}2", "w+", np.uint8, tuple(images.shape))
+                for first in range(0, len(images), 1024):
+                    smaller[first:first + 1024] = images[first:first + 1024].numpy()
+                out = smaller
+                os.replace(f"{part}2", part)
+            out.flush()
+            os.replace(part, pixels)
+        finally:
+            for leftover in (part, Path(f"{part}2")):
+                leftover.unlink(missing_ok=True)
+        write_file(notes, json.dumps(dict(names=names, problems=problems)).encode())
+        print(f"wrote {pixels} ({pixels.stat().st_size / 1e6:.0f} MB)")
+    told = json.loads(notes.read_text())
+    # "c": a private copy on write, because torch wants arrays that it could write to.
+    return torch.from_numpy(np.load(pixels, mmap_mode="c")), told["names"], told["problems"]
+
+
+# ---- A look at a data set before training
+
+def _counts(values):
+    return ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common(8))
+
+
+def _section(title, lines):
+    print(f"{title}: {len(lines)}")
+    if lines:
+        print(_listing(lines))
+
+
+def digest(pixels):
+    """A hash of an array's values: equal for equal images of a set."""
+    return hashlib.sha256(np.ascontiguousarray(pixels)).digest()
+
+
+def find_duplicates(digests):
+    """Pairs (index, index of the first one that is equal to it)."""
+    first = {}
+    return [(k, first[d]) for k, d in enumerate(digests) if first.setdefault(d, k) != k]
+
+
+def save_sheet(images, path, columns=10):
+    """A contact sheet of up to 100 images, evenly spread over the set. images: uint8 [N, C, H, W]."""
+    picks = torch.linspace(0, len(images) - 1, min(100, len(images))).round().long().unique()
+    save_images(to_signed(images[picks]), path, columns, upscale=max(1, 84 // images.shape[-1]))
+    print(f"wrote {path}")
+
+
+def verify_folder(folder, sheet, image_size=None, *, channels=None, fit="crop"):
+    """Read a folder without training and print what is in it; draw a contact sheet.
+
+    Counts and names the unreadable files, the tiny ones (a side under 8 pixels: not used), the small
+    ones (enlarged to image_size) and the duplicates (equal once they are cut to size).
+    Returns whether there is anything to train on.
+    """
+    folder = Path(folder)
+    files, others = find_files(folder)
+    image_size = image_size or common_size(files)
+    every = max(1, len(files) // 100)
+    pictures, digests, sheet_pixels = [], [], []
+    for k, picture in enumerate(read_folder(folder, files, image_size, fit, channels)):
+        if not picture.problem:
+            digests.append(digest(picture.pixels))
+            if k % every == 0 or not sheet_pixels:
+                sheet_pixels.append(picture.pixels)
+        pictures.append(picture._replace(pixels=None))                 # the set may be larger than memory
+    used = [p for p in pictures if not p.problem]
+    print(f"Found {len(used)} images in dataset {folder}, cut to {image_size}x{image_size} ({fit})")
+    if used:
+        print(f"sizes: {_counts(f'{p.size[0]}x{p.size[1]}' for p in used)}")
+        print(f"modes: {_counts(p.mode for p in used)}")
+    _section("unreadable", [f"{p.name}: {p.problem}" for p in pictures if p.problem and not p.tiny])
+    _section(f"tiny, not used (a side under {MIN_SIDE} pixels)", [
+        f"{p.name}: {p.problem}" for p in pictures if p.tiny])
+    _section(f"small, enlarged (a side under {image_size} pixels)", [
+        f"{p.name}: {p.size[0]}x{p.size[1]}" for p in used if min(p.size) < image_size])
+    _section("duplicates", [f"{used[i].name} = {used[k].name}"
+                            for i, k in find_duplicates(digests)])
+    print(f"other files, ignored: {others}")
+    if used:
+        save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet)
+    return bool(used)

@@ -1,0 +1,239 @@
+"""Folders of images: what comes out, what is skipped and named, the report of --verify, the cache."""
+
+import re
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import folders
+import train
+from data import class_names, get_dataset
+
+
+def picture(mode, size=(16, 16), value=100):
+    colour = {"L": value, "1": 1, "P": 3, "I;16": value * 257, "LA": (value, 255),
+              "RGB": (value, 0, 50), "RGBA": (value, 0, 50, 128)}[mode]
+    return Image.new(mode, size, colour)
+
+
+def save_numbered(folder, values, size=(16, 16)):
+    """One grey picture for each value, named 0.png, 1.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, value in enumerate(values):
+        picture("L", size, value).save(folder / f"{k}.png")
+
+
+# ---- What comes out
+
+def test_grey_pictures_stored_as_colour_stay_grey(tmp_path):
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "x.png")
+    assert get_dataset(str(tmp_path))[0].shape == (1, 1, 16, 16)
+    Image.new("RGB", (16, 16), (9, 9, 8)).save(tmp_path / "y.png")
+    assert get_dataset(str(tmp_path))[0].shape == (2, 3, 16, 16)
+
+
+def test_a_folder_is_read_nested_and_in_order(tmp_path):
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    for k, name in enumerate(["a.png", "b/x.bmp", "b/c/y.webp"]):
+        Image.new("L", (16, 16), 10 + 100 * k).save(tmp_path / name, lossless=True)
+    (tmp_path / "notes.txt").write_text("not an image")
+    images, labels = get_dataset(str(tmp_path))
+    assert images.shape == (3, 1, 16, 16) and labels is None
+    assert images[:, 0, 0, 0].tolist() == [10, 210, 110]        # a.png, b/c/y.webp, b/x.bmp
+
+
+@pytest.mark.parametrize("mode, suffix, channels, pixel", [
+    ("L", "png", 1, [100]), ("1", "png", 1, [255]), ("I;16", "png", 1, [100]), ("LA", "png", 1, [100]),
+    ("RGB", "png", 3, [100, 0, 50]), ("RGB", "bmp", 3, [100, 0, 50]),
+    ("RGBA", "png", 3, [177, 127, 152])])                       # half transparent: shown on white
+def test_every_mode_becomes_grey_or_colour(tmp_path, mode, suffix, channels, pixel):
+    picture(mode).save(tmp_path / f"x.{suffix}")
+    images, _ = get_dataset(str(tmp_path))
+    assert images.shape == (1, channels, 16, 16) and images[0, :, 5, 5].tolist() == pixel
+
+
+def test_jpegs_of_unequal_size_are_cut_square_and_scaled(tmp_path):
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:, 100:200] = 255                                      # the central square is white
+    Image.fromarray(wide).save(tmp_path / "wide.JPG", format="JPEG", quality=95)
+    picture("RGB", (200, 200)).save(tmp_path / "square.jpg")
+    images, _ = get_dataset(str(tmp_path), image_size=32)
+    assert images.shape == (2, 3, 32, 32)
+    assert images[1, :, 4:28, 4:28].min() > 240
+    assert get_dataset(str(tmp_path))[0].shape[-1] == 64        # no common small size: 64
+
+
+def test_scaling_down_averages_instead_of_skipping_pixels(tmp_path):
+    stripes = np.zeros((256, 256), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "x.png")
+    images, _ = get_dataset(str(tmp_path), image_size=32)
+    assert 115 < images.min() and images.max() < 140            # grey; skipping would give 0 or 255
+
+
+def huge_png(path, side=40_000):
+    """A valid header that claims 1.6 gigapixels, in under a hundred bytes."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b""))
+
+
+def test_files_that_cannot_be_used_are_skipped_and_named(tmp_path, capsys):
+    picture("RGB").save(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[:len(whole) // 2])
+    picture("L", (3, 3)).save(tmp_path / "tiny.png")
+    huge_png(tmp_path / "huge.png")
+    picture("L").save(tmp_path / "disguised.gif")
+    (tmp_path / "disguised.gif").rename(tmp_path / "disguised.png")   # a format we do not name
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "linked.png").symlink_to(tmp_path / "good.png")
+    images, _ = get_dataset(str(tmp_path))
+    assert len(images) == 1
+    said = capsys.readouterr().out
+    for name in ("text.png", "empty.jpg", "half.png", "tiny.png", "huge.png", "disguised.png",
+                 "dangling.png", "linked.png"):
+        assert said.count(name) == 1
+    assert "8 of 9" in said and str(tmp_path / "text.png") not in said
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no images found"):
+        get_dataset(str(tmp_path))
+    (tmp_path / "x.png").write_text("hello")
+    with pytest.raises(ValueError, match="none of its 1 images can be used"):
+        get_dataset(str(tmp_path))
+
+
+def test_a_picture_that_is_not_square_is_cropped_or_stretched(tmp_path):
+    wide = np.zeros((32, 64), np.uint8)
+    wide[:, 16:48] = 255                                        # the central square is white
+    Image.fromarray(wide).save(tmp_path / "x.png")
+    cropped, _ = get_dataset(str(tmp_path), image_size=32)
+    stretched, _ = get_dataset(str(tmp_path), image_size=32, fit="stretch")
+    assert cropped.min() == 255
+    assert stretched[0, 0, :, :5].max() == 0 and stretched[0, 0, :, 10:22].min() > 250
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_number_of_channels_can_be_asked_for(channels, tmp_path):
+    picture("RGB").save(tmp_path / "colour.png")
+    picture("L").save(tmp_path / "grey.png")
+    images, _ = get_dataset(str(tmp_path), channels=channels)
+    assert images.shape == (2, channels, 16, 16)
+    assert images[1].unique().tolist() == [100]
+    if channels == 1:
+        assert int(images[0, 0, 0, 0]) == round(0.299 * 100 + 0.114 * 50)
+
+
+def test_the_sub_folders_are_the_classes(tmp_path):
+    for label, values in (("silk", [10, 20]), ("cotton", [30])):
+        save_numbered(tmp_path / label / "deeper", values)
+    (tmp_path / ".hidden").mkdir()
+    images, labels = get_dataset(str(tmp_path), with_labels=True)
+    assert class_names(str(tmp_path), with_labels=True) == ["cotton", "silk"]
+    assert labels.tolist() == [0, 1, 1] and images[:, 0, 0, 0].tolist() == [30, 10, 20]
+    assert get_dataset(str(tmp_path))[1] is None and class_names(str(tmp_path)) is None
+    picture("L").save(tmp_path / "stray.png")
+    with pytest.raises(ValueError, match="stray.png"):
+        get_dataset(str(tmp_path), with_labels=True)
+
+
+# ---- The cache
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_the_cache_gives_the_same_images_and_is_made_once(colour, tmp_path, capsys, monkeypatch):
+    source = tmp_path / "images"
+    save_numbered(source, range(0, 250, 10))
+    if colour:
+        picture("RGB").save(source / "z.png")
+    (source / "broken.png").write_text("hello")
+    plain, _ = get_dataset(str(source))
+    cached, _ = get_dataset(str(source), cache_dir=tmp_path / "cache")
+    assert torch.equal(plain, cached) and cached.shape[1] == (3 if colour else 1)
+    assert sum(path.suffix == ".npy" for path in (tmp_path / "cache").iterdir()) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2       # the array and its notes: nothing left over
+    capsys.readouterr()
+
+    def decode(*args):
+        raise AssertionError("read again")
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_decode", decode)
+        again, _ = get_dataset(str(source), cache_dir=tmp_path / "cache")
+    assert torch.equal(plain, again) and "broken.png" in capsys.readouterr().out
+    picture("L", value=7).save(source / "new.png")              # a changed folder is read anew
+    assert len(get_dataset(str(source), cache_dir=tmp_path / "cache")[0]) == len(plain) + 1
+
+
+def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, monkeypatch):
+    save_numbered(tmp_path / "images", [1, 2, 3])
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "write_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            get_dataset(str(tmp_path / "images"), cache_dir=tmp_path / "cache")
+    images, _ = get_dataset(str(tmp_path / "images"), cache_dir=tmp_path / "cache")
+    assert images[:, 0, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_a_set_larger_than_the_memory_is_told_of_the_cache(tmp_path, monkeypatch):
+    save_numbered(tmp_path, [1, 2])
+    monkeypatch.setattr(folders.os, "sysconf", lambda name: 30)
+    with pytest.raises(ValueError, match="--cache_dir"):
+        get_dataset(str(tmp_path))
+
+
+# ---- train.py --verify
+
+def verify(capsys, folder, out, *argv):
+    """(exit code, what was printed)"""
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--dataset", str(folder), "--verify", "--output_dir", str(out), *argv])
+    return exit_.value.code, capsys.readouterr().out
+
+
+def test_verify_counts_every_defect_exactly(tmp_path, capsys):
+    source = tmp_path / "images"
+    save_numbered(source, range(20))                            # 20 good ones of 16x16
+    save_numbered(source / "again", [3, 4, 5])                  # 3 duplicates
+    for k in range(4):
+        (source / f"broken_{k}.jpg").write_bytes(b"\xff\xd8" + bytes(k))
+    (source / "empty.png").write_bytes(b"")
+    for k in range(2):
+        picture("L", (5, 40)).save(source / f"tiny_{k}.png")
+    picture("L", (12, 12), 200).save(source / "small.png")
+    picture("RGB", (30, 20)).save(source / "wide.webp", lossless=True)
+    (source / "notes.txt").write_text("not an image")
+    code, said = verify(capsys, source, tmp_path / "out", "--image_size", "16")
+    assert code == 0 and "Found 25 images in dataset" in said
+    counts = {title.split(",")[0].split(" (")[0]: int(count)
+              for title, count in re.findall(r"^(.*): (\d+)$", said, re.M)}
+    assert counts == {"unreadable": 5, "tiny": 2, "small": 1, "duplicates": 3, "other files": 1}
+    for name in ("broken_3.jpg", "empty.png", "tiny_1.png: 5x40", "small.png: 12x12", "again/0.png = 3.png"):
+        assert name in said or name.replace("again/0.png = 3.png", "3.png = again/0.png") in said
+    assert "16x16 (23)" in said and "L (24), RGB (1)" in said
+    assert Image.open(tmp_path / "out" / "dataset_sheet.png").width > 300
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["dataset_sheet.png"]
+
+
+def test_verify_refuses_a_folder_with_nothing_to_train_on(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x.png").write_text("hello")
+    code, said = verify(capsys, tmp_path / "images", tmp_path / "out")
+    assert code == 2 and "Found 0 images" in said and "x.png" in said
+
+
+def test_verify_looks_at_named_sets_too(tmp_path, capsys, monkeypatch):
+    import data
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
+    code, said = verify(capsys, "synthetic_fabrics", tmp_path)
+    assert code == 0 and "Found 30 images" in said and "duplicates: 0" in said

@@ -1,0 +1,358 @@
+"""What carries a training further: rates, accumulation, flips, presets, held-out images, several processes."""
+
+import contextlib
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train as train_module
+from checkpoint import load_checkpoint
+from conftest import ROOT
+from data import Batches, split_held_out
+from diffusion import DiffusionProcess
+from folders import FITS
+from models import create_model
+from train import (MODEL_FLAGS, PRESETS, as_flags, held_out_loss, main, make_plan, rate_at, train, train_epoch,
+                   train_step)
+from utils import count_parameters, seed_step, to_signed
+
+TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32",
+            num_samples=4)
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Make every synthetic set 64 digits of 16x16 pixels, so that a run takes a second."""
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 64)
+    return dict(dataset_name="synthetic_digits", image_size=16)
+
+
+@pytest.fixture
+def settings_of(monkeypatch):
+    """What train() is called with for given flags."""
+    def settings_of(*argv):
+        seen = {}
+        monkeypatch.setattr(train_module, "train", lambda **settings: seen.update(settings))
+        main(list(argv))
+        return seen
+    return settings_of
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def furthest(a, b):
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+# ---- Rates
+
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_the_cosine_rate_is_torchs(warmup):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50 - warmup)]
+    if warmup:
+        rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, total_iters=warmup - 1)
+        schedules = [rise, *schedules]
+    reference = torch.optim.lr_scheduler.SequentialLR(optimizer, schedules, milestones=[warmup] if warmup else [])
+    for step in range(50):
+        assert rate_at(step, 50, 0.3, "cosine", warmup) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        reference.step()
+
+
+def test_the_constant_rate_is_constant_after_the_warm_up():
+    assert [rate_at(k, 9, 1.0, warmup=4) for k in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert {rate_at(k, 9, 0.5) for k in range(9)} == {0.5}
+
+
+def test_the_optimizer_steps_at_the_rate_of_its_step(tiny_model):
+    """SGD at rate 0 stands still; only step 12 of the run has another."""
+    before, batches = weights(tiny_model), Batches(torch.zeros(24, 1, 8, 8, dtype=torch.uint8), batch_size=8)
+    optimizer = torch.optim.SGD(tiny_model.parameters(), lr=1.0)
+    train_epoch(tiny_model, batches, optimizer, DiffusionProcess(), "cpu", rate=lambda k: 0.0, first_step=10)
+    assert furthest(before, weights(tiny_model)) == 0
+    train_epoch(tiny_model, batches, optimizer, DiffusionProcess(), "cpu", rate=lambda k: float(k == 12),
+                first_step=10)
+    assert furthest(before, weights(tiny_model)) > 0 and optimizer.param_groups[0]["lr"] == 1.0
+
+
+# ---- Steps
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+def test_accumulating_gradients_changes_memory_and_not_the_step(accumulate):
+    """Also when the parts are unequal: 8 images in 3 parts."""
+    results = []
+    for parts in (1, accumulate):
+        torch.manual_seed(0)
+        model = create_model(base_channels=8)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            seed_step(0, step)
+            loss = train_step(model, torch.rand(8, 1, 8, 8), torch.zeros(8).long(), optimizer, DiffusionProcess(),
+                              accumulate=parts)
+        results.append((float(loss), weights(model)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert furthest(results[0][1], results[1][1]) < 1e-6
+
+
+def test_the_optimizer_sees_batch_size_times_accumulation(few_digits, tmp_path):
+    *_, losses = train(**few_digits, **TINY, accumulate=2, num_epochs=1, output_dir=tmp_path)
+    assert len(losses) == 64 // (16 * 2)
+
+
+def test_the_average_can_be_updated_every_few_steps(few_digits, tmp_path):
+    train(**few_digits, **TINY, steps=7, ema_every=3, output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / "model_final.pt")["ema_updates"] == 2
+
+
+@pytest.mark.parametrize("name, decays", [("adam", False), ("adamw", True)])
+def test_adamw_pulls_the_weights_towards_zero(name, decays, few_digits, tmp_path):
+    """Decoupled decay shrinks by lr * decay in each step, whatever the gradient; 0 leaves Adam alone."""
+    runs = [weights(train(**few_digits, **TINY, optimizer=name, weight_decay=decay, learning_rate=1e-3, steps=1,
+                          output_dir=tmp_path)[0]) for decay in (0.0, 0.1)]
+    torch.manual_seed(0)
+    initial = weights(create_model(base_channels=8))
+    shrunk = [free - 1e-4 * start for free, start in zip(runs[0], initial)]
+    assert (furthest(runs[1], shrunk) < 1e-7) == decays
+
+
+@pytest.mark.slow
+def test_compiling_changes_no_name_and_hardly_a_number(few_digits, tmp_path):
+    _, _, plain = train(**few_digits, **TINY, steps=2, output_dir=tmp_path / "a")
+    _, _, compiled = train(**few_digits, **TINY, steps=2, compile=True, output_dir=tmp_path / "b")
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    entries = [load_checkpoint(tmp_path / run / "model_final.pt") for run in "ab"]
+    assert list(entries[0]["model"]) == list(entries[1]["model"])
+
+
+# ---- Batches
+
+def test_flips_mirror_about_half_and_depend_on_the_step_alone():
+    images = torch.zeros(400, 1, 1, 2, dtype=torch.uint8)
+    images[..., 0] = 255
+    batches = Batches(images, torch.arange(400), batch_size=40, seed=1, flip=True)
+    runs = [torch.cat([x[torch.argsort(y)] for x, y in batches]) for _ in range(2)]
+    mirrored = sum(int((x[..., 0] == -1).sum()) for x in runs[:1])
+    assert torch.equal(*runs) and 160 < mirrored < 240
+    assert {tuple(row.flatten().tolist()) for row in runs[0]} == {(1.0, -1.0), (-1.0, 1.0)}
+    plain = Batches(images, batch_size=40, seed=1)
+    assert all((x[..., 0] == 1).all() for x, _ in plain)
+
+
+def test_a_stream_can_be_entered_at_any_step():
+    images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1)
+
+    def labels(first, count):
+        stream = Batches(images, torch.arange(20), batch_size=6, seed=3).stream(first)
+        return [next(stream)[1].tolist() for _ in range(count)]
+    whole = labels(0, 9)
+    assert labels(4, 5) == whole[4:] and labels(3, 6) == whole[3:]
+    assert all(len({*a, *b, *c}) == 18 for a, b, c in (whole[0:3], whole[3:6], whole[6:9]))
+    assert whole[0:3] != whole[3:6]
+
+
+# ---- Held-out images
+
+def test_held_out_images_are_taken_from_the_set_and_kept_apart():
+    images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1)
+    kept, kept_labels, held, held_labels = split_held_out(images, torch.arange(100), 0.2, seed=5)
+    assert len(held) == 20 and sorted([*kept.flatten().tolist(), *held.flatten().tolist()]) == list(range(100))
+    assert torch.equal(held.flatten().long(), held_labels) and torch.equal(kept.flatten().long(), kept_labels)
+    assert torch.equal(held, split_held_out(images, None, 0.2, seed=5)[2])
+    assert not torch.equal(held, split_held_out(images, None, 0.2, seed=6)[2])
+    assert len(split_held_out(images, None, 0.0)[2]) == 0
+    with pytest.raises(ValueError):
+        split_held_out(images, None, 1.0)
+
+
+def test_the_held_out_loss_of_simple_predictors_is_known(tiny_model):
+    """Zero misses unit noise by 1; the noise itself by 0 (FACTS: whatever the timestep)."""
+    images = (torch.rand(50, 1, 8, 8) * 255).to(torch.uint8)
+    batches, diffusion = Batches(images, batch_size=16), DiffusionProcess()
+    seen = []
+
+    def zero(x_t, t, y=None):
+        seen.append(t)
+        return torch.zeros_like(x_t)
+
+    def perfect(x_t, t, y=None):
+        first = 16 * (len(seen) - 4)
+        seen.append(t)
+        signal, noise = diffusion._weights(t)
+        return (x_t - signal * to_signed(images[first:first + 16])) / noise
+    assert held_out_loss(zero, batches, diffusion, "cpu") == pytest.approx(1.0, abs=0.05)
+    assert torch.cat(seen).tolist() == [10 + 20 * k for k in range(50)]       # evenly over 0..999
+    assert held_out_loss(perfect, batches, diffusion, "cpu") == pytest.approx(0.0, abs=1e-6)
+    assert held_out_loss(tiny_model, batches, diffusion, "cpu") == held_out_loss(tiny_model, batches, diffusion, "cpu")
+
+
+def test_the_best_weights_by_the_held_out_loss_are_kept(few_digits, tmp_path, monkeypatch, capsys):
+    values = iter([0.5, 0.2, 0.4, 0.3])
+    monkeypatch.setattr(train_module, "held_out_loss", lambda *args: next(values))
+    train(**few_digits, **TINY, val_fraction=0.25, num_epochs=4, output_dir=tmp_path)
+    best = load_checkpoint(tmp_path / "model_best.pt")
+    assert best["epoch"] == 2 and best["step"] == 6 and best["held_out_losses"] == {3: 0.5, 6: 0.2}
+    assert "48 images" in capsys.readouterr().out
+    rows = list(csv.DictReader(open(tmp_path / "training_loss.csv")))
+    assert [row["held_out_loss"] for row in rows] == ["", "", "0.5", "", "", "0.2", "", "", "0.4", "", "", "0.3"]
+
+
+def test_held_out_images_can_come_from_a_folder(few_digits, tmp_path):
+    for k in range(5):
+        Image.new("RGB", (40, 30), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
+    train(**few_digits, **TINY, val_dir=str(tmp_path), num_epochs=1, output_dir=tmp_path / "out")
+    assert len(load_checkpoint(tmp_path / "out" / "model_best.pt")["held_out_losses"]) == 1
+
+
+# ---- The table of losses, and when things are written
+
+def test_the_table_holds_every_step_once(few_digits, tmp_path):
+    *_, losses = train(**few_digits, **TINY, steps=10, sample_every=3, lr_schedule="cosine", output_dir=tmp_path)
+    rows = list(csv.DictReader(open(tmp_path / "training_loss.csv")))
+    assert [int(row["step"]) for row in rows] == list(range(1, 11))
+    assert [float(row["loss"]) for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx(
+        [rate_at(k, 10, 2e-4, "cosine") for k in range(10)], rel=1e-5)
+
+
+def test_a_run_by_steps_writes_by_steps(few_digits, tmp_path):
+    train(**few_digits, **TINY, steps=10, sample_every=4, save_every=6, output_dir=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "step_0000004.png", "step_0000008.png", "step_0000010.png"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["model_step_0000006.pt"]
+
+
+def test_a_run_by_epochs_writes_by_epochs(few_digits, tmp_path):
+    train(**few_digits, **TINY, num_epochs=5, sample_every=2, save_every=3, output_dir=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "epoch_002.png", "epoch_004.png", "epoch_005.png"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["model_epoch_003.pt"]
+
+
+def test_the_number_of_steps_does_not_depend_on_what_is_written(few_digits, tmp_path):
+    runs = [train(**few_digits, **TINY, steps=7, sample_every=every, output_dir=tmp_path) for every in (1, 3, 7)]
+    assert all(furthest(weights(runs[0][0]), weights(run[0])) == 0 for run in runs)
+
+
+def test_a_plan_counts_its_pictures():
+    plan = make_plan(468, 20)
+    assert (plan.total_steps, plan.count(plan.sample_every), plan.count(plan.save_every)) == (9360, 20, 4)
+    plan = make_plan(468, 20, steps=100_000, sample_every=1000, save_every=1500)
+    assert (plan.stretch, plan.count(plan.sample_every), plan.name(2000)) == (500, 100, "step_0002000")
+
+
+# ---- Presets
+
+def test_every_preset_is_what_its_flags_say(settings_of, tmp_path):
+    for name, row in PRESETS.items():
+        row = {k: v for k, v in row.items() if k != "without_gpu"}
+        if row["dataset"] is None:
+            row["dataset"] = str(tmp_path)
+        by_flags = settings_of(*as_flags(row).split(), "--device", "cpu")
+        by_name = settings_of("--preset", name, "--dataset", row["dataset"], "--device", "cpu")
+        assert by_name == {**by_flags, **PRESETS[name].get("without_gpu", {})}, name
+
+
+@pytest.mark.parametrize("name, count", [
+    ("mnist", 1_971_137), ("fashion_mnist", 1_971_137), ("ct", 12_356_161), ("fabrics_500k", 34_146_243),
+    ("fabrics_100k", 34_146_243)])
+def test_presets_build_the_networks_of_the_documents(name, count, settings_of, tmp_path):
+    settings = settings_of("--preset", name, "--dataset", str(tmp_path))
+    config = {flag: settings[flag] for flag in MODEL_FLAGS if flag in settings}
+    model = create_model(settings["model_name"], image_channels=settings["channels"] or 1, **config)
+    assert count_parameters(model) == count
+
+
+def test_explicit_flags_win_over_the_preset(settings_of):
+    settings = settings_of("--preset", "fabrics_100k", "--lr", "1e-3", "--no-flip", "--multipliers", "1,2,2,2")
+    assert settings["learning_rate"] == 1e-3 and settings["flip"] is False and settings["batch_size"] == 32
+    assert settings["multipliers"] == (1, 2, 2, 2) and settings["steps"] == 100_000
+    settings = settings_of("--preset", "fabrics_100k", "--epochs", "2")
+    assert settings["steps"] is None and settings["num_epochs"] == 2 and settings["sample_every"] is None
+    settings = settings_of("--preset", "ct", "--dataset", "x", "--steps", "9", "--device", "cpu")
+    assert settings["steps"] == 9 and settings["batch_size"] == 8                 # 32 with a GPU
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--preset", "nonsense"], "invalid choice"), (["--preset", "ct"], "--dataset FOLDER"),
+    (["--epochs", "3", "--steps", "9"], "give one of them"), (["--multipliers", "1,x"], "list of numbers"),
+    (["--dropout", "0.1"], "dropout"), (["--model", "attention", "--groups", "7"], "groups"),
+    (["--channels", "2"], "channels"), (["--beta2", "1"], "beta2"), (["--fit", "bend"], FITS[0]),
+    (["--val_fraction", "1"], "leaves nothing"), (["--val_dir", "no/such/folder"], "no/such/folder")])
+def test_bad_settings_are_one_line(argv, words, few_digits, tmp_path, capsys):
+    if "--preset" not in argv:
+        argv = ["--dataset", "synthetic_digits", *argv]
+    with pytest.raises(SystemExit) as exit_:
+        main([*argv, "--output_dir", str(tmp_path)])
+    error = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2 and "\n" not in error and words in error
+
+
+# ---- Several processes
+
+WORKER = """
+import sys, torch, data, distributed
+data.SYNTHETIC_SIZE = 64
+from diffusion import DiffusionProcess
+from train import train
+seen, plain = [], DiffusionProcess.training_loss
+def note(self, model, x_0, *args):
+    seen.extend(hash(tuple(row.flatten().tolist())) for row in x_0)
+    return plain(self, model, x_0, *args)
+DiffusionProcess.training_loss = note
+out = sys.argv[1]
+import train as module
+module.measure_seconds = lambda *args, **settings: (1.0, 1.0)
+model, ema, losses = train("synthetic_digits", 16, image_size=8, steps=20, accumulate=2,
+                           grad_clip=1.0, base_channels=16, device="cpu",
+                           precision="float32", num_samples=4, ema_decay=0.9, output_dir=out)
+rank, world = distributed.place()
+torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), losses=losses, seen=seen),
+           f"{out}/rank{rank}.pt")
+distributed.leave()
+"""
+
+
+def run_worker(tmp_path, processes):
+    script, out = tmp_path / "worker.py", tmp_path / f"out{processes}"
+    script.write_text(WORKER)
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    run = subprocess.run([*launch, str(script), str(out)], capture_output=True, text=True, timeout=300,
+                         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run, [torch.load(out / f"rank{rank}.pt") for rank in range(processes)]
+
+
+def test_two_processes_train_the_same_model_as_one(tmp_path):
+    """torchrun with gloo: equal weights in both, those of one process to 1e-4; rank 0 alone speaks."""
+    _, (alone,) = run_worker(tmp_path, 1)
+    run, (first, second) = run_worker(tmp_path, 2)
+    for part in ("model", "ema"):
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name])
+            torch.testing.assert_close(value, alone[part][name], atol=1e-4, rtol=0)
+    assert first["losses"] == second["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    per_epoch = 64 // 32 * 32 // 2                              # what each of two sees of 64 images
+    for epoch in range(10):
+        here = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        images = first["seen"][here] + second["seen"][here]
+        assert len(images) == len(set(images)) == 64            # every image once
+    assert run.stdout.count("device: cpu") == 1 and "2 processes" in run.stdout
+    assert run.stdout.count("model_final.pt") == 1
+
+
+def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path, monkeypatch, few_digits):
+    monkeypatch.setattr(train_module.distributed, "place", lambda: (0, 3))
+    monkeypatch.setattr(train_module.distributed, "first_rank_first", contextlib.nullcontext)
+    with pytest.raises(ValueError, match="shared equally by 3"):
+        train(**few_digits, **TINY, num_epochs=1, output_dir=tmp_path)
