@@ -259,7 +259,7 @@ def find_duplicates(digests):
 def save_sheet(images, path, columns=10):
     """A contact sheet of up to 100 images, evenly spread over the set. images: uint8 [N, C, H, W]."""
     picks = torch.linspace(0, len(images) - 1, min(100, len(images))).round().long().unique()
-    save_images(to_signed(images[picks]), path, columns, upscale=max(1, 84 // images.shape[-1]))
+    save_images(to_signed(images[picks]), path, columns)
     print(f"wrote {path}")
 
 

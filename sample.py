@@ -154,6 +154,8 @@ def main(argv=None):
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")
+    add("--upscale", "show every pixel as so many by so many; default: small images at least 84 wide",
+        type=positive_int)
     add("--batch_size", "images at a time", 64, type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
@@ -181,7 +183,7 @@ def main(argv=None):
         eta=args.eta, batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision],
         num_frames=51 if args.show_intermediate else 0)
     picture = output_dir / "generated_samples.png"
-    save_images(images, picture, upscale=max(1, 84 // size))
+    save_images(images, picture, upscale=args.upscale)
     print(f"wrote {picture}")
     if frames:
         for path in save_intermediate(frames, output_dir):

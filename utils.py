@@ -288,8 +288,12 @@ def png_bytes(pixels, upscale=1):
     return buffer.getvalue()
 
 
-def save_images(images, path, columns=None, padding=2, upscale=1):
-    """Save a grid of images as PNG. images: [N, C, H, W] in [-1, 1], grey or colour."""
+def save_images(images, path, columns=None, padding=2, upscale=None):
+    """Save a grid of images as PNG. images: [N, C, H, W] in [-1, 1], grey or colour.
+
+    upscale: show every pixel upscale x upscale; by default so that an image is 84 pixels wide or more.
+    """
+    upscale = upscale or max(1, math.ceil(84 / images.shape[-1]))
     write_file(path, png_bytes(image_grid(to_uint8(images), columns, padding), upscale))
 
 

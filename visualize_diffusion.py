@@ -8,9 +8,9 @@ Writes outputs/forward_diffusion.png.
 
 import torch
 
-from data import DATASET_HELP, get_dataset, get_default_dataset, to_signed
+from data import DATASET_HELP, get_dataset, get_default_dataset
 from diffusion import SCHEDULES, DiffusionProcess
-from utils import Parser, command, make_output_dir, positive_int, save_strip, seed_number
+from utils import Parser, command, make_output_dir, positive_int, save_strip, seed_number, to_signed
 
 FORWARD_TIMESTEPS = (0, 50, 100, 200, 400, 600, 800, 999)
 
@@ -43,7 +43,7 @@ def main(argv=None):
 
     output_dir = make_output_dir(args.output_dir)
     if args.dataset is None:
-        name, images, _ = get_default_dataset(args.data_dir, args.image_size)
+        name, images, _ = get_default_dataset(args.data_dir, image_size=args.image_size)
     else:
         name, (images, _) = args.dataset, get_dataset(args.dataset, args.data_dir, image_size=args.image_size)
     pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:8]

@@ -49,6 +49,21 @@ def test_the_fabrics_shape_has_34_million_parameters():
     assert count_parameters(model) == 34_146_243
 
 
+def test_patches_are_channels_of_a_smaller_image():
+    """The same weights see 8x8 grey pixels as 4x4 places with 4 channels: rows first, as in a page of text."""
+    torch.manual_seed(0)
+    patched = AttentionUNet(1, patch_size=2, **SMALL).eval()
+    plain = AttentionUNet(4, **SMALL).eval()
+    plain.load_state_dict(patched.state_dict())
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
+    by_hand = torch.stack([x[:, 0, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=1)     # [2, 4, 4, 4]
+    out = plain(by_hand, t)
+    for k, (i, j) in enumerate((i, j) for i in (0, 1) for j in (0, 1)):
+        torch.testing.assert_close(patched(x, t)[:, 0, i::2, j::2], out[:, k])
+    with pytest.raises(ValueError, match="multiples of 4"):
+        patched(torch.randn(1, 1, 6, 6), t[:1])
+
+
 def test_attention_equals_softmax_written_as_a_loop():
     torch.manual_seed(0)
     layer, x = SelfAttention(8, heads=2, groups=4), torch.randn(2, 8, 3, 5)

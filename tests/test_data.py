@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import pickle
 import socket
 import struct
 import threading
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torchvision.transforms.functional import to_pil_image
 
 import data
 from data import DatasetUnavailable, class_names, get_dataset, get_default_dataset
@@ -28,6 +30,46 @@ def test_real_sets_load_as_they_lie(data_dir, name, mean, std):
     assert float(images.float().std()) == pytest.approx(std, abs=0.001)
     assert len(get_dataset(name, data_dir, train=False)[0]) == 10_000
     assert len(class_names(name)) == 10
+
+
+def test_cifar10_loads_from_torchvisions_layout(tmp_path, monkeypatch):
+    """Five pickled batches and a test batch, rows of 3 x 32 x 32 bytes. torchvision checks their md5 sums also
+    when it does not download, so a subclass brings those of this small archive."""
+    folder, random = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
+
+    def write(name, entry):
+        (folder / name).write_bytes(pickle.dumps(entry))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    names = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]
+    rows = {name: random.integers(0, 256, (4, 3072), dtype=np.uint8) for name in names}
+    sums = [[name, write(name, {"data": rows[name], "labels": [k, 1, 2, 3]})] for k, name in enumerate(names)]
+    meta = {"filename": "batches.meta", "key": "label_names",
+            "md5": write("batches.meta", {"label_names": class_names("cifar10")})}
+    tiny = type("Tiny", (torchvision.datasets.CIFAR10,), dict(train_list=sums[:5], test_list=sums[5:], meta=meta))
+    monkeypatch.setitem(data.DATASETS, "cifar10", data.DATASETS["cifar10"]._replace(source=tiny))
+    images, labels = get_dataset("cifar10", tmp_path)
+    assert images.shape == (20, 3, 32, 32) and labels.tolist()[::4] == [0, 1, 2, 3, 4]
+    assert torch.equal(images.flatten(1), torch.from_numpy(np.concatenate([rows[name] for name in names[:5]])))
+    assert get_dataset("cifar10", tmp_path, train=False)[0].shape == (4, 3, 32, 32)
+    grey, _ = get_dataset("cifar10", tmp_path, channels=1, image_size=16)
+    assert grey.shape == (20, 1, 16, 16)
+    (folder / "data_batch_3").write_bytes(b"damaged")
+    with pytest.raises(ValueError):
+        get_dataset("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_named_set_can_be_made_grey_or_colour(channels, monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 3)
+    for name in ("synthetic_digits", "synthetic_fabrics"):
+        images, _ = get_dataset(name, channels=channels)
+        plain, _ = get_dataset(name)
+        assert images.shape[1] == channels
+        as_pil = [np.asarray(to_pil_image(x).convert("L" if channels == 1 else "RGB")) for x in plain]
+        expected = torch.from_numpy(np.stack(as_pil)).view(3, *images.shape[-2:], channels).permute(0, 3, 1, 2)
+        assert (images.int() - expected.int()).abs().max() <= 1               # PIL rounds down
 
 
 def test_synthetic_sets_differ_between_training_and_test(monkeypatch):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import sample
 import train
@@ -87,6 +88,8 @@ def commands():
                     words = shlex.split(part, comments=True)
                     while words and re.fullmatch(r"\w+=\S*", words[0]):     # OMP_NUM_THREADS=2 python ...
                         words.pop(0)
+                    if words and words[0] == "torchrun":
+                        words = ["python", *(word for word in words[1:] if not word.startswith("--nproc"))]
                     if words and re.fullmatch(r"python3?", words[0]):
                         found.append(pytest.param(words[1:], id=f"{document.stem}: {' '.join(words[1:])}"))
     return found
@@ -170,6 +173,12 @@ def cosine(num_timesteps=1000, s=0.008):
     """The product of the betas telescopes to f(t + 1) / f(0); only the last beta meets its cap, 0.999."""
     f = np.cos((np.arange(num_timesteps + 1) / num_timesteps + s) / (1 + s) * math.pi / 2) ** 2
     return np.append(f[1:-1], f[-2] * 0.001) / f[0]
+
+
+def sigmoid(num_timesteps=1000):
+    f = 1 / (1 + np.exp(-3 + 6 * np.arange(num_timesteps + 1) / num_timesteps))
+    f = (f - f[-1]) / (f[0] - f[-1])
+    return np.append(f[1:-1], f[-2] * 0.001)             # as the cosine: only the last beta meets its cap
 
 
 def decibels(alpha_bar):
@@ -362,7 +371,31 @@ CLAIMS = [
     (f"and {N} TFLOP by the full DDPM chain", 64 * 1000 * operations(64) / 1e12),
     (f"32` needs {N} GFLOP an image", operations(32) / 1e9),
     (f"takes about {N} times the work of a 28x28", (64 / 28) ** 2),
+    (f"at every t, and ends at {N}[.] ", sigmoid()[-1]),
+    (f"at 16x16 a head has {N} weights, at 64x64 it would have {N}[.] ", 256**2, 4096**2),
+    (f"copy of the 34 M network is {N} MB; with average and Adam's moments a checkpoint is {N} MB",
+     34_146_243 * 4 / 1e6, 34_146_243 * 16 / 1e6),
+    (f"[|] the model is {N} MB; average", 34_146_243 * 4 / 1e6),
 ]
+
+
+def test_the_table_of_presets_is_right():
+    """Parameters counted and operations measured by torch, both on a network without memory."""
+    named = set()
+    for names, _, count, gflop, length in table("preset"):
+        for name in re.findall(r"`(\w+)`", names):
+            row = train.PRESETS[name]
+            named.add(name)
+            config = {flag: row[flag] for flag in train.MODEL_FLAGS if flag in row}
+            size = row.get("image_size") or (32 if name == "cifar10" else 28)
+            channels = row.get("channels") or (3 if name == "cifar10" else 1)
+            with torch.device("meta"), FlopCounterMode(display=False) as counter:
+                model = create_model(row.get("model", "simple"), image_channels=channels, **config)
+                model(torch.zeros(1, channels, size, size), torch.zeros(1, dtype=torch.long))
+            assert int(count.replace(",", "")) == sum(p.numel() for p in model.parameters()), name
+            assert agrees(gflop, counter.get_total_flops() / 1e9), name
+            assert f"{row.get('steps', row.get('epochs')):,}" in length, name
+    assert named == set(train.PRESETS)
 
 
 @pytest.mark.parametrize("pattern, values", [
@@ -388,6 +421,8 @@ def test_a_stated_number_is_right(pattern, values):
     ("GFLOP an image, about a quarter", 0.24 < operations(32) / operations(64) < 0.26),
     ("scores 0.37 on MNIST, averaged over t",           # copying; the mean square of MNIST's pixels is 0.925
      abs((LINEAR * 0.925 + (1 - np.sqrt(1 - LINEAR)) ** 2).mean() - 0.37) < 0.005),
+    ("stays within 0.02 of the cosine", np.abs(sigmoid() - COSINE).max() < 0.02),
+    ("about 3,000, and 6,000 with two batches", abs(100_000 * 32 / 1059 - 3000) < 50),
     ("(999, 979), (979, 959), ..., (39, 19), (19, -1)", True),
 ])
 def test_a_rounded_statement_holds(sentence, holds):
