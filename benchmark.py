@@ -75,7 +75,8 @@ def time_network(config, image_size, batch_size, device, precision, channels_las
 def main(argv=None):
     parser = Parser(description="Measure how fast the networks train and sample here.")
     add = parser.add
-    add("--networks", f"which: {', '.join(NETWORKS)}", ["simple"], nargs="+", choices=list(NETWORKS), metavar="NAME")
+    add("--networks", f"which: {', '.join(NETWORKS)}", ["simple"], nargs="+", choices=list(NETWORKS),
+        metavar="NAME")
     add("--batch_size", "images at a time; default: 128 on a GPU, 32 elsewhere", type=positive_int)
     add("--modes", "plain: float32 and bf16 only; all: also channels_last and compiled", "plain",
         choices=("plain", "all"))
@@ -90,7 +91,8 @@ def main(argv=None):
           + ", the compiled ones a minute or more" * (args.modes == "all"), flush=True)
 
     rows, first = [], None
-    for name, (precision, channels_last, compiled) in tqdm(list(itertools.product(args.networks, modes)), unit="row"):
+    runs = list(itertools.product(args.networks, modes))
+    for name, (precision, channels_last, compiled) in tqdm(runs, unit="row"):
         image_size, config = NETWORKS[name]
         step, call, memory = time_network(config, image_size, batch_size, device, PRECISIONS[precision],
                                           channels_last, compiled)
@@ -98,8 +100,8 @@ def main(argv=None):
             first = name, step
         flops = training_flops(config, image_size) * batch_size
         rows.append([name, precision, "channels_last" if channels_last else "plain",
-                     "compiled" if compiled else "eager", f"{batch_size / step:.1f}", f"{batch_size / call:.1f}",
-                     f"{first[1] / step:.2f}x", f"{flops / step / 1e12:.3f}",
+                     "compiled" if compiled else "eager", f"{batch_size / step:.1f}",
+                     f"{batch_size / call:.1f}", f"{first[1] / step:.2f}x", f"{flops / step / 1e12:.3f}",
                      f"{memory / 1e9:.2f}" if memory else "-"])
     titles = ["network", "precision", "memory format", "mode", "train images/s", "forward images/s",
               "against row 1", "TFLOP/s", "GPU GB"]

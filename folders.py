@@ -1,7 +1,7 @@
-"""A folder of images as one array: every file is looked at, what cannot be used is named, the rest cut to one size.
+"""A folder of images as one array: what cannot be used is named, the rest cut to one size.
 
     images, labels = load_folder("photos", image_size=64)           # uint8 [N, C, 64, 64], None
-    usable = verify_folder("photos", "outputs/dataset_sheet.png")     # a report; nothing is trained
+    usable = verify_folder("photos", "outputs/dataset_sheet.png")   # a report; nothing is trained
 
 Nested or flat; png, jpg, webp and bmp; grey, colour, palette, with or without transparency.
 """

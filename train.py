@@ -15,10 +15,8 @@ import argparse
 import contextlib
 import itertools
 import math
-import shutil
 import sys
 import time
-from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +29,7 @@ from data import (DATASET_HELP, Batches, class_names, get_dataset, get_default_d
 from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess, seeded_noise
 from folders import FITS
 from models import ACTIVATIONS, MODELS, create_model
+from plan import check_disk, make_plan, print_cost
 from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device,
                    format_seconds, fraction, get_device, get_precision, get_timesteps, int_tuple,
                    make_output_dir, measure, peak_memory, plot_losses, positive_float, positive_int,
@@ -50,9 +49,10 @@ PRESETS = {
     "fashion_mnist": dict(dataset="fashion_mnist", epochs=50, batch_size=128, lr=2e-4, flip=True),
     "mnist_short":   dict(dataset="mnist", epochs=5, batch_size=64, lr=1e-3, timesteps=200, base_channels=32,
                           time_emb_dim=128),
-    "cifar10":       dict(dataset="cifar10", epochs=200, batch_size=128, lr=2e-4, warmup=1000, model="attention",
-                          multipliers=(1, 2, 4), num_blocks=2, attention_levels=(1, 2), dropout=0.1,
-                          schedule="cosine", objective="v", grad_clip=1.0, ema_decay=0.9995, flip=True),
+    "cifar10":       dict(dataset="cifar10", epochs=200, batch_size=128, lr=2e-4, warmup=1000,
+                          model="attention", multipliers=(1, 2, 4), num_blocks=2, attention_levels=(1, 2),
+                          dropout=0.1, schedule="cosine", objective="v", grad_clip=1.0, ema_decay=0.9995,
+                          flip=True),
     "ct":            dict(dataset=None, image_size=64, channels=1, epochs=60, batch_size=32, lr=2e-4,
                           lr_schedule="cosine", optimizer="adamw", weight_decay=1e-4, timesteps=400,
                           schedule="cosine", model="attention", base_channels=64, multipliers=(1, 2, 4),
@@ -179,41 +179,6 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
     return total / images
 
 
-class Plan(NamedTuple):
-    """When a run does what, in steps. A run is counted in epochs or, with --steps, in steps."""
-    total_steps: int
-    stretch: int  # steps from one report to the next
-    sample_every: int
-    save_every: int
-    unit: int  # steps in what the run is counted in: an epoch, or 1
-    unit_name: str  # "epoch" or "step"
-
-    def name(self, step):
-        """What a file written after `step` steps is called: epoch_005 or step_0005000."""
-        return f"{self.unit_name}_{step // self.unit:0{3 if self.unit_name == 'epoch' else 7}d}"
-
-    def title(self, step):
-        """For the eye: epoch 5/20, step 5000/8000."""
-        return f"{self.unit_name} {step // self.unit}/{self.total_steps // self.unit}"
-
-    def is_due(self, every, step):
-        return step % every == 0 or step == self.total_steps
-
-    def count(self, every):
-        return math.ceil(self.total_steps / every)
-
-
-def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_every=None):
-    """Pictures after each epoch and a checkpoint every 5; in a run by steps 5 times, and at the end."""
-    if steps is None:
-        unit, total = steps_per_epoch, num_epochs * steps_per_epoch
-        sample_every, save_every = (sample_every or 1) * unit, (save_every or 5) * unit
-        return Plan(total, unit, sample_every, save_every, unit, "epoch")
-    sample_every = min(steps, sample_every or math.ceil(steps / 5))
-    save_every = min(steps, save_every or steps)
-    return Plan(steps, math.gcd(sample_every, save_every), sample_every, save_every, 1, "step")
-
-
 def load_batches(dataset_name, batch_size, seed, flip, data_dir, val_dir, val_fraction, **settings):
     """(name, Batches to train on, Batches held out or None)"""
     with distributed.first_rank_first():
@@ -251,18 +216,6 @@ def measure_seconds(network, ema, batch, diffusion, picture_shape, **settings):
     return step, call
 
 
-def print_cost(plan, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples, memory):
-    """Say before the training how long it will take here, and how much memory."""
-    pictures = call_seconds * picture_calls
-    check = len(held_out.images) / num_samples * call_seconds if held_out else 0
-    whole = (plan.total_steps * step_seconds + plan.count(plan.sample_every) * pictures
-             + plan.count(plan.stretch) * check)
-    print(f"cost: an epoch is {len(batches)} steps of {batches.batch_size} images, about "
-          f"{format_seconds(len(batches) * step_seconds)} here ({batches.batch_size / step_seconds:.0f} images/s); "
-          f"the whole run of {plan.total_steps} steps about {format_seconds(whole)}, with "
-          f"{format_seconds(pictures)} for each set of pictures; {memory / 1e9:.1f} GB of memory", flush=True)
-
-
 def build_model(name, config, image_size, seed, device, grad_checkpoint):
     """A network with the initial weights of the seed, for images of this size."""
     torch.manual_seed(seed)
@@ -293,13 +246,6 @@ def as_flags(row):
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             words.append(f"--{flag} {text}")
     return " ".join(words)
-
-
-def check_disk(output_dir, num_checkpoints, checkpoint_bytes):
-    need = num_checkpoints * checkpoint_bytes
-    if shutil.disk_usage(output_dir).free < need:
-        raise OSError(28, f"{num_checkpoints} checkpoints of {checkpoint_bytes / 1e6:.0f} MB do not fit on the "
-                      "disk; --save_every sets how many there are", str(output_dir))
 
 
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None, seed=0,
@@ -408,13 +354,15 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             save(checkpoints_dir / f"model_{plan.name(last)}.pt")
     if rank == 0:
         save(output_dir / "model_final.pt")
-        print(f"took {format_seconds(time.perf_counter() - start)} and {peak_memory(device) / 1e9:.1f} GB of memory")
+        print(f"took {format_seconds(time.perf_counter() - start)} and {peak_memory(device) / 1e9:.1f} GB of "
+              "memory")
     return model, ema.model, losses
 
 
 # Flags that are handed on to create_model where they are given; a model has its own defaults.
 MODEL_FLAGS = ("base_channels", "multipliers", "num_blocks", "attention_levels", "heads", "groups",
                "time_emb_dim", "dropout", "activation", "patch_size")
+SWITCH = argparse.BooleanOptionalAction      # --flip, --no-flip: a flag can undo what a preset sets
 
 
 @command
@@ -432,7 +380,7 @@ def main(argv=None):
     add("--channels", "1 for grey, 3 for colour; default: as the data are", type=int, choices=(1, 3))
     add("--fit", "of pictures that are not square: the central square, or all of it stretched", "crop",
         choices=FITS)
-    add("--flip", "mirror every other image, at random", False, action=argparse.BooleanOptionalAction)
+    add("--flip", "mirror every other image, at random", False, action=SWITCH)
     add("--with_labels", "of a folder: the names of its sub-folders are classes", False, action="store_true")
     add("--cache_dir", "keep the decoded images of a folder there, for a set larger than memory")
     add("--val_dir", "a data set or folder that is not trained on, for the held-out loss")
@@ -443,7 +391,8 @@ def main(argv=None):
     add("--objective", "what the model predicts", "eps", choices=OBJECTIVES)
     add("--model", "simple is small; attention has residual blocks and self-attention, 12 M parameters",
         "simple", choices=sorted(MODELS))
-    add("--base_channels", "width of the U-Net: 32 is small, 64 the default, 128 for quality", type=positive_int)
+    add("--base_channels", "width of the U-Net: 32 is small, 64 the default, 128 for quality",
+        type=positive_int)
     add("--time_emb_dim", "length of the time embedding; default: 256", type=positive_int)
     add("--multipliers", "attention: channels of each level in units of base_channels; default: 1,2,4",
         type=int_tuple)
@@ -468,13 +417,13 @@ def main(argv=None):
     add("--beta2", "Adam's memory of squared gradients", 0.999, type=fraction)
     add("--weight_decay", "pull towards zero", 0.0, type=fraction)
     add("--grad_clip", "largest gradient norm; off unless given", type=positive_float)
-    add("--grad_checkpoint", "less memory, about a third slower", False, action=argparse.BooleanOptionalAction)
+    add("--grad_checkpoint", "less memory, about a third slower", False, action=SWITCH)
     add("--ema_decay", "averaging of the weights for samples; 0 is off", 0.9995, type=fraction)
     add("--ema_every", "steps between two updates of the average", 1, type=positive_int)
     add("--seed", "the same seed trains the same model", 0, type=seed_number)
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     add("--precision", "arithmetic while training", "auto", choices=["auto", *PRECISIONS])
-    add("--compile", "torch.compile: a minute or more at the start, faster steps on a GPU", False, action=argparse.BooleanOptionalAction)
+    add("--compile", "torch.compile: a minute or more at the start, faster steps on a GPU", False, action=SWITCH)
     parser.group("results")
     add("--output_dir", "where pictures and checkpoints go", "outputs")
     add("--num_samples", "pictures drawn while training", 64, type=positive_int)
@@ -512,7 +461,8 @@ def parse(parser, argv):
         if get_device(given.device).type == "cpu":
             row.update(without_gpu)
         if given.epochs or given.steps:
-            row = {flag: value for flag, value in row.items() if flag not in ("epochs", "steps", "sample_every", "save_every")}
+            length = ("epochs", "steps", "sample_every", "save_every")
+            row = {flag: value for flag, value in row.items() if flag not in length}
         if row["dataset"] is None and given.dataset is None:
             raise ValueError(f"--preset {given.preset} is for a folder of your own: add --dataset FOLDER")
         print(f"preset {given.preset}: {as_flags(row)}")

@@ -120,8 +120,8 @@ class AttentionUNet(UNet):
             raise ValueError(f"unknown activation {activation!r}; choose from {sorted(ACTIVATIONS)}")
         if not 1 <= patch_size <= 64:
             raise ValueError(f"patch_size must lie in 1..64, got {patch_size}")
-        super().__init__(image_channels, patch_size * 2 ** (len(channels) - 1), time_emb_dim, 4 * time_emb_dim, num_classes,
-                         grad_checkpoint)
+        super().__init__(image_channels, patch_size * 2 ** (len(channels) - 1), time_emb_dim, 4 * time_emb_dim,
+                         num_classes, grad_checkpoint)
         block = dict(time_emb_dim=time_emb_dim, dropout=dropout, groups=groups, activation=activation)
         attends = [level in attention_levels for level in range(len(channels))]
         inputs = [base_channels, *channels[:-1]]
@@ -156,4 +156,4 @@ class AttentionUNet(UNet):
                 h = self.grow[k - 1](F.interpolate(h, scale_factor=2, mode="nearest"))
             h = self.run(level, torch.cat([h, skips.pop()], dim=1), t_emb)
         assert not skips
-        return x_t + F.pixel_shuffle(self.conv_out(h), self.patch_size)       # a correction to the input, as in SimpleUNet
+        return x_t + F.pixel_shuffle(self.conv_out(h), self.patch_size)     # a correction, as in SimpleUNet

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import data
+import plan
 import sample
 import train
 import visualize_diffusion
@@ -236,7 +237,7 @@ def test_a_folder_in_the_way_of_a_result_is_found_before_the_training(name, tmp_
 
 def test_a_disk_too_small_for_a_checkpoint_is_found_before_the_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     error = fails(capsys, train.main, "--dataset", "synthetic_digits", "--output_dir", tmp_path)
     assert "32 MB" in error and not list(tmp_path.rglob("*.png"))
 
@@ -291,8 +292,9 @@ def test_imports_run_one_way():
     """Leaves know only leaves below them; train and sample do not know each other (README's file map)."""
     allowed = {
         "diffusion": set(), "models": set(), "synthetic": {"utils"}, "utils": set(), "distributed": set(),
-        "folders": {"utils"}, "data": {"synthetic", "folders", "utils"}, "checkpoint": {"utils"},
-        "train": {"diffusion", "models", "data", "folders", "checkpoint", "distributed", "utils"},
+        "plan": {"utils"}, "folders": {"utils"}, "data": {"synthetic", "folders", "utils"},
+        "checkpoint": {"utils"}, "benchmark": {"diffusion", "models", "train", "utils"},
+        "train": {"diffusion", "models", "data", "folders", "checkpoint", "distributed", "plan", "utils"},
         "sample": {"diffusion", "models", "checkpoint", "utils"},
         "visualize_diffusion": {"diffusion", "data", "sample", "utils"}}
     for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py")]:

@@ -18,8 +18,8 @@ from data import Batches, split_held_out
 from diffusion import DiffusionProcess
 from folders import FITS
 from models import create_model
-from train import (MODEL_FLAGS, PRESETS, as_flags, held_out_loss, main, make_plan, rate_at, train, train_epoch,
-                   train_step)
+from plan import make_plan
+from train import (MODEL_FLAGS, PRESETS, as_flags, held_out_loss, main, rate_at, train, train_epoch, train_step)
 from utils import count_parameters, seed_step, to_signed
 
 TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32",

@@ -1,0 +1,67 @@
+"""When a training does what, and what it will cost: told before it starts."""
+
+import math
+import shutil
+from typing import NamedTuple
+
+from utils import format_seconds
+
+
+class Plan(NamedTuple):
+    """When a run does what, in steps. A run is counted in epochs or, with --steps, in steps."""
+    total_steps: int
+    stretch: int  # steps from one report to the next
+    sample_every: int
+    save_every: int
+    unit: int  # steps in what the run is counted in: an epoch, or 1
+    unit_name: str  # "epoch" or "step"
+
+    def name(self, step):
+        """What a file written after `step` steps is called: epoch_005 or step_0005000."""
+        return f"{self.unit_name}_{step // self.unit:0{3 if self.unit_name == 'epoch' else 7}d}"
+
+    def title(self, step):
+        """For the eye: epoch 5/20, step 5000/8000."""
+        return f"{self.unit_name} {step // self.unit}/{self.total_steps // self.unit}"
+
+    def is_due(self, every, step):
+        return step % every == 0 or step == self.total_steps
+
+    def count(self, every):
+        return math.ceil(self.total_steps / every)
+
+
+def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_every=None):
+    """Pictures after each epoch and a checkpoint every 5; in a run by steps 5 times, and at the end."""
+    if steps is None:
+        unit, total = steps_per_epoch, num_epochs * steps_per_epoch
+        sample_every, save_every = (sample_every or 1) * unit, (save_every or 5) * unit
+        return Plan(total, unit, sample_every, save_every, unit, "epoch")
+    sample_every = min(steps, sample_every or math.ceil(steps / 5))
+    save_every = min(steps, save_every or steps)
+    return Plan(steps, math.gcd(sample_every, save_every), sample_every, save_every, 1, "step")
+
+
+def print_cost(plan, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples, memory):
+    """Say before the training how long it will take here, and how much memory.
+
+    step_seconds, call_seconds: of a training step, and of one of the `picture_calls` calls of the model
+    that a set of `num_samples` pictures takes.  memory: in bytes.
+    """
+    pictures = call_seconds * picture_calls
+    check = len(held_out.images) / num_samples * call_seconds if held_out else 0
+    whole = (plan.total_steps * step_seconds + plan.count(plan.sample_every) * pictures
+             + plan.count(plan.stretch) * check)
+    rate = batches.batch_size / step_seconds
+    print(f"cost: an epoch is {len(batches)} steps of {batches.batch_size} images, about "
+          f"{format_seconds(len(batches) * step_seconds)} here ({rate:.0f} images/s); the whole run of "
+          f"{plan.total_steps} steps about {format_seconds(whole)}, with {format_seconds(pictures)} for each set "
+          f"of pictures; {memory / 1e9:.1f} GB of memory", flush=True)
+
+
+def check_disk(output_dir, num_checkpoints, checkpoint_bytes):
+    """Raise OSError if so many checkpoints will not fit: better now than after hours."""
+    need = num_checkpoints * checkpoint_bytes
+    if shutil.disk_usage(output_dir).free < need:
+        raise OSError(28, f"{num_checkpoints} checkpoints of {checkpoint_bytes / 1e6:.0f} MB do not fit on the "
+                      "disk; --save_every sets how many there are", str(output_dir))
