@@ -211,14 +211,15 @@ class Batches:
     is dropped (60,000 images in batches of 128 are 468 steps); a set smaller than one batch is one
     batch. Without labels, every label is -1 ("no class").
 
-    images: uint8 [N, C, H, W].  flip: mirror every other image, at random.
+    images: uint8 [N, C, H, W], on the device that makes the batches.  flip: mirror every other image, at
+    random.
     """
 
     def __init__(self, images, labels=None, batch_size=128, seed=0, flip=False):
         if batch_size < 1 or not len(images):
             raise ValueError(f"batches of {batch_size} from {len(images)} images: both must be at least 1")
         self.images = images
-        self.labels = torch.full((len(images),), -1) if labels is None else labels
+        self.labels = (torch.full((len(images),), -1) if labels is None else labels).to(images.device)
         self.batch_size = min(batch_size, len(images))
         self.seed = seed
         self.flip = flip
@@ -229,9 +230,10 @@ class Batches:
 
     def take(self, index, mirrored=None):
         """The images at `index` as floats, those of them that are `mirrored` turned round, and their labels."""
+        index = index.to(self.images.device)
         x_0 = to_signed(self.images[index])
         if mirrored is not None:
-            x_0[mirrored] = x_0[mirrored].flip(-1)
+            x_0 = torch.where(mirrored.to(x_0.device).view(-1, 1, 1, 1), x_0.flip(-1), x_0)
         return x_0, self.labels[index]
 
     def __iter__(self):

@@ -179,7 +179,7 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
     return total / images
 
 
-def load_batches(dataset_name, batch_size, seed, flip, data_dir, val_dir, val_fraction, **settings):
+def load_batches(dataset_name, batch_size, seed, flip, data_dir, val_dir, val_fraction, device, **settings):
     """(name, Batches to train on, Batches held out or None)"""
     with distributed.first_rank_first():
         if dataset_name is None:
@@ -192,6 +192,8 @@ def load_batches(dataset_name, batch_size, seed, flip, data_dir, val_dir, val_fr
         else:
             rest = split_held_out(images, labels, val_fraction, seed)
     images, labels, held_images, held_labels = rest
+    if device.type == "cuda" and images.nbytes < torch.cuda.get_device_properties(device).total_memory / 8:
+        images = images.to(device)            # then no step waits for a copy
     held_out = Batches(held_images, held_labels, batch_size) if len(held_images) else None
     return dataset_name, Batches(images, labels, batch_size, seed, flip), held_out
 
@@ -276,7 +278,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
                                  "training_loss.csv")
     samples_dir, checkpoints_dir = (make_output_dir(output_dir / name) for name in ("samples", "checkpoints"))
     dataset_name, batches, held_out = load_batches(
-        dataset_name, batch_size * accumulate, seed, flip, data_dir, val_dir, val_fraction,
+        dataset_name, batch_size * accumulate, seed, flip, data_dir, val_dir, val_fraction, device,
         image_size=image_size, channels=channels, fit=fit, with_labels=with_labels, cache_dir=cache_dir)
     if world > 1 and batches.batch_size % (world * accumulate):
         raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally by {world} processes "

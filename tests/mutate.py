@@ -114,7 +114,7 @@ EDITS = [
          "contextlib.nullcontext() if last or world == 1", "contextlib.nullcontext() if world == 1", "scale"),
     Edit("the rate stays where it was", "train.py",
          'group["lr"] = rate(step)', 'group["lr"] = rate(first_step)', "scale"),
-    Edit("flips never happen", "data.py", "x_0[mirrored].flip(-1)", "x_0[mirrored]", "scale"),
+    Edit("flips never happen", "data.py", "x_0.flip(-1), x_0)", "x_0, x_0)", "scale"),
     Edit("held-out images are trained on", "data.py",
          "for index in (kept, held)", "for index in (order, held)", "scale"),
     Edit("the worst weights are kept", "train.py",

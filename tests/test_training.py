@@ -1,6 +1,8 @@
 """Training, EMA, checkpoints, and using the parts from Python as the documents show it."""
 
 import math
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
+from conftest import ROOT
 from data import Batches
 from diffusion import DiffusionProcess
 from models import create_model
@@ -298,6 +301,30 @@ def test_precision_is_chosen_or_taken_as_asked():
     assert get_precision("float32", cpu)[0] is torch.float32
     with pytest.raises(ValueError):
         get_precision("int8", cpu)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's memory and Linux's page faults")
+def test_freed_memory_is_kept_for_the_next_tensor_and_the_peak_is_known():
+    """A tensor of 80 MB is 20,000 pages; a process of its own, because the setting is for good."""
+    script = """
+import resource, torch, utils
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def ten_tensors():
+    before = faults()
+    for _ in range(10):
+        torch.ones(20_000_000)
+    return faults() - before
+plain, _ = ten_tensors(), utils.keep_memory()
+ten_tensors()
+low = utils.peak_memory(torch.device("cpu"))
+print(plain, ten_tensors(), torch.ones(100_000_000).sum().item(), utils.peak_memory(torch.device("cpu")) - low)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    plain, kept, _, grown = map(float, run.stdout.split())
+    if plain < 100_000:
+        pytest.skip("this C library keeps its memory anyway")
+    assert kept < 1000
+    assert 250e6 < grown < 450e6                                # 400 MB, of which 80 MB were held already
 
 
 def test_moving_average_equals_a_loop():
