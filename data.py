@@ -167,20 +167,17 @@ def _any_reachable(urls, seconds=8):
     return answered.is_set()
 
 
-def split_held_out(images, labels, share, seed=0):
+def split_held_out(num_images, share, seed=0):
     """Set a random share of the images aside, to measure the loss on images that are not trained on.
 
-    Returns (images, labels, held-out images, held-out labels); labels stay None if they are.
+    Returns (indices to train on, indices held out), both in order.
     """
-    count = round(share * len(images))
-    if share and not 0 < count < len(images):
-        raise ValueError(f"holding out {share} of {len(images)} images leaves nothing on one side")
-    order = torch.from_numpy(np.random.default_rng([seed, 2**32 - 1]).permutation(len(images)))
-    held, kept = order[:count].sort().values, order[count:].sort().values
-    if not count:
-        return images, labels, images[:0], labels           # untouched: it may be mapped from a file
-    return tuple(part for index in (kept, held)
-                 for part in (images[index], None if labels is None else labels[index]))
+    count = round(share * num_images)
+    if share and not 0 < count < num_images:
+        raise ValueError(f"holding out {share} of {num_images} images leaves nothing on one side; "
+                         "--val_fraction 0 holds out none")
+    order = torch.from_numpy(np.random.default_rng([seed, 2**32 - 1]).permutation(num_images))
+    return order[count:].sort().values, order[:count].sort().values
 
 
 # ---- Batches
@@ -211,26 +208,28 @@ class Batches:
     is dropped (60,000 images in batches of 128 are 468 steps); a set smaller than one batch is one
     batch. Without labels, every label is -1 ("no class").
 
-    images: uint8 [N, C, H, W], on the device that makes the batches.  flip: mirror every other image, at
-    random.
+    images: uint8 [N, C, H, W], on the device that makes the batches.  flip: mirror each with probability
+    1/2.  indices: use only these images, without copying them.
     """
 
-    def __init__(self, images, labels=None, batch_size=128, seed=0, flip=False):
-        if batch_size < 1 or not len(images):
-            raise ValueError(f"batches of {batch_size} from {len(images)} images: both must be at least 1")
+    def __init__(self, images, labels=None, batch_size=128, seed=0, flip=False, indices=None):
+        self.indices = torch.arange(len(images)) if indices is None else indices
+        self.num_images = len(self.indices)
+        if batch_size < 1 or not self.num_images:
+            raise ValueError(f"batches of {batch_size} from {self.num_images} images: both must be at least 1")
         self.images = images
         self.labels = (torch.full((len(images),), -1) if labels is None else labels).to(images.device)
-        self.batch_size = min(batch_size, len(images))
+        self.batch_size = min(batch_size, self.num_images)
         self.seed = seed
         self.flip = flip
         self.epoch = 0
 
     def __len__(self):
-        return len(self.images) // self.batch_size
+        return self.num_images // self.batch_size
 
-    def take(self, index, mirrored=None):
-        """The images at `index` as floats, those of them that are `mirrored` turned round, and their labels."""
-        index = index.to(self.images.device)
+    def take(self, places, mirrored=None):
+        """The images at these places of the set as floats, the `mirrored` ones turned round, and the labels."""
+        index = self.indices[places].to(self.images.device)
         x_0 = to_signed(self.images[index])
         if mirrored is not None:
             x_0 = torch.where(mirrored.to(x_0.device).view(-1, 1, 1, 1), x_0.flip(-1), x_0)
@@ -238,7 +237,7 @@ class Batches:
 
     def __iter__(self):
         random = np.random.default_rng([self.seed, self.epoch])
-        order = torch.from_numpy(random.permutation(len(self.images)))
+        order = torch.from_numpy(random.permutation(self.num_images))
         mirrored = torch.from_numpy(random.random(len(order)) < 0.5) if self.flip else None
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             here = slice(start, start + self.batch_size)

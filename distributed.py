@@ -5,11 +5,17 @@ DistributedDataParallel averages the gradients. Without torchrun nothing here do
 """
 
 import contextlib
+import datetime
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+
+
+def speaks():
+    """Is this the process that prints?"""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def join(device="auto"):
@@ -21,8 +27,9 @@ def join(device="auto"):
         return device
     on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-    if dist.get_rank() > 0:
+        # The others wait while rank 0 reads a folder or draws pictures: more than the usual ten minutes.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=6))
+    if not speaks():
         sys.stdout = open(os.devnull, "w")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else device
 

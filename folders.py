@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from utils import save_images, to_signed, write_file
@@ -49,9 +49,10 @@ def _open(path):
 
 
 def _cut(picture, image_size, fit, channels):
-    """A PIL picture -> uint8 [C, S, S]: transparency on white, to one size with antialiasing."""
+    """A PIL picture -> uint8 [C, S, S]: upright, transparency on white, to one size with antialiasing."""
     if picture.format == "JPEG":
         picture.draft(None, (2 * image_size, 2 * image_size))     # decode no finer than needed
+    picture = ImageOps.exif_transpose(picture)                    # phones note which side was up
     if picture.mode.startswith("I"):
         # 16-bit grey: PIL's own conversion would cut at 255 instead of scaling.
         picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
@@ -150,6 +151,7 @@ def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labe
     image_size = image_size or common_size(files)
     if cache_dir is None:
         images, names, problems = _decode(folder, files, image_size, fit, channels)
+        images = images.contiguous()
     else:
         images, names, problems = _cached(Path(cache_dir), folder, files, image_size, fit, channels)
     if problems:
@@ -195,7 +197,7 @@ def _decode(folder, files, image_size, fit, channels, out=None):
         grey = grey and bool((picture.pixels == picture.pixels[:1]).all())
     images = torch.from_numpy(out[:len(names)])
     if channels is None and grey:
-        images = images[:, :1].contiguous()
+        images = images[:, :1]
     return images, names, problems
 
 

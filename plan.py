@@ -10,7 +10,6 @@ from utils import format_seconds
 class Plan(NamedTuple):
     """When a run does what, in steps. A run is counted in epochs or, with --steps, in steps."""
     total_steps: int
-    stretch: int  # steps from one report to the next
     sample_every: int
     save_every: int
     unit: int  # steps in what the run is counted in: an epoch, or 1
@@ -24,6 +23,17 @@ class Plan(NamedTuple):
         """For the eye: epoch 5/20, step 5000/8000."""
         return f"{self.unit_name} {step // self.unit}/{self.total_steps // self.unit}"
 
+    def next_report(self, step):
+        """The step at which the training is looked at next: each epoch, or with pictures or a checkpoint."""
+        every = [self.unit] if self.unit_name == "epoch" else [self.sample_every, self.save_every]
+        return min([self.total_steps, *((step // n + 1) * n for n in every)])
+
+    def num_reports(self):
+        step, count = 0, 0
+        while step < self.total_steps:
+            step, count = self.next_report(step), count + 1
+        return count
+
     def is_due(self, every, step):
         return step % every == 0 or step == self.total_steps
 
@@ -36,10 +46,8 @@ def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_e
     if steps is None:
         unit, total = steps_per_epoch, num_epochs * steps_per_epoch
         sample_every, save_every = (sample_every or 1) * unit, (save_every or 5) * unit
-        return Plan(total, unit, sample_every, save_every, unit, "epoch")
-    sample_every = min(steps, sample_every or math.ceil(steps / 5))
-    save_every = min(steps, save_every or steps)
-    return Plan(steps, math.gcd(sample_every, save_every), sample_every, save_every, 1, "step")
+        return Plan(total, sample_every, save_every, unit, "epoch")
+    return Plan(steps, sample_every or math.ceil(steps / 5), save_every or steps, 1, "step")
 
 
 def print_cost(plan, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples, memory):
@@ -49,9 +57,9 @@ def print_cost(plan, batches, held_out, step_seconds, call_seconds, picture_call
     that a set of `num_samples` pictures takes.  memory: in bytes.
     """
     pictures = call_seconds * picture_calls
-    check = len(held_out.images) / num_samples * call_seconds if held_out else 0
+    check = held_out.num_images / num_samples * call_seconds if held_out else 0
     whole = (plan.total_steps * step_seconds + plan.count(plan.sample_every) * pictures
-             + plan.count(plan.stretch) * check)
+             + plan.num_reports() * check)
     rate = batches.batch_size / step_seconds
     print(f"cost: an epoch is {len(batches)} steps of {batches.batch_size} images, about "
           f"{format_seconds(len(batches) * step_seconds)} here ({rate:.0f} images/s); the whole run of "

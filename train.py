@@ -167,15 +167,14 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
 
     batches: a Batches of all held-out images, whose count is divided evenly over the timesteps.
     """
-    images, total, T = len(batches.images), 0.0, diffusion.num_timesteps
-    for first in range(0, images, batches.batch_size):
-        index = torch.arange(first, min(first + batches.batch_size, images))
-        x_0, y = batches.take(index)
-        t = ((index + 0.5) * T / images).long().to(device)
-        noise = seeded_noise(0, index.tolist(), 0, x_0.shape[1:]).to(device)
+    images, total, T = batches.num_images, 0.0, diffusion.num_timesteps
+    for places in torch.arange(images).split(batches.batch_size):
+        x_0, y = batches.take(places)
+        t = ((places + 0.5) * T / images).long().to(device)
+        noise = seeded_noise(0, places.tolist(), 0, x_0.shape[1:]).to(device)
         with torch.autocast(t.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             loss = diffusion.training_loss(model, x_0.to(device), y.to(device), t, noise)
-        total += float(loss) * len(index)
+        total += float(loss) * len(places)
     return total / images
 
 
@@ -188,14 +187,15 @@ def load_batches(dataset_name, batch_size, seed, flip, data_dir, val_dir, val_fr
             images, labels = get_dataset(dataset_name, data_dir, **settings)
         if val_dir:
             like = dict(settings, image_size=images.shape[-1], channels=images.shape[1])
-            rest = images, labels, *get_dataset(val_dir, **like)
-        else:
-            rest = split_held_out(images, labels, val_fraction, seed)
-    images, labels, held_images, held_labels = rest
+            held_images, held_labels = get_dataset(val_dir, data_dir, train=False, **like)
     if device.type == "cuda" and images.nbytes < torch.cuda.get_device_properties(device).total_memory / 8:
         images = images.to(device)            # then no step waits for a copy
-    held_out = Batches(held_images, held_labels, batch_size) if len(held_images) else None
-    return dataset_name, Batches(images, labels, batch_size, seed, flip), held_out
+    if val_dir:
+        return dataset_name, Batches(images, labels, batch_size, seed, flip), Batches(held_images, held_labels,
+                                                                                      batch_size)
+    kept, held = split_held_out(len(images), val_fraction, seed)
+    held_out = Batches(images, labels, batch_size, indices=held) if len(held) else None
+    return dataset_name, Batches(images, labels, batch_size, seed, flip, kept), held_out
 
 
 def measure_seconds(network, ema, batch, diffusion, picture_shape, **settings):
@@ -293,8 +293,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     # ---- What is going to happen
     print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
     print(f"precision: {precision_reason}; samples are drawn in float32")
-    print(f"data: {dataset_name}, {len(batches.images)} images of {channels}x{image_size}x{image_size}"
-          + (f", {len(held_out.images)} held out" if held_out else "")
+    print(f"data: {dataset_name}, {batches.num_images} images of {channels}x{image_size}x{image_size}"
+          + (f", {held_out.num_images} held out" if held_out else "")
           + f"; model: {count_parameters(model):,} parameters")
     ema, trial_ema = EMA(model, ema_decay), EMA(model)
     if compile:
@@ -329,7 +329,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     start, stream = time.perf_counter(), batches.stream()
     while len(losses) < plan.total_steps:
         first, began = len(losses), time.perf_counter()
-        last = min(first + plan.stretch, plan.total_steps)
+        last = plan.next_report(first)
         title = plan.title(last)
         mean_loss = train_epoch(
             network, stream, optimizer, diffusion, device, ema=ema, ema_every=ema_every, rate=rate, seed=seed,
@@ -378,15 +378,17 @@ def main(argv=None):
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--verify", "look at the data set and stop: exit code 0 if it can be trained on, else 2", False,
         action="store_true")
-    add("--image_size", "resize to this many pixels", type=positive_int)
+    add("--image_size", "height and width in pixels; default: a named set's own, for a folder 64 or the pictures' "
+        "common size below that", type=positive_int)
     add("--channels", "1 for grey, 3 for colour; default: as the data are", type=int, choices=(1, 3))
     add("--fit", "of pictures that are not square: the central square, or all of it stretched", "crop",
         choices=FITS)
-    add("--flip", "mirror every other image, at random", False, action=SWITCH)
-    add("--with_labels", "of a folder: the names of its sub-folders are classes", False, action="store_true")
+    add("--flip", "mirror each image with probability 1/2: not for digits or writing", False, action=SWITCH)
+    add("--with_labels", "of a folder: note the names of its sub-folders as classes in the checkpoint", False,
+        action="store_true")
     add("--cache_dir", "keep the decoded images of a folder there, for a set larger than memory")
-    add("--val_dir", "a data set or folder that is not trained on, for the held-out loss")
-    add("--val_fraction", "or hold out this share of the images", 0.0, type=fraction)
+    add("--val_dir", "for the held-out loss: a folder that is not trained on, or the test set of a named set")
+    add("--val_fraction", "without --val_dir: hold out this share of the images", 0.0, type=fraction)
     parser.group("process and network")
     add("--timesteps", "number of noise levels T", 1000, type=positive_int)
     add("--schedule", "how alpha_bar falls", "linear", choices=sorted(SCHEDULES))
@@ -410,8 +412,8 @@ def main(argv=None):
     parser.group("training")
     add("--epochs", "passes over the data; default: 20", type=positive_int)
     add("--steps", "optimizer steps, instead of --epochs", type=positive_int)
-    add("--batch_size", "images per step, over all processes", 128, type=positive_int)
-    add("--accumulate", "batches added up for one step", 1, type=positive_int)
+    add("--batch_size", "images at a time, over all processes", 128, type=positive_int)
+    add("--accumulate", "so many batches make one step", 1, type=positive_int)
     add("--optimizer", "how to step", "adam", choices=sorted(OPTIMIZERS))
     add("--lr", "learning rate", 2e-4, type=positive_float)
     add("--lr_schedule", "constant, or falling to zero along a cosine", "constant", choices=LR_SCHEDULES)
@@ -429,9 +431,9 @@ def main(argv=None):
     parser.group("results")
     add("--output_dir", "where pictures and checkpoints go", "outputs")
     add("--num_samples", "pictures drawn while training", 64, type=positive_int)
-    add("--sample_every", "epochs between two sets of pictures (default: 1), or, with --steps, steps",
-        type=positive_int)
-    add("--save_every", "epochs between two checkpoints (default: 5), or, with --steps, steps",
+    add("--sample_every", "epochs between two sets of pictures (default: 1); with --steps, steps (default: a "
+        "fifth of them)", type=positive_int)
+    add("--save_every", "epochs between two checkpoints (default: 5); with --steps, steps (default: at the end)",
         type=positive_int)
     settings = parse(parser, argv)
 
@@ -467,10 +469,10 @@ def parse(parser, argv):
             row = {flag: value for flag, value in row.items() if flag not in length}
         if row["dataset"] is None and given.dataset is None:
             raise ValueError(f"--preset {given.preset} is for a folder of your own: add --dataset FOLDER")
-        print(f"preset {given.preset}: {as_flags(row)}")
         parser.set_defaults(**row)
     settings = vars(parser.parse_args(argv))
-    del settings["preset"]
+    if settings.pop("preset") and distributed.speaks():
+        print(f"preset {given.preset}: {as_flags({flag: settings[flag] for flag in row})}")
     settings["epochs"] = settings["epochs"] or 20                      # --steps goes before it
     return settings
 

@@ -40,8 +40,8 @@ def command(main):
         except (RuntimeError, MemoryError) as error:
             if "memory" not in str(error) and not isinstance(error, MemoryError):
                 raise
-            message = ("out of memory; try a smaller --batch_size, --base_channels or --image_size, or "
-                       "--grad_checkpoint")
+            message = ("out of memory; try a smaller --batch_size (with --accumulate the step stays the same), "
+                       "--base_channels or --image_size, or --grad_checkpoint")
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
             message = f"{name}{error.strerror or error}"

@@ -116,7 +116,7 @@ EDITS = [
          'group["lr"] = rate(step)', 'group["lr"] = rate(first_step)', "scale"),
     Edit("flips never happen", "data.py", "x_0.flip(-1), x_0)", "x_0, x_0)", "scale"),
     Edit("held-out images are trained on", "data.py",
-         "for index in (kept, held)", "for index in (order, held)", "scale"),
+         "return order[count:].sort()", "return order.sort()", "scale"),
     Edit("the worst weights are kept", "train.py",
          "== min(held_out_losses.values())", "== max(held_out_losses.values())", "scale"),
     Edit("duplicates overlooked", "folders.py", "first.setdefault(d, k) != k", "first.setdefault(d, k) > k",

@@ -122,6 +122,18 @@ def test_a_picture_that_is_not_square_is_cropped_or_stretched(tmp_path):
     assert stretched[0, 0, :, :5].max() == 0 and stretched[0, 0, :, 10:22].min() > 250
 
 
+def test_a_photo_that_lies_on_its_side_is_set_upright(tmp_path):
+    """Phones store the pixels as the sensor has them and note in the EXIF data which side was up."""
+    lying = np.zeros((16, 16, 3), np.uint8)
+    lying[:, :8] = 255                                          # white at the left; turned, it is at the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix, settings in (("jpg", dict(quality=95)), ("png", {})):
+        Image.fromarray(lying).save(tmp_path / f"x.{suffix}", exif=exif, **settings)
+    images, _ = get_dataset(str(tmp_path))
+    assert images[:, 0, :7].min() > 240 and images[:, 0, 9:].max() < 15
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_number_of_channels_can_be_asked_for(channels, tmp_path):
     picture("RGB").save(tmp_path / "colour.png")

@@ -162,15 +162,19 @@ def test_a_stream_can_be_entered_at_any_step():
 # ---- Held-out images
 
 def test_held_out_images_are_taken_from_the_set_and_kept_apart():
+    kept, held = split_held_out(100, 0.2, seed=5)
+    assert len(held) == 20 and sorted([*kept.tolist(), *held.tolist()]) == list(range(100))
+    assert torch.equal(held, split_held_out(100, 0.2, seed=5)[1])
+    assert not torch.equal(held, split_held_out(100, 0.2, seed=6)[1])
+    assert len(split_held_out(100, 0.0)[1]) == 0
+    with pytest.raises(ValueError, match="--val_fraction 0"):
+        split_held_out(9, 0.05)
     images = torch.arange(100, dtype=torch.uint8).view(100, 1, 1, 1)
-    kept, kept_labels, held, held_labels = split_held_out(images, torch.arange(100), 0.2, seed=5)
-    assert len(held) == 20 and sorted([*kept.flatten().tolist(), *held.flatten().tolist()]) == list(range(100))
-    assert torch.equal(held.flatten().long(), held_labels) and torch.equal(kept.flatten().long(), kept_labels)
-    assert torch.equal(held, split_held_out(images, None, 0.2, seed=5)[2])
-    assert not torch.equal(held, split_held_out(images, None, 0.2, seed=6)[2])
-    assert len(split_held_out(images, None, 0.0)[2]) == 0
-    with pytest.raises(ValueError):
-        split_held_out(images, None, 1.0)
+    batches = Batches(images, torch.arange(100), batch_size=10, indices=held)
+    labels = torch.cat([y for _, y in batches])
+    assert len(batches) == 2 and sorted(labels.tolist()) == held.tolist()
+    assert torch.equal(torch.cat([x for x, _ in batches]), torch.cat([x for x, _ in batches]))
+    assert torch.equal(to_signed(images[labels[:1]]), next(iter(batches))[0][:1])
 
 
 def test_the_held_out_loss_of_simple_predictors_is_known(tiny_model):
@@ -246,7 +250,15 @@ def test_a_plan_counts_its_pictures():
     plan = make_plan(468, 20)
     assert (plan.total_steps, plan.count(plan.sample_every), plan.count(plan.save_every)) == (9360, 20, 4)
     plan = make_plan(468, 20, steps=100_000, sample_every=1000, save_every=1500)
-    assert (plan.stretch, plan.count(plan.sample_every), plan.name(2000)) == (500, 100, "step_0002000")
+    assert (plan.count(plan.sample_every), plan.name(2000)) == (100, "step_0002000")
+    assert [plan.next_report(step) for step in (0, 1000, 1500, 99_999)] == [1000, 1500, 2000, 100_000]
+    assert plan.num_reports() == 100 + 66 - 33
+
+
+def test_an_odd_number_of_steps_is_not_reported_on_at_every_one():
+    """A common divisor of both intervals would be 1 here: a plot and a held-out loss after every step."""
+    plan = make_plan(468, 20, steps=1001)
+    assert plan.num_reports() == 5
 
 
 # ---- Presets
