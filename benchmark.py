@@ -42,6 +42,7 @@ def training_flops(config, image_size):
 
 def time_network(config, image_size, batch_size, device, precision, channels_last, compiled):
     """(seconds of a training step, seconds of a forward pass, peak bytes of a GPU or 0)"""
+    torch.compiler.reset()      # it compiles a function for a few shapes only, and then goes on without
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = create_model(**config).to(device, memory_format=layout)

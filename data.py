@@ -60,10 +60,7 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=
     Raises ValueError for an unknown name or a folder without usable images, DatasetUnavailable if a
     download fails.
     """
-    if image_size is not None and not 4 <= image_size <= 4096:
-        raise ValueError(f"image_size must lie in 4..4096, got {image_size}")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    _check(image_size, channels)
     if name not in DATASETS:
         return load_folder(_folder(name), image_size, channels=channels, **folder_settings)
     source = DATASETS[name].source
@@ -72,6 +69,13 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=
     else:
         images, labels = _torchvision_arrays(name, source, data_dir, train)
     return _with_channels(_resize(images, image_size), channels), labels
+
+
+def _check(image_size, channels):
+    if image_size is not None and not 4 <= image_size <= 4096:
+        raise ValueError(f"image_size must lie in 4..4096, got {image_size}")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
 
 
 def _folder(name):
@@ -102,6 +106,7 @@ def verify_dataset(name, sheet, data_dir="data", *, image_size=None, channels=No
 
     Returns whether there is anything to train on. Raises what get_dataset raises.
     """
+    _check(image_size, channels)
     if name not in DATASETS:
         return verify_folder(_folder(name), sheet, image_size, channels=channels, fit=fit)
     images, labels = get_dataset(name, data_dir, image_size=image_size, channels=channels)
@@ -227,18 +232,18 @@ class Batches:
     def __len__(self):
         return self.num_images // self.batch_size
 
-    def take(self, places, mirrored=None):
-        """The images at these places of the set as floats, the `mirrored` ones turned round, and the labels."""
-        index = self.indices[places].to(self.images.device)
+    def take(self, index, mirrored=None):
+        """The images at `index` as floats, those of them that are `mirrored` turned round, and their labels."""
         x_0 = to_signed(self.images[index])
         if mirrored is not None:
-            x_0 = torch.where(mirrored.to(x_0.device).view(-1, 1, 1, 1), x_0.flip(-1), x_0)
+            x_0 = torch.where(mirrored.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
         return x_0, self.labels[index]
 
     def __iter__(self):
         random = np.random.default_rng([self.seed, self.epoch])
-        order = torch.from_numpy(random.permutation(self.num_images))
-        mirrored = torch.from_numpy(random.random(len(order)) < 0.5) if self.flip else None
+        # To the images' device once an epoch: a copy makes a GPU wait.
+        order = self.indices[torch.from_numpy(random.permutation(self.num_images))].to(self.images.device)
+        mirrored = torch.from_numpy(random.random(len(order)) < 0.5).to(self.images.device)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             here = slice(start, start + self.batch_size)
             yield self.take(order[here], mirrored[here] if self.flip else None)

@@ -21,17 +21,25 @@ def speaks():
 def join(device="auto"):
     """Join the processes that torchrun has started. Returns the device of this one, as a name.
 
-    Only rank 0 goes on printing.
+    Only rank 0 goes on printing. Raises ValueError for a device that several processes cannot share.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return device
-    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"several processes run on auto, cuda (a GPU for each) or cpu, not on {device!r}")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
     if not dist.is_initialized():
         # The others wait while rank 0 reads a folder or draws pictures: more than the usual ten minutes.
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=6))
-    if not speaks():
-        sys.stdout = open(os.devnull, "w")
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else device
+        patience = datetime.timedelta(hours=6)
+        if on_gpu:
+            torch.cuda.set_device(device)     # or all would meet on the first GPU
+            dist.init_process_group("nccl", timeout=patience, device_id=torch.device(device))
+        else:
+            dist.init_process_group("gloo", timeout=patience)
+        if not speaks():
+            sys.stdout = open(os.devnull, "w", errors="backslashreplace")
+    return device
 
 
 def leave():

@@ -6,9 +6,11 @@
 Nested or flat; png, jpg, webp and bmp; grey, colour, palette, with or without transparency.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import struct
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from utils import save_images, to_signed, write_file
@@ -27,6 +29,13 @@ FITS = ("crop", "stretch")
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
 DEFAULT_SIZE = 64
+
+
+DECODER = 1  # to be raised when the same file gives other pixels: old caches are then left alone
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
 
 
 class Picture(NamedTuple):
@@ -43,16 +52,31 @@ class Picture(NamedTuple):
 
 def _open(path):
     """The header of an image file, if it is of a format that we name."""
+    return Image.open(path, formats=sorted(set(IMAGE_SUFFIXES.values())))
+
+
+@contextlib.contextmanager
+def _own_limit():
+    """Silence PIL's warnings of huge sizes, which read_picture refuses; around threads, not within them."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")       # of huge sizes, which are refused below
-        return Image.open(path, formats=sorted(set(IMAGE_SUFFIXES.values())))
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _upright(picture):
+    """Phones store the pixels as the sensor saw them, and note in the EXIF data which side was up."""
+    try:
+        turn = UPRIGHT.get(picture.getexif().get(EXIF_ORIENTATION))
+    except (ValueError, OSError, SyntaxError, KeyError, TypeError, struct.error):
+        turn = None                           # the notes are damaged, the pixels need not be
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _cut(picture, image_size, fit, channels):
     """A PIL picture -> uint8 [C, S, S]: upright, transparency on white, to one size with antialiasing."""
     if picture.format == "JPEG":
         picture.draft(None, (2 * image_size, 2 * image_size))     # decode no finer than needed
-    picture = ImageOps.exif_transpose(picture)                    # phones note which side was up
+    picture = _upright(picture)
     if picture.mode.startswith("I"):
         # 16-bit grey: PIL's own conversion would cut at 255 instead of scaling.
         picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
@@ -96,8 +120,11 @@ def read_picture(path, name, image_size, fit="crop", channels=None):
 # ---- A folder
 
 def find_files(folder):
-    """(image files below a folder, in the order of their names; how many files are none by their name)."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() or p.is_symlink())
+    """(image files below a folder, in the order of their names; how many files are none by their name).
+    Hidden files and folders are left out."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if (p.is_file() or p.is_symlink())
+                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))
     images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     return images, len(files) - len(images)
 
@@ -107,8 +134,9 @@ def read_folder(folder, files, image_size, fit="crop", channels=None):
     def read(path):
         return read_picture(path, str(path.relative_to(folder)), image_size, fit, channels)
 
-    with (ThreadPoolExecutor(os.cpu_count()) as pool,                  # PIL decodes outside Python's lock
-          tqdm(total=len(files), desc=f"reading {folder}", unit="file", delay=2) as bar):
+    with (_own_limit(), ThreadPoolExecutor(os.cpu_count()) as pool,    # PIL decodes outside Python's lock
+          tqdm(total=len(files), desc=f"reading {folder}", unit="file", delay=2,
+               disable=os.environ.get("RANK", "0") != "0") as bar):
         for first in range(0, len(files), 256):                        # not all at once: they are large
             for picture in pool.map(read, files[first:first + 256]):
                 yield picture
@@ -120,7 +148,7 @@ def common_size(files):
     sizes = Counter()
     for path in files:
         try:
-            with _open(path) as picture:
+            with _own_limit(), _open(path) as picture:
                 sizes[picture.size] += 1
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue                          # read_picture names it
@@ -182,7 +210,8 @@ def _decode(folder, files, image_size, fit, channels, out=None):
     shape = (len(files), 1 if channels == 1 else 3, image_size, image_size)
     if out is None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
-        if np.prod(shape, dtype=float) > memory / 2:
+        processes = int(os.environ.get("WORLD_SIZE", 1))              # each of torchrun's reads for itself
+        if np.prod(shape, dtype=float) > memory / 2 / processes:
             raise ValueError(f"{folder}: {len(files)} images of {image_size}x{image_size} need "
                              f"{np.prod(shape, dtype=float) / 1e9:.0f} GB, more than half of the memory; "
                              "--cache_dir keeps them on disk instead")
@@ -207,11 +236,11 @@ def _cached(cache_dir, folder, files, image_size, fit, channels):
     Its name tells the settings and the state of the folder: a changed folder gets another file.
     """
     state = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p in files for s in [p.lstat()]]
-    key = hashlib.sha256(repr((state, image_size, fit, channels)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((DECODER, state, image_size, fit, channels)).encode()).hexdigest()[:16]
     cache_dir.mkdir(parents=True, exist_ok=True)
     pixels = cache_dir / f"{folder.resolve().name}_{image_size}_{key}.npy"
     notes = pixels.with_suffix(".json")
-    if not notes.exists():                    # written last, hence the sign that the pixels are whole
+    if not (notes.exists() and pixels.exists()):         # notes come last: a sign that the pixels are whole
         part = cache_dir / f".{pixels.name}.{os.getpid()}.tmp"
         try:
             shape = (len(files), 1 if channels == 1 else 3, image_size, image_size)
@@ -296,6 +325,8 @@ def verify_folder(folder, sheet, image_size=None, *, channels=None, fit="crop"):
     _section("duplicates", [f"{used[i].name} = {used[k].name}"
                             for i, k in find_duplicates(digests)])
     print(f"other files, ignored: {others}")
+    if image_size % 4:
+        print(f"note: the networks need multiples of 4: train with --image_size {image_size // 4 * 4 + 4}")
     if used:
         save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet)
     return bool(used)

@@ -94,7 +94,7 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
         torch.manual_seed(torch.initial_seed() + rank)      # or dropout would repeat itself in each process
     optimizer.zero_grad()
     total = torch.zeros((), device=x_0.device)
-    parts = torch.arange(len(x_0), device=x_0.device).tensor_split(accumulate)
+    parts = torch.arange(len(x_0), device=x_0.device).tensor_split(min(accumulate, len(x_0)))
     for k, part in enumerate(parts):
         mine = part[rank::world]
         last = k == len(parts) - 1            # only then do the processes exchange their gradients
@@ -143,6 +143,9 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
         now = time.perf_counter()
         if now - shown > 1 or k == steps - 1:
             shown = now
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"the loss became {loss.item()} by step {step + 1}: try a lower --lr, --grad_clip 1 "
+                                 "or --precision float32; earlier checkpoints are untouched")
             bar.set_postfix_str(f"loss {loss.item():.4f}, {(k + 1) * len(x_0) / (now - start):.0f} images/s")
     epoch_losses = distributed.mean_over_ranks(torch.stack(epoch_losses)).tolist()
     if losses is not None:
@@ -169,7 +172,7 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
     """
     images, total, T = batches.num_images, 0.0, diffusion.num_timesteps
     for places in torch.arange(images).split(batches.batch_size):
-        x_0, y = batches.take(places)
+        x_0, y = batches.take(batches.indices[places].to(batches.images.device))
         t = ((places + 0.5) * T / images).long().to(device)
         noise = seeded_noise(0, places.tolist(), 0, x_0.shape[1:]).to(device)
         with torch.autocast(t.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -190,11 +193,12 @@ def load_batches(dataset_name, batch_size, seed, flip, data_dir, val_dir, val_fr
             held_images, held_labels = get_dataset(val_dir, data_dir, train=False, **like)
     if device.type == "cuda" and images.nbytes < torch.cuda.get_device_properties(device).total_memory / 8:
         images = images.to(device)            # then no step waits for a copy
+    kept, held = split_held_out(len(images), 0.0 if val_dir else val_fraction, seed)
+    held_out = None                           # or so many at a time as there are pictures in a sheet
     if val_dir:
-        return dataset_name, Batches(images, labels, batch_size, seed, flip), Batches(held_images, held_labels,
-                                                                                      batch_size)
-    kept, held = split_held_out(len(images), val_fraction, seed)
-    held_out = Batches(images, labels, batch_size, indices=held) if len(held) else None
+        held_out = Batches(held_images, held_labels, batch_size=64)
+    elif len(held):
+        held_out = Batches(images, labels, batch_size=64, indices=held)
     return dataset_name, Batches(images, labels, batch_size, seed, flip, kept), held_out
 
 
@@ -284,7 +288,10 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally by {world} processes "
                          f"in {accumulate} parts")
     channels, image_size = batches.images.shape[1], batches.images.shape[-1]
+    classes = class_names(dataset_name, with_labels)
     plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every)
+    if warmup >= plan.total_steps:
+        raise ValueError(f"warmup must be shorter than the run of {plan.total_steps} steps, got {warmup}")
     model_config = dict(model_config, image_channels=channels)
     model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
     # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
@@ -320,7 +327,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         save_checkpoint(path, {
             "model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
             "data": {"name": str(dataset_name), "image_size": image_size, "channels": channels,
-                     "classes": class_names(dataset_name, with_labels)},
+                     "classes": classes},
             "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
             "optimizer": optimizer.state_dict(), "epoch": len(losses) // len(batches), "step": len(losses),
             "losses": torch.tensor(losses), "held_out_losses": held_out_losses})
@@ -334,9 +341,6 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         mean_loss = train_epoch(
             network, stream, optimizer, diffusion, device, ema=ema, ema_every=ema_every, rate=rate, seed=seed,
             first_step=first, steps=last - first, losses=losses, title=title, **step_settings)
-        if not math.isfinite(mean_loss):
-            raise ValueError(f"the loss became {mean_loss} by {title}: try a lower --lr, --grad_clip 1 "
-                             "or --precision float32; earlier checkpoints are untouched")
         if rank > 0:
             continue
         report = f"{title}: mean loss {mean_loss:.4f}, {time.perf_counter() - began:.0f} s"
@@ -433,7 +437,7 @@ def main(argv=None):
     add("--num_samples", "pictures drawn while training", 64, type=positive_int)
     add("--sample_every", "epochs between two sets of pictures (default: 1); with --steps, steps (default: a "
         "fifth of them)", type=positive_int)
-    add("--save_every", "epochs between two checkpoints (default: 5); with --steps, steps (default: at the end)",
+    add("--save_every", "epochs between two checkpoints (default: 5); with --steps, steps (default: a fifth)",
         type=positive_int)
     settings = parse(parser, argv)
 
@@ -462,11 +466,12 @@ def parse(parser, argv):
     if given.preset:
         row = dict(PRESETS[given.preset])
         without_gpu = row.pop("without_gpu", {})
-        if get_device(given.device).type == "cpu":
+        if get_device(distributed.join(given.device)).type == "cpu":
             row.update(without_gpu)
         if given.epochs or given.steps:
-            length = ("epochs", "steps", "sample_every", "save_every")
-            row = {flag: value for flag, value in row.items() if flag not in length}
+            if bool(given.steps) != ("steps" in row):                  # what is counted changes
+                row = {flag: value for flag, value in row.items() if flag not in ("sample_every", "save_every")}
+            row = {flag: value for flag, value in row.items() if flag not in ("epochs", "steps")}
         if row["dataset"] is None and given.dataset is None:
             raise ValueError(f"--preset {given.preset} is for a folder of your own: add --dataset FOLDER")
         parser.set_defaults(**row)

@@ -8,6 +8,7 @@ import functools
 import io
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -38,10 +39,10 @@ def command(main):
         try:
             return main(argv)
         except (RuntimeError, MemoryError) as error:
-            if "memory" not in str(error) and not isinstance(error, MemoryError):
+            if not isinstance(error, MemoryError) and not re.search("out of memory|t allocate memory", str(error)):
                 raise
-            message = ("out of memory; try a smaller --batch_size (with --accumulate the step stays the same), "
-                       "--base_channels or --image_size, or --grad_checkpoint")
+            message = ("out of memory; try a smaller --batch_size, and in training --accumulate 2, fewer "
+                       "--num_samples, --grad_checkpoint, a smaller --base_channels or --image_size")
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
             message = f"{name}{error.strerror or error}"
@@ -50,7 +51,8 @@ def command(main):
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":      # of several processes one speaks
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     return wrapped
 

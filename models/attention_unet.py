@@ -63,7 +63,8 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)                       # each [B, heads, H*W, C/heads]
+        # Side by side in memory, or torch would quietly leave its fused attention for the slow one.
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)          # each [B, heads, H*W, C/heads]
         if self.record:
             self.weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
             h = self.weights @ v
@@ -112,8 +113,9 @@ class AttentionUNet(UNet):
         if not 1 <= len(channels) <= 10 or not 1 <= num_blocks <= 100 or min(groups, heads) < 1:
             raise ValueError(f"impossible shape: {len(channels)} levels, {num_blocks} blocks, {groups} groups, "
                              f"{heads} heads")
-        if any(not 1 <= c <= 2**16 or c % groups or c % heads for c in channels):
-            raise ValueError(f"channels {channels} must be multiples of groups={groups} and heads={heads}")
+        if any(not 1 <= c <= 2**16 or c % groups or c % heads for c in [base_channels, *channels]):
+            raise ValueError(f"base_channels={base_channels} and the channels {channels} of the levels must be "
+                             f"multiples of groups={groups} and heads={heads}")
         if not set(attention_levels) <= set(range(len(channels))):
             raise ValueError(f"attention_levels {attention_levels} must lie in 0..{len(channels) - 1}")
         if activation not in ACTIVATIONS:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.attention_unet import AttentionUNet, ResBlock, SelfAttention
 from utils import count_parameters
@@ -62,6 +63,13 @@ def test_patches_are_channels_of_a_smaller_image():
         torch.testing.assert_close(patched(x, t)[:, 0, i::2, j::2], out[:, k])
     with pytest.raises(ValueError, match="multiples of 4"):
         patched(torch.randn(1, 1, 6, 6), t[:1])
+
+
+def test_the_fused_attention_is_used():
+    """It wants the last dimension side by side in memory, and otherwise makes way without a word."""
+    layer = SelfAttention(8, heads=2, groups=4)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        layer(torch.randn(2, 8, 4, 4))
 
 
 def test_attention_equals_softmax_written_as_a_loop():

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import folders
 import train
@@ -134,6 +134,23 @@ def test_a_photo_that_lies_on_its_side_is_set_upright(tmp_path):
     assert images[:, 0, :7].min() > 240 and images[:, 0, 9:].max() < 15
 
 
+@pytest.mark.parametrize("side", range(1, 9))
+def test_every_side_is_turned_as_pil_turns_it(side, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = side
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))
+    assert np.array_equal(get_dataset(str(tmp_path))[0][0].permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+@pytest.mark.parametrize("notes", [b"Exif\0\0II*\0", b"Exif\0\0nonsense", b"Exif\0\0"])
+def test_damaged_notes_do_not_cost_the_picture(notes, tmp_path):
+    picture("RGB").save(tmp_path / "x.jpg", exif=notes, dpi=(72, 72))
+    picture("RGB").save(tmp_path / "y.png", exif=notes)
+    assert len(get_dataset(str(tmp_path))[0]) == 2
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_number_of_channels_can_be_asked_for(channels, tmp_path):
     picture("RGB").save(tmp_path / "colour.png")
@@ -148,7 +165,7 @@ def test_the_number_of_channels_can_be_asked_for(channels, tmp_path):
 def test_the_sub_folders_are_the_classes(tmp_path):
     for label, values in (("silk", [10, 20]), ("cotton", [30])):
         save_numbered(tmp_path / label / "deeper", values)
-    (tmp_path / ".hidden").mkdir()
+    save_numbered(tmp_path / ".hidden", [40])
     images, labels = get_dataset(str(tmp_path), with_labels=True)
     assert class_names(str(tmp_path), with_labels=True) == ["cotton", "silk"]
     assert labels.tolist() == [0, 1, 1] and images[:, 0, 0, 0].tolist() == [30, 10, 20]

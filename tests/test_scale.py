@@ -19,6 +19,7 @@ from diffusion import DiffusionProcess
 from folders import FITS
 from models import create_model
 from plan import make_plan
+from sample import generate, load_model
 from train import (MODEL_FLAGS, PRESETS, as_flags, held_out_loss, main, rate_at, train, train_epoch, train_step)
 from utils import count_parameters, seed_step, to_signed
 
@@ -131,6 +132,17 @@ def test_compiling_changes_no_name_and_hardly_a_number(few_digits, tmp_path):
     assert compiled == pytest.approx(plain, rel=1e-4)
     entries = [load_checkpoint(tmp_path / run / "model_final.pt") for run in "ab"]
     assert list(entries[0]["model"]) == list(entries[1]["model"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_gpu_trains_with_everything_switched_on(compile, few_digits, tmp_path):
+    settings = dict(TINY, device="cuda", precision="bf16", model_name="attention", base_channels=16, groups=8)
+    *_, losses = train(**few_digits, **settings, accumulate=2, flip=True, val_fraction=0.25, grad_clip=1.0,
+                       dropout=0.1, steps=3, compile=compile, output_dir=tmp_path)
+    model, diffusion, facts = load_model(tmp_path / "model_best.pt", "cuda")
+    images, _ = generate(model, diffusion, 3, facts["image_size"], steps=5, device="cuda")
+    assert len(losses) == 3 and images.isfinite().all() and images.device.type == "cuda"
 
 
 # ---- Batches
@@ -289,6 +301,8 @@ def test_explicit_flags_win_over_the_preset(settings_of):
     assert settings["multipliers"] == (1, 2, 2, 2) and settings["steps"] == 100_000
     settings = settings_of("--preset", "fabrics_100k", "--epochs", "2")
     assert settings["steps"] is None and settings["num_epochs"] == 2 and settings["sample_every"] is None
+    settings = settings_of("--preset", "fabrics_500k", "--steps", "400000")
+    assert settings["steps"] == 400_000 and settings["save_every"] == 25_000
     settings = settings_of("--preset", "ct", "--dataset", "x", "--steps", "9", "--device", "cpu")
     assert settings["steps"] == 9 and settings["batch_size"] == 8                 # 32 with a GPU
 
@@ -298,6 +312,7 @@ def test_explicit_flags_win_over_the_preset(settings_of):
     (["--epochs", "3", "--steps", "9"], "give one of them"), (["--multipliers", "1,x"], "list of numbers"),
     (["--dropout", "0.1"], "dropout"), (["--model", "attention", "--groups", "7"], "groups"),
     (["--channels", "2"], "channels"), (["--beta2", "1"], "beta2"), (["--fit", "bend"], FITS[0]),
+    (["--warmup", "500", "--epochs", "2"], "shorter than the run of"),
     (["--val_fraction", "1"], "leaves nothing"), (["--val_dir", "no/such/folder"], "no/such/folder")])
 def test_bad_settings_are_one_line(argv, words, few_digits, tmp_path, capsys):
     if "--preset" not in argv:
@@ -321,8 +336,6 @@ def note(self, model, x_0, *args):
     return plain(self, model, x_0, *args)
 DiffusionProcess.training_loss = note
 out = sys.argv[1]
-import train as module
-module.measure_seconds = lambda *args, **settings: (1.0, 1.0)
 model, ema, losses = train("synthetic_digits", 16, image_size=8, steps=20, accumulate=2,
                            grad_clip=1.0, base_channels=16, device="cpu",
                            precision="float32", num_samples=4, ema_decay=0.9, output_dir=out)
