@@ -109,7 +109,7 @@ def test_the_same_seed_gives_the_same_picture_in_other_batches(checkpoint, tmp_p
 
 def test_saved_pixels_are_the_images_range(tmp_path):
     assert to_uint8(torch.tensor([-1.0, 0.0, 1.0, 7.0])).tolist() == [0, 128, 255, 255]
-    save_images(torch.full((5, 1, 4, 4), -1.0), tmp_path / "x.png", padding=2)
+    save_images(torch.full((5, 1, 4, 4), -1.0), tmp_path / "x.png", padding=2, upscale=1)
     grid = np.asarray(Image.open(tmp_path / "x.png"))
     assert grid.shape == (2 + 2 * 6, 2 + 3 * 6, 3)              # 5 images: 3 columns, 2 rows
     assert (grid[2:6, 2:6] == 0).all() and (grid[:2] == 255).all()
