@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -362,8 +362,9 @@ def plot_losses(losses, path, held_out=None, window=100):
         axes.plot(list(held_out), list(held_out.values()), "o-", color="#0072b2", markersize=3, linewidth=1.2,
                   label="held-out images, averaged weights")
     axes.set_yscale("log")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis(LogFormatter(minor_thresholds=(2, 0.7)))                  # 0.02, 0.05: no powers of ten
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))         # 0.02, not 2e-02
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (mean squared error)")
