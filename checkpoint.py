@@ -1,13 +1,21 @@
-"""Checkpoints: one .pt file of tensors and plain values, written whole or not at all, read with suspicion.
+"""What keeps a training from being lost: checkpoints, and stopping in good order.
 
-    save_checkpoint("model.pt", {"model": model.state_dict(), ...})
-    entries = load_checkpoint("model.pt")
+    save_checkpoint("model.pt", {"model": model.state_dict(), ...})     # written whole or not at all
+    entries = load_checkpoint("model.pt")                               # read with suspicion
+
+    with Signals() as signals:          # Ctrl-C and SIGTERM raise Stopped,
+        with signals.held():            # but in here only at the end
+            ...
 """
 
+import contextlib
 import hashlib
 import io
 import math
+import os
 import pickle
+import signal
+import threading
 import zipfile
 from pathlib import Path
 
@@ -108,3 +116,117 @@ def load_checkpoint(path):
     if not intact:
         raise ValueError(f"{path}: altered or damaged since it was written (its digest does not match)")
     return entries
+
+
+# ---- The folder of a run
+
+LATEST, FINAL = "model_latest.pt", "model_final.pt"  # the first is there while a run is not finished
+
+
+@contextlib.contextmanager
+def only_run(folder):
+    """Keep other runs out of a folder. Raises ValueError if one is going on there; a killed one is not."""
+    try:
+        import fcntl
+    except ImportError:                 # Windows
+        yield
+        return
+    path = Path(folder) / ".lock"
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder} is in use by a run that is still going on") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def find_checkpoint(folder, resume, overwrite):
+    """What to start from: a path to resume from, or None for a new run.
+
+    resume: None, "latest" or the path of a checkpoint.  overwrite: an unfinished run may be replaced.
+    Raises ValueError if the folder holds an unfinished run and neither is asked for.
+    """
+    latest, final = Path(folder) / LATEST, Path(folder) / FINAL
+    if resume == "latest":
+        found = next((path for path in (latest, final) if path.exists()), None)
+        if found is None:
+            raise ValueError(f"nothing to resume: {folder} holds neither {LATEST} nor {FINAL}")
+        return found
+    if resume:
+        return Path(resume)
+    if latest.exists() and not overwrite:
+        raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite replaces it, "
+                         "another --output_dir keeps it")
+    return None
+
+
+def clear_run(folder):
+    """Delete what an earlier run has written into a folder, and only that."""
+    patterns = ("model_*.pt", "training_loss.*", "samples/epoch_*.png", "samples/step_*.png",
+                "checkpoints/model_*.pt")
+    old = [path for pattern in patterns for path in Path(folder).glob(pattern)]
+    if old:
+        print(f"replacing an earlier run in {folder} ({len(old)} files)")
+    for path in old:
+        path.unlink()
+
+
+def check_settings(path, saved, now):
+    """Raise ValueError if a run is to go on with other settings, naming each with both values."""
+    if saved is None:
+        raise ValueError(f"{path} cannot be resumed: it was written by an earlier version, or only for sampling")
+    changed = [f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
+               for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(f"{path} belongs to a run with other settings ({'; '.join(changed)})")
+
+
+# ---- Stopping in good order
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM came."""
+
+    def __init__(self, number):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Signals:
+    """While it is entered, SIGINT and SIGTERM raise Stopped; a second one ends the process at once."""
+
+    def __init__(self, ignore=False):
+        self.ignore, self.came, self.holding, self.before = ignore, None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():       # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.ignore:
+            return
+        if self.came:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.came = number
+        if not self.holding:
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def held(self):
+        """Let what is inside come to its end before a signal takes effect."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.came:
+            raise Stopped(self.came)

@@ -23,10 +23,19 @@ class Plan(NamedTuple):
         """For the eye: epoch 5/20, step 5000/8000."""
         return f"{self.unit_name} {step // self.unit}/{self.total_steps // self.unit}"
 
+    def _intervals(self):
+        return [self.unit] if self.unit_name == "epoch" else [self.sample_every, self.save_every]
+
     def next_report(self, step):
         """The step at which the training is looked at next: each epoch, or with pictures or a checkpoint."""
-        every = [self.unit] if self.unit_name == "epoch" else [self.sample_every, self.save_every]
-        return min([self.total_steps, *((step // n + 1) * n for n in every)])
+        return min([self.total_steps, *((step // n + 1) * n for n in self._intervals())])
+
+    def previous_report(self, step):
+        """The last such step before this one, or 0."""
+        return max((step - 1) // n * n for n in self._intervals())
+
+    def is_report(self, step):
+        return self.next_report(step - 1) == step
 
     def num_reports(self):
         step, count = 0, 0

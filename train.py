@@ -4,6 +4,7 @@
     python train.py --epochs 50 --dataset fashion_mnist
     python train.py --dataset path/to/photos --verify     # look at a folder first
     python train.py --dataset path/to/photos --preset fabrics_laptop
+    python train.py --dataset path/to/photos --preset fabrics_laptop --resume     # after Ctrl-C, or a crash
     torchrun --nproc_per_node=4 train.py --preset cifar10 # one process for each GPU
 
 Writes into outputs/: samples/epoch_001.png ... (64 images after each epoch), checkpoints/
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import statistics
 import sys
 import time
 
@@ -23,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distributed
-from checkpoint import save_checkpoint
+from checkpoint import (FINAL, LATEST, Signals, Stopped, check_settings, clear_run, find_checkpoint,
+                        load_checkpoint, only_run, save_checkpoint)
 from data import (DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, split_held_out,
                   verify_dataset)
 from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess, seeded_noise
@@ -33,10 +36,15 @@ from plan import check_disk, make_plan, print_cost
 from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device,
                    format_seconds, fraction, get_device, get_precision, get_timesteps, int_tuple,
                    make_output_dir, measure, peak_memory, plot_losses, positive_float, positive_int,
-                   save_images, seed_number, seed_step, whole_number)
+                   save_images, seed_number, seed_step, whole_number, write_file)
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 LR_SCHEDULES = ("constant", "cosine")
+BEST = "model_best.pt"
+SAVE_SECONDS = 300  # between two saves of the latest state, if an epoch takes longer
+# What may be different when a run is resumed; everything else decides what it becomes.
+MAY_CHANGE = ("num_epochs", "steps", "data_dir", "output_dir", "device", "cache_dir", "grad_checkpoint", "compile",
+              "num_samples", "sample_every", "save_every", "resume", "overwrite")
 
 # A row is a set of flags; those on the command line win. dataset=None: it has to be given.
 FABRICS = dict(
@@ -64,8 +72,8 @@ PRESETS = {
     # 5.4 M parameters and, with 2x2 pixels as one, a ninth of the 34 M network's work: for two cores and an
     # evening.
     "fabrics_laptop": dict(FABRICS, patch_size=2, base_channels=48, multipliers=(1, 2, 4),
-                           attention_levels=(1, 2), groups=16, accumulate=1, steps=8000, lr=5e-4, lr_schedule="cosine", warmup=200,
-                           optimizer="adamw", ema_decay=0.999, ema_every=1, val_fraction=0.05,
+                           attention_levels=(1, 2), groups=16, accumulate=1, steps=8000, lr=5e-4,
+                           lr_schedule="cosine", warmup=200, optimizer="adamw", ema_decay=0.999, ema_every=1, val_fraction=0.05,
                            sample_every=1000, save_every=4000),
 }
 
@@ -84,6 +92,7 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     """One update: noise a batch, compare the model's prediction with the truth, step downhill.
 
     accumulate: work through the batch in so many parts, one after the other, to save memory.
+    Returns the loss. Raises FloatingPointError, on a CPU, before a step that is not a number.
     Of several processes each works on every n-th image. Timesteps and noise are drawn for the whole
     batch first, so that neither parts nor processes change them.
     """
@@ -105,14 +114,18 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
             loss.backward()
         total += loss.detach()
     if grad_clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if x_0.device.type == "cpu" and not (total + norm).isfinite():      # a GPU would have to wait for the answer
+        raise FloatingPointError(f"no number any more: loss {float(total)}, gradient norm {float(norm)}")
     optimizer.step()
-    return total
+    return distributed.mean_over_ranks(total)
 
 
 def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1,
                 precision=torch.float32, grad_clip=None, accumulate=1, rate=None, seed=None, first_step=0,
-                steps=None, losses=None, title="training"):
+                steps=None, losses=None, title="training", place=None, held=contextlib.nullcontext):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
     dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
@@ -120,36 +133,44 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
     accumulate:  see train_step.    rate: a function from the step to the learning rate.
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
     first_step:  how many steps the run has behind it.   steps: how many to do, if not one pass.
-    losses:      a list that the loss of each step is appended to.
+    losses:      a list that the loss of each step is appended to, also if the training is stopped.
+    place:       (steps before these, all steps) for the bar.   held: a context that each step is taken in.
     """
     model.train()
     epoch_losses = []       # kept on the device: reading a number there would make it wait
     steps = len(dataloader) if steps is None else steps
     start = shown = time.perf_counter()
-    bar = tqdm(itertools.islice(dataloader, steps), total=steps, desc=title, unit="step",
-               disable=distributed.place()[0] > 0)
-    for k, (x_0, y) in enumerate(bar):
-        step = first_step + k
-        if seed is not None:
-            seed_step(seed, step)
-        if rate is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step)
-        loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, precision, grad_clip,
-                          accumulate)
-        if ema is not None and (step + 1) % ema_every == 0:
-            ema.update(model)
-        epoch_losses.append(loss)
-        now = time.perf_counter()
-        if now - shown > 1 or k == steps - 1:
-            shown = now
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"the loss became {loss.item()} by step {step + 1}: try a lower --lr, --grad_clip 1 "
-                                 "or --precision float32; earlier checkpoints are untouched")
-            bar.set_postfix_str(f"loss {loss.item():.4f}, {(k + 1) * len(x_0) / (now - start):.0f} images/s")
-    epoch_losses = distributed.mean_over_ranks(torch.stack(epoch_losses)).tolist()
-    if losses is not None:
-        losses.extend(epoch_losses)
+    done, total = place or (0, steps)
+    bar = tqdm(itertools.islice(dataloader, steps), initial=done, total=total, desc=title, unit="step",
+               disable=not distributed.speaks())
+    try:
+        for k, (x_0, y) in enumerate(bar):
+            step = first_step + k
+            if seed is not None:
+                seed_step(seed, step)
+            if rate is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(step)
+            with held():
+                loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, precision, grad_clip,
+                                  accumulate)
+                if ema is not None and (step + 1) % ema_every == 0:
+                    ema.update(model)
+                epoch_losses.append(loss)
+            now = time.perf_counter()
+            if now - shown > 1 or k == steps - 1:
+                shown = now
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"no number any more: loss {loss.item()}")
+                bar.set_postfix_str(f"loss {loss.item():.4f}, {(k + 1) * len(x_0) / (now - start):.0f} images/s")
+    except FloatingPointError as error:
+        raise ValueError(f"{error}, in step {step + 1}: try a lower --lr, --grad_clip 1 or --precision float32; "
+                         "earlier checkpoints are untouched") from error
+    finally:
+        bar.close()
+        epoch_losses = torch.stack(epoch_losses).tolist() if epoch_losses else []
+        if losses is not None:
+            losses.extend(epoch_losses)
     return sum(epoch_losses) / len(epoch_losses)
 
 
@@ -233,13 +254,11 @@ def build_model(name, config, image_size, seed, device, grad_checkpoint):
     return model
 
 
-def log_losses(path, first_step, losses, rate, held_out_losses):
-    """Append to a table, one row for each step: step (from 1), loss, learning rate, held-out loss."""
-    with open(path, "a" if first_step else "w") as file:
-        if first_step == 0:
-            file.write("step,loss,learning_rate,held_out_loss\n")
-        for step, loss in enumerate(losses, start=first_step + 1):
-            file.write(f"{step},{loss:.6g},{rate(step - 1):.6g},{held_out_losses.get(step, '')}\n")
+def write_losses(path, losses, rate, held_out_losses):
+    """Write a table, one row for each step: step (from 1), loss, learning rate, held-out loss."""
+    rows = [f"{step},{loss:.6g},{rate(step - 1):.6g},{held_out_losses.get(step, '')}\n"
+            for step, loss in enumerate(losses, start=1)]
+    write_file(path, "".join(["step,loss,learning_rate,held_out_loss\n", *rows]).encode())
 
 
 def as_flags(row):
@@ -261,14 +280,19 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
           model_name="simple", grad_checkpoint=False, compile=False,
           optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0, accumulate=1,
           grad_clip=None, ema_decay=0.9995, ema_every=1, num_samples=64, sample_every=None, save_every=None,
-          **model_config):
-    """Train from nothing and write pictures, checkpoints and the loss; main() documents the settings.
+          resume=None, overwrite=False, **model_config):
+    """Train and write pictures, checkpoints and the loss; main() documents the settings.
 
     dataset_name: a key of DATASETS, a folder of images, or None for MNIST with synthetic digits to
     fall back on.  steps: optimizer steps, instead of num_epochs; sample_every and save_every then count
     steps, else epochs.  model_config: base_channels and whatever else create_model takes.
-    Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders.
+    resume: "latest" or the path of a checkpoint to go on from: the result is bit for bit that of a run
+    that never stopped (on a CPU).  overwrite: replace an unfinished run in output_dir.
+    Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders, and
+    Stopped (a KeyboardInterrupt) after a signal, with the state saved.
     """
+    settings = {name: value for name, value in locals().items() if name not in MAY_CHANGE}
+    settings.update(settings.pop("model_config"))
     # ---- What can be wrong is found before the training begins.
     if num_epochs < 1 or (steps is not None and steps < 1):
         raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
@@ -278,9 +302,9 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     device_asked, device = device, get_device(distributed.join(device))
     rank, world = distributed.place()
     precision, precision_reason = get_precision(precision, device)
-    output_dir = make_output_dir(output_dir, "model_final.pt", "model_best.pt", "training_loss.png",
-                                 "training_loss.csv")
+    output_dir = make_output_dir(output_dir, FINAL, LATEST, BEST, "training_loss.png", "training_loss.csv")
     samples_dir, checkpoints_dir = (make_output_dir(output_dir / name) for name in ("samples", "checkpoints"))
+    origin = find_checkpoint(output_dir, resume, overwrite)
     dataset_name, batches, held_out = load_batches(
         dataset_name, batch_size * accumulate, seed, flip, data_dir, val_dir, val_fraction, device,
         image_size=image_size, channels=channels, fit=fit, with_labels=with_labels, cache_dir=cache_dir)
@@ -295,7 +319,11 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     model_config = dict(model_config, image_channels=channels)
     model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
     # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
-    check_disk(output_dir, plan.count(plan.save_every) + 2, 16 * count_parameters(model))
+    check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model))
+    settings.update(precision=str(precision), dataset_name=str(dataset_name), val_dir=val_dir and str(val_dir),
+                    num_images=batches.num_images, image_size=image_size, channels=channels)
+    if lr_schedule != "constant":             # then the length of the run changes every step
+        settings["total_steps"] = plan.total_steps
 
     # ---- What is going to happen
     print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
@@ -304,64 +332,103 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
           + (f", {held_out.num_images} held out" if held_out else "")
           + f"; model: {count_parameters(model):,} parameters")
     ema, trial_ema = EMA(model, ema_decay), EMA(model)
+    losses, held_out_losses, reported, optimizer_state = [], {}, 0, None
+    if origin:
+        saved = load_checkpoint(origin)
+        check_settings(origin, saved.get("settings"), settings)
+        model.load_state_dict(saved["model"])
+        ema.model.load_state_dict(saved["ema"])
+        ema.updates = saved["ema_updates"]
+        losses, held_out_losses = saved["losses"].tolist(), saved["held_out_losses"]
+        reported, optimizer_state = saved["reported"], saved["optimizer"]
+        del saved
+        print(f"going on from {origin}, after {len(losses)} of {plan.total_steps} steps")
     if compile:
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
     step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate)
     batch = tuple(part.to(device) for part in next(iter(batches)))
-    seconds = measure_seconds(network, trial_ema, batch, diffusion, (num_samples, *batch[0].shape[1:]),
-                              **step_settings)
-    print_cost(plan, batches, held_out, *seconds, len(diffusion.sampling_levels("ddim")) - 1, num_samples,
+    step_seconds, call_seconds = measure_seconds(
+        network, trial_ema, batch, diffusion, (num_samples, *batch[0].shape[1:]), **step_settings)
+    picture_calls = len(diffusion.sampling_levels("ddim")) - 1
+    print_cost(plan, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples,
                peak_memory(device))
     del trial_ema, batch
 
     # ---- Training
     optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=learning_rate, betas=(0.9, beta2),
                                       weight_decay=weight_decay, fused=True)
-    losses, held_out_losses = [], {}
+    if optimizer_state:
+        optimizer.load_state_dict(optimizer_state)
 
     def rate(step):
         return rate_at(step, plan.total_steps, learning_rate, lr_schedule, warmup)
 
     def save(path):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError(f"weights are no numbers any more after step {len(losses)}; {path} is left as it was")
         save_checkpoint(path, {
             "model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
-            "data": {"name": str(dataset_name), "image_size": image_size, "channels": channels,
+            "settings": settings, "data": {"name": str(dataset_name), "image_size": image_size, "channels": channels,
                      "classes": classes},
             "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
             "optimizer": optimizer.state_dict(), "epoch": len(losses) // len(batches), "step": len(losses),
-            "losses": torch.tensor(losses), "held_out_losses": held_out_losses})
-        print(f"wrote {path}")
+            "reported": reported, "losses": torch.tensor(losses), "held_out_losses": held_out_losses})
+        if path.name != LATEST:
+            print(f"wrote {path}")
 
-    start, stream = time.perf_counter(), batches.stream()
-    while len(losses) < plan.total_steps:
-        first, began = len(losses), time.perf_counter()
-        last = plan.next_report(first)
-        title = plan.title(last)
-        mean_loss = train_epoch(
-            network, stream, optimizer, diffusion, device, ema=ema, ema_every=ema_every, rate=rate, seed=seed,
-            first_step=first, steps=last - first, losses=losses, title=title, **step_settings)
-        if rank > 0:
-            continue
-        report = f"{title}: mean loss {mean_loss:.4f}, {time.perf_counter() - began:.0f} s"
+    def report(step):
+        """After an epoch, or when pictures or a checkpoint are due."""
+        recent = losses[plan.previous_report(step):]
+        text = f"{plan.title(step)}: mean loss {statistics.fmean(recent):.4f}, {time.perf_counter() - began:.0f} s"
         if held_out:
-            held_out_losses[last] = held_out_loss(ema.model, held_out, diffusion, device, precision)
-            report += f", held-out loss {held_out_losses[last]:.4f}"
-        if plan.is_due(plan.sample_every, last):
-            path = samples_dir / f"{plan.name(last)}.png"
+            held_out_losses[step] = held_out_loss(ema.model, held_out, diffusion, device, precision)
+            text += f", held-out loss {held_out_losses[step]:.4f}"
+        if plan.is_due(plan.sample_every, step):
+            path = samples_dir / f"{plan.name(step)}.png"
             save_images(sample_images(ema.model, diffusion, device, num_samples, image_size), path)
-            report += f"; wrote {path}"
-        print(report, flush=True)
-        log_losses(output_dir / "training_loss.csv", first, losses[first:], rate, held_out_losses)
+            text += f"; wrote {path}"
+        print(text, flush=True)
+        write_losses(output_dir / "training_loss.csv", losses, rate, held_out_losses)
         plot_losses(losses, output_dir / "training_loss.png", held_out_losses)
-        if held_out and held_out_losses[last] == min(held_out_losses.values()):
-            save(output_dir / "model_best.pt")
-        if last % plan.save_every == 0:
-            save(checkpoints_dir / f"model_{plan.name(last)}.pt")
-    if rank == 0:
-        save(output_dir / "model_final.pt")
-        print(f"took {format_seconds(time.perf_counter() - start)} and {peak_memory(device) / 1e9:.1f} GB of "
-              "memory")
+        if held_out and held_out_losses[step] == min(held_out_losses.values()):
+            save(output_dir / BEST)
+        if step % plan.save_every == 0:
+            save(checkpoints_dir / f"model_{plan.name(step)}.pt")
+
+    stream, start = batches.stream(len(losses)), time.perf_counter()
+    began = start
+    leg = max(1, int(SAVE_SECONDS / step_seconds))                      # steps from one save to the next
+    alone = only_run(output_dir) if rank == 0 else contextlib.nullcontext()
+    with alone, Signals(ignore=rank > 0) as signals:
+        if rank == 0 and not origin:
+            clear_run(output_dir)
+        try:
+            while True:
+                step = len(losses)
+                if rank == 0 and step > reported and plan.is_report(step):
+                    report(step)
+                    reported, began = step, time.perf_counter()
+                if step >= plan.total_steps:
+                    break
+                first, last = plan.previous_report(step + 1), plan.next_report(step)
+                train_epoch(
+                    network, stream, optimizer, diffusion, device, ema=ema, ema_every=ema_every, rate=rate,
+                    seed=seed, first_step=step, steps=min(leg, last - step), losses=losses,
+                    title=plan.title(last), place=(step - first, last - first), held=signals.held, **step_settings)
+                if rank == 0:
+                    save(output_dir / LATEST)
+        except Stopped as stop:
+            if rank == 0:
+                save(output_dir / LATEST)
+                print(f"{stop} after step {len(losses)} of {plan.total_steps}; the same command with --resume "
+                      "goes on")
+            raise
+        if rank == 0:
+            save(output_dir / FINAL)
+            (output_dir / LATEST).unlink(missing_ok=True)
+            print(f"took {format_seconds(time.perf_counter() - start)} and {peak_memory(device) / 1e9:.1f} GB of "
+                  "memory")
     return model, ema.model, losses
 
 
@@ -433,6 +500,9 @@ def main(argv=None):
     add("--precision", "arithmetic while training", "auto", choices=["auto", *PRECISIONS])
     add("--compile", "torch.compile: a minute or more at the start, faster steps on a GPU", False, action=SWITCH)
     parser.group("results")
+    add("--resume", "go on with the run in --output_dir, or from this checkpoint", nargs="?", const="latest",
+        metavar="FILE")
+    add("--overwrite", "replace an unfinished run in --output_dir", False, action="store_true")
     add("--output_dir", "where pictures and checkpoints go", "outputs")
     add("--num_samples", "pictures drawn while training", 64, type=positive_int)
     add("--sample_every", "epochs between two sets of pictures (default: 1); with --steps, steps (default: a "

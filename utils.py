@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -48,9 +49,9 @@ def command(main):
             message = f"{name}{error.strerror or error}"
         except ValueError as error:
             message = str(error)
-        except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+            sys.exit(128 + getattr(stop, "number", signal.SIGINT))
         if os.environ.get("RANK", "0") == "0":      # of several processes one speaks
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
@@ -258,6 +259,10 @@ def write_file(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":          # the new name, too, has to reach the disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

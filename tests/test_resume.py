@@ -1,0 +1,277 @@
+"""A run that is stopped, killed or broken loses nothing, and goes on as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import train as train_module
+import utils
+from checkpoint import LATEST, Signals, Stopped, load_checkpoint, only_run, save_checkpoint
+from conftest import ROOT
+from diffusion import SAMPLERS, DiffusionProcess
+from train import main, train, train_step
+
+# 64 images, 48 of them trained on, 12 of them at a time: 4 steps an epoch. Everything random is on.
+RUN = dict(dataset_name="synthetic_digits", image_size=8, batch_size=6, accumulate=2, num_epochs=3,
+           learning_rate=1e-3, model_name="attention", base_channels=8, multipliers=(1, 2), num_blocks=1,
+           attention_levels=(1,), heads=2, groups=4, time_emb_dim=16, dropout=0.2, flip=True, val_fraction=0.25,
+           optimizer="adamw", weight_decay=0.01, lr_schedule="cosine", warmup=3, grad_clip=1.0, ema_every=2,
+           num_samples=2, save_every=2, seed=7, device="cpu", precision="float32")
+
+
+def make_small(patch):
+    """64 digits, and pictures in 3 steps."""
+    patch.setattr(data, "SYNTHETIC_SIZE", 64)
+    patch.setitem(SAMPLERS, "ddim", SAMPLERS["ddim"]._replace(steps=3))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These networks are too small to be shared by threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    make_small(monkeypatch)
+
+
+def stop_before(step, monkeypatch, error=Stopped(signal.SIGTERM)):
+    """Let train() meet `error` before this step of the run; not in the steps that only measure the speed."""
+    steps, plain = [], train_module.train_step
+
+    def stopping(model, x_0, y, optimizer, *args, **settings):
+        if optimizer.param_groups[0]["lr"] > 0:
+            steps.append(1)
+            if len(steps) == step + 1:
+                raise error
+        return plain(model, x_0, y, optimizer, *args, **settings)
+    monkeypatch.setattr(train_module, "train_step", stopping)
+
+
+def files(folder):
+    """What a run has left: tables and pictures as bytes, checkpoints as their entries."""
+    return {str(p.relative_to(folder)): load_checkpoint(p) if p.suffix == ".pt" else p.read_bytes()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What the run leaves that never stops."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        folder = tmp_path_factory.mktemp("whole")
+        train(**RUN, output_dir=folder)
+    return files(folder)
+
+
+# ---- Going on
+
+@pytest.mark.parametrize("step", [1, 3, 4, 11])
+def test_a_run_resumed_at_any_step_is_bit_for_bit_the_run_that_never_stopped(step, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_before(step, patch)
+        train(**RUN, output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / LATEST)["step"] == step
+    train(**RUN, output_dir=tmp_path, resume="latest")
+    assert same(files(tmp_path), whole)
+
+
+def test_a_run_stopped_twice_and_between_its_files_is_still_the_same(whole, tmp_path, monkeypatch):
+    """Once while the picture of epoch 1 is drawn, once in epoch 3."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        def stopping(*args):
+            raise Stopped(signal.SIGINT)
+        patch.setattr(train_module, "sample_images", stopping)
+        train(**RUN, output_dir=tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_before(5, patch)
+        train(**RUN, output_dir=tmp_path, resume="latest")
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 9
+    train(**RUN, output_dir=tmp_path, resume="latest")
+    assert same(files(tmp_path), whole)
+
+
+def test_a_finished_run_can_be_prolonged(tmp_path):
+    plain = {**RUN, "lr_schedule": "constant"}
+    train(**plain, output_dir=tmp_path / "long")
+    train(**{**plain, "num_epochs": 1}, output_dir=tmp_path / "short")
+    train(**plain, output_dir=tmp_path / "short", resume="latest")
+    a, b = (load_checkpoint(tmp_path / name / "model_final.pt") for name in ("long", "short"))
+    assert same(a, b)
+
+
+def test_changed_settings_are_refused_with_both_values(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_before(2, patch)
+        train(**RUN, output_dir=tmp_path)
+    for change in (dict(learning_rate=5e-4), dict(batch_size=4), dict(num_epochs=9), dict(seed=8),
+                   dict(dropout=0.1)):
+        with pytest.raises(ValueError, match="other settings") as error:
+            train(**{**RUN, **change}, output_dir=tmp_path, resume="latest")
+        (name, value), = change.items()
+        name = "total_steps" if name == "num_epochs" else name              # a cosine's length is part of it
+        assert name in str(error.value) and (name == "total_steps" or f"{value!r} now" in str(error.value))
+    train(**{**RUN, "num_samples": 3}, output_dir=tmp_path, resume="latest")
+    assert same(load_checkpoint(tmp_path / "model_final.pt")["model"], whole["model_final.pt"]["model"])
+
+
+# ---- Whose folder it is
+
+def test_an_unfinished_run_is_not_replaced_unasked(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_before(5, patch)
+        train(**RUN, output_dir=tmp_path)
+    assert "--resume" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="unfinished run.*--resume.*--overwrite"):
+        train(**RUN, output_dir=tmp_path)
+    train(**{**RUN, "num_epochs": 1}, output_dir=tmp_path, overwrite=True)
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["epoch_001.png"]
+
+
+def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
+    train(**RUN, output_dir=tmp_path)
+    (tmp_path / "samples" / "mine.png").write_bytes(b"x")
+    train(**{**RUN, "num_epochs": 1, "val_fraction": 0.0}, output_dir=tmp_path)
+    assert "replacing an earlier run" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
+        "epoch_001.png", "mine.png", "model_final.pt", "training_loss.csv", "training_loss.png"]
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with only_run(tmp_path), pytest.raises(ValueError, match="still going on"):
+        train(**RUN, output_dir=tmp_path)
+    train(**{**RUN, "num_epochs": 1}, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize("argv, words", [(["--resume"], "nothing to resume"), (["--resume", "no.pt"], "no such")])
+def test_nothing_to_resume_is_one_line(argv, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*argv, "--dataset", "synthetic_digits", "--output_dir", str(tmp_path)])
+    assert exit_.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_checkpoint_for_sampling_only_cannot_be_resumed(tmp_path):
+    save_checkpoint(tmp_path / "x.pt", {"model": {}})
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        train(**RUN, output_dir=tmp_path, resume=str(tmp_path / "x.pt"))
+
+
+# ---- Signals
+
+def start(folder, *argv):
+    script = "import data; data.SYNTHETIC_SIZE = 96; import train; train.main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", script, "--dataset", "synthetic_digits", "--image_size", "8", "--base_channels", "8",
+         "--batch_size", "8", "--epochs", "400", "--num_samples", "2", "--sample_every", "400", "--device", "cpu",
+         "--precision", "float32", "--output_dir", str(folder), *argv],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, tmp_path):
+    process = start(tmp_path)
+    wait_for(tmp_path / LATEST, process)
+    before = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code and "--resume" in out and "Traceback" not in err
+    assert time.monotonic() - before < 15                       # 5 s on a quiet machine
+    entries = load_checkpoint(tmp_path / LATEST)
+    assert entries["step"] == len(entries["losses"]) > 0 and not (tmp_path / ".lock").exists()
+
+
+def test_kill_9_leaves_a_whole_checkpoint_and_no_lock(tmp_path):
+    process = start(tmp_path)
+    wait_for(tmp_path / LATEST, process)
+    process.kill()
+    process.communicate()
+    step = load_checkpoint(tmp_path / LATEST)["step"]
+    process = start(tmp_path, "--resume")
+    out = ""
+    while "going on" not in out:
+        out = process.stdout.readline()
+        assert out or process.poll() is None
+    process.kill()
+    process.communicate()
+    assert f"after {step} of" in out
+
+
+def test_a_signal_within_a_step_waits_for_its_end_and_a_second_does_not():
+    done = []
+    with pytest.raises(Stopped), Signals() as signals:
+        with signals.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("the step came to its end")
+    assert done
+    script = ("import os, signal; from checkpoint import Signals\n"
+              "with Signals() as signals, signals.held():\n"
+              "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)")
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
+    assert run.returncode == -signal.SIGINT
+
+
+def test_signals_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ---- Numbers that are none, and disks
+
+def test_a_step_that_is_not_a_number_is_not_taken(tiny_model):
+    before = [p.detach().clone() for p in tiny_model.parameters()]
+    optimizer = torch.optim.SGD(tiny_model.parameters(), lr=1.0)
+    x_0 = torch.full((2, 1, 8, 8), float("nan"))
+    with pytest.raises(FloatingPointError):
+        train_step(tiny_model, x_0, torch.zeros(2).long(), optimizer, DiffusionProcess())
+    assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters()))
+
+
+def test_a_broken_run_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="in step 7: try a lower --lr"):
+        stop_before(6, patch, FloatingPointError("loss nan"))
+        train(**RUN, output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 4
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    """Temporary file, fsync, rename, fsync of the folder: in this order, or a power cut can lose both."""
+    calls, real = [], {name: getattr(os, name) for name in ("fsync", "replace")}
+
+    def note(name):
+        def noted(*args):
+            kind = "folder" if name == "fsync" and os.path.isdir(f"/proc/self/fd/{args[0]}") else ""
+            calls.append(f"{name} {kind}".strip())
+            return real[name](*args)
+        return noted
+    for name in real:
+        monkeypatch.setattr(utils.os, name, note(name))
+    checkpoint.save_checkpoint(tmp_path / "x.pt", {"n": 1})
+    assert calls == ["fsync", "replace", "fsync folder"]
