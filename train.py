@@ -54,7 +54,7 @@ FABRICS = dict(
     num_samples=16)
 PRESETS = {
     "mnist":         dict(dataset="mnist", epochs=20, batch_size=128, lr=2e-4),
-    "fashion_mnist": dict(dataset="fashion_mnist", epochs=50, batch_size=128, lr=2e-4, flip=True),
+    "fashion_mnist": dict(dataset="fashion_mnist", epochs=50, batch_size=128, lr=2e-4),
     "mnist_short":   dict(dataset="mnist", epochs=5, batch_size=64, lr=1e-3, timesteps=200, base_channels=32,
                           time_emb_dim=128),
     "cifar10":       dict(dataset="cifar10", epochs=200, batch_size=128, lr=2e-4, warmup=1000,
