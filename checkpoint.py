@@ -121,6 +121,7 @@ def load_checkpoint(path):
 # ---- The folder of a run
 
 LATEST, FINAL = "model_latest.pt", "model_final.pt"  # the first is there while a run is not finished
+BEST = "model_best.pt"  # by the held-out loss
 
 
 @contextlib.contextmanager
@@ -155,7 +156,7 @@ def find_checkpoint(folder, resume, overwrite):
         if found is None:
             raise ValueError(f"nothing to resume: {folder} holds neither {LATEST} nor {FINAL}")
         return found
-    if resume:
+    if resume is not None:
         return Path(resume)
     if latest.exists() and not overwrite:
         raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite replaces it, "
@@ -165,8 +166,8 @@ def find_checkpoint(folder, resume, overwrite):
 
 def clear_run(folder):
     """Delete what an earlier run has written into a folder, and only that."""
-    patterns = ("model_*.pt", "training_loss.*", "samples/epoch_*.png", "samples/step_*.png",
-                "checkpoints/model_*.pt")
+    patterns = (LATEST, FINAL, BEST, "training_loss.png", "training_loss.csv", "samples/epoch_*.png",
+                "samples/step_*.png", "checkpoints/model_epoch_*.pt", "checkpoints/model_step_*.pt")
     old = [path for pattern in patterns for path in Path(folder).glob(pattern)]
     if old:
         print(f"replacing an earlier run in {folder} ({len(old)} files)")

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distributed
-from checkpoint import (FINAL, LATEST, Signals, Stopped, check_settings, clear_run, find_checkpoint,
+from checkpoint import (BEST, FINAL, LATEST, Signals, Stopped, check_settings, clear_run, find_checkpoint,
                         load_checkpoint, only_run, save_checkpoint)
 from data import (DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, split_held_out,
                   verify_dataset)
@@ -40,7 +40,6 @@ from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 LR_SCHEDULES = ("constant", "cosine")
-BEST = "model_best.pt"
 SAVE_SECONDS = 300  # between two saves of the latest state, if an epoch takes longer
 # What may be different when a run is resumed; everything else decides what it becomes.
 MAY_CHANGE = ("num_epochs", "steps", "data_dir", "output_dir", "device", "cache_dir", "grad_checkpoint", "compile",
@@ -157,6 +156,8 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
                 if ema is not None and (step + 1) % ema_every == 0:
                     ema.update(model)
                 epoch_losses.append(loss)
+                if losses is not None:
+                    losses.append(loss)       # still on the device; its place counts the step
             now = time.perf_counter()
             if now - shown > 1 or k == steps - 1:
                 shown = now
@@ -169,8 +170,8 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
     finally:
         bar.close()
         epoch_losses = torch.stack(epoch_losses).tolist() if epoch_losses else []
-        if losses is not None:
-            losses.extend(epoch_losses)
+        if losses is not None and epoch_losses:
+            losses[-len(epoch_losses):] = epoch_losses
     return sum(epoch_losses) / len(epoch_losses)
 
 
@@ -316,10 +317,11 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every)
     if warmup >= plan.total_steps:
         raise ValueError(f"warmup must be shorter than the run of {plan.total_steps} steps, got {warmup}")
-    model_config = dict(model_config, image_channels=channels)
+    model_config = dict(model_config, image_channels=channels, add_input=objective == "eps")
     model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
     # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
-    check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model))
+    if origin is None:
+        check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model))
     settings.update(precision=str(precision), dataset_name=str(dataset_name), val_dir=val_dir and str(val_dir),
                     num_images=batches.num_images, image_size=image_size, channels=channels)
     if lr_schedule != "constant":             # then the length of the run changes every step
@@ -336,6 +338,11 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     if origin:
         saved = load_checkpoint(origin)
         check_settings(origin, saved.get("settings"), settings)
+        check_settings(origin, dict(saved["model_config"], **saved["diffusion_config"]),
+                       dict(model_config, **diffusion.config))
+        if saved["step"] > plan.total_steps:
+            raise ValueError(f"{origin} is at step {saved['step']}, beyond the {plan.total_steps} of this run: give "
+                             "more --epochs or --steps")
         model.load_state_dict(saved["model"])
         ema.model.load_state_dict(saved["ema"])
         ema.updates = saved["ema_updates"]

@@ -50,7 +50,7 @@ def command(main):
         except ValueError as error:
             message = str(error)
         except KeyboardInterrupt as stop:
-            print(f"\n{stop or 'interrupted'}", file=sys.stderr)
+            print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
             sys.exit(128 + getattr(stop, "number", signal.SIGINT))
         if os.environ.get("RANK", "0") == "0":      # of several processes one speaks
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)

@@ -102,13 +102,15 @@ class AttentionUNet(UNet):
     dropout:           share of values dropped in each block while training.
     activation:        a key of ACTIVATIONS.
     num_classes:       None, or the number of classes that y may name; without it y is ignored.
+    add_input:         the network gives a correction to x_t, which is added: for the eps objective.
     grad_checkpoint:   recompute each level in the backward pass: less memory, about a third slower.
     Raises ValueError for numbers that do not fit together.
     """
 
     def __init__(self, image_channels=1, base_channels=64, multipliers=(1, 2, 4), num_blocks=2,
                  attention_levels=(1, 2), heads=4, groups=32, time_emb_dim=256, dropout=0.0,
-                 activation="silu", patch_size=1, num_classes=None, grad_checkpoint=False):
+                 activation="silu", patch_size=1, num_classes=None, add_input=True,
+                 grad_checkpoint=False):
         channels = [base_channels * m for m in multipliers]
         if not 1 <= len(channels) <= 10 or not 1 <= num_blocks <= 100 or min(groups, heads) < 1:
             raise ValueError(f"impossible shape: {len(channels)} levels, {num_blocks} blocks, {groups} groups, "
@@ -123,7 +125,7 @@ class AttentionUNet(UNet):
         if not 1 <= patch_size <= 64:
             raise ValueError(f"patch_size must lie in 1..64, got {patch_size}")
         super().__init__(image_channels, patch_size * 2 ** (len(channels) - 1), time_emb_dim, 4 * time_emb_dim,
-                         num_classes, grad_checkpoint)
+                         num_classes, add_input, grad_checkpoint)
         block = dict(time_emb_dim=time_emb_dim, dropout=dropout, groups=groups, activation=activation)
         attends = [level in attention_levels for level in range(len(channels))]
         inputs = [base_channels, *channels[:-1]]
@@ -158,4 +160,4 @@ class AttentionUNet(UNet):
                 h = self.grow[k - 1](F.interpolate(h, scale_factor=2, mode="nearest"))
             h = self.run(level, torch.cat([h, skips.pop()], dim=1), t_emb)
         assert not skips
-        return x_t + F.pixel_shuffle(self.conv_out(h), self.patch_size)     # a correction, as in SimpleUNet
+        return self.output(x_t, F.pixel_shuffle(self.conv_out(h), self.patch_size))

@@ -134,6 +134,28 @@ def test_changed_settings_are_refused_with_both_values(whole, tmp_path, monkeypa
     assert same(load_checkpoint(tmp_path / "model_final.pt")["model"], whole["model_final.pt"]["model"])
 
 
+def test_fewer_epochs_than_are_done_are_refused(tmp_path):
+    plain = {**RUN, "lr_schedule": "constant"}
+    train(**{**plain, "num_epochs": 2}, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="is at step 8, beyond the 4"):
+        train(**{**plain, "num_epochs": 1}, output_dir=tmp_path, resume="latest")
+
+
+def test_losses_and_weights_agree_when_the_signal_comes_after_the_last_step(tiny_model, monkeypatch):
+    """The step is counted where it is taken: a signal while the losses are fetched must not lose it."""
+    losses, images, plain = [], torch.zeros(16, 1, 8, 8, dtype=torch.uint8), torch.stack
+
+    def stopping(values, *args):
+        if len(values) == 2:                                    # the losses; the norms of the gradients are more
+            raise Stopped(signal.SIGINT)
+        return plain(values, *args)
+    monkeypatch.setattr(train_module.torch, "stack", stopping)
+    with pytest.raises(Stopped):
+        train_module.train_epoch(tiny_model, data.Batches(images, batch_size=8), torch.optim.SGD(
+            tiny_model.parameters(), lr=0.1), DiffusionProcess(), "cpu", losses=losses)
+    assert len(losses) == 2
+
+
 # ---- Whose folder it is
 
 def test_an_unfinished_run_is_not_replaced_unasked(tmp_path, monkeypatch, capsys):
@@ -150,10 +172,11 @@ def test_an_unfinished_run_is_not_replaced_unasked(tmp_path, monkeypatch, capsys
 def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     train(**RUN, output_dir=tmp_path)
     (tmp_path / "samples" / "mine.png").write_bytes(b"x")
+    (tmp_path / "model_keep.pt").write_bytes(b"x")
     train(**{**RUN, "num_epochs": 1, "val_fraction": 0.0}, output_dir=tmp_path)
     assert "replacing an earlier run" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
-        "epoch_001.png", "mine.png", "model_final.pt", "training_loss.csv", "training_loss.png"]
+        "epoch_001.png", "mine.png", "model_final.pt", "model_keep.pt", "training_loss.csv", "training_loss.png"]
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

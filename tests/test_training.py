@@ -216,6 +216,13 @@ def test_measuring_changes_neither_model_nor_data(tiny_model):
     assert all(p.grad is None for p in tiny_model.parameters())
 
 
+@pytest.mark.parametrize("objective, adds", [("eps", True), ("x0", False), ("v", False)])
+def test_the_input_is_added_for_eps_alone(objective, adds, few_digits, tmp_path):
+    train(**few_digits, **TINY, objective=objective, steps=1, output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / "model_final.pt")["model_config"]["add_input"] is adds
+    assert load_model(tmp_path / "model_final.pt")[0].add_input is adds
+
+
 def test_a_diverging_run_stops_and_says_so(few_digits, tmp_path):
     with pytest.raises(ValueError, match="in step 2: try a lower --lr"):
         train(**few_digits, **TINY, num_epochs=2, learning_rate=1e30, output_dir=tmp_path)

@@ -104,6 +104,8 @@ def test_the_output_is_a_correction_to_the_input(tiny_model):
     for p in tiny_model.conv_out.parameters():
         torch.nn.init.zeros_(p)
     assert torch.equal(tiny_model(x, t), x)
+    tiny_model.add_input = False
+    assert not tiny_model(x, t).any()
 
 
 def test_the_time_shifts_channels_ahead_of_the_activation():
