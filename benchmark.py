@@ -16,18 +16,22 @@ from tqdm import tqdm
 
 from diffusion import DiffusionProcess
 from models import create_model
-from train import train_step
+from train import MODEL_FLAGS, PRESETS, train_step
 from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device, get_device, measure,
-                   positive_int)
+                   peak_memory, positive_int)
 
-NETWORKS = {  # name: (image size, settings of create_model)
-    "simple":  (28, dict(name="simple")),
-    "ct":      (64, dict(name="attention")),
-    "fabrics": (64, dict(name="attention", image_channels=3, multipliers=(1, 2, 4, 8), num_blocks=1,
-                         attention_levels=(2, 3))),
-    "fabrics_laptop": (64, dict(name="attention", image_channels=3, base_channels=48, num_blocks=1, groups=16,
-                                patch_size=2)),
-}
+
+
+def network_of(preset):
+    """(image size, settings of create_model) of a row of train.py's PRESETS."""
+    row = PRESETS[preset]
+    config = {flag: row[flag] for flag in MODEL_FLAGS if flag in row}
+    return row.get("image_size", 28), dict(config, name=row.get("model", "simple"),
+                                           image_channels=row.get("channels", 1))
+
+
+NETWORKS = {"simple": network_of("mnist"), "ct": network_of("ct"), "fabrics": network_of("fabrics_100k"),
+            "fabrics_laptop": network_of("fabrics_laptop")}
 
 
 def training_flops(config, image_size):
@@ -69,7 +73,7 @@ def time_network(config, image_size, batch_size, device, precision, channels_las
     repeats = 20 if device.type == "cuda" else 5
     step = measure(update, device, repeats)
     call = measure(forward, device, repeats)
-    return step, call, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return step, call, peak_memory(device) if device.type == "cuda" else 0
 
 
 @command
@@ -85,13 +89,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = get_device(args.device)
     batch_size = args.batch_size or (128 if device.type == "cuda" else 32)
-    print(f"device: {describe_device(device, args.device)}; torch {torch.__version__}; batches of {batch_size}")
+    print(f"device: {describe_device(device, args.device)}; torch {torch.__version__}; "
+          f"batches of {batch_size}")
     switches = (False, True) if args.modes == "all" else (False,)
     modes = list(itertools.product(PRECISIONS, switches, switches))
     print(f"cost: {len(args.networks) * len(modes)} rows of some seconds each"
           + ", the compiled ones a minute or more" * (args.modes == "all"), flush=True)
 
     rows, first = [], None
+    flops_per_image = {name: training_flops(config, size) for name, (size, config) in NETWORKS.items()
+                       if name in args.networks}
     runs = list(itertools.product(args.networks, modes))
     for name, (precision, channels_last, compiled) in tqdm(runs, unit="row"):
         image_size, config = NETWORKS[name]
@@ -99,7 +106,7 @@ def main(argv=None):
                                           channels_last, compiled)
         if first is None or first[0] != name:
             first = name, step
-        flops = training_flops(config, image_size) * batch_size
+        flops = flops_per_image[name] * batch_size
         rows.append([name, precision, "channels_last" if channels_last else "plain",
                      "compiled" if compiled else "eager", f"{batch_size / step:.1f}",
                      f"{batch_size / call:.1f}", f"{first[1] / step:.2f}x", f"{flops / step / 1e12:.3f}",
@@ -113,7 +120,7 @@ def main(argv=None):
         with torch.device("meta"):
             parameters = count_parameters(create_model(**config))
         print(f"{name}: {image_size}x{image_size}, {parameters:,} parameters, "
-              f"{training_flops(config, image_size) / 1e9:.2f} GFLOP a training image")
+              f"{flops_per_image[name] / 1e9:.2f} GFLOP a training image")
 
 
 if __name__ == "__main__":

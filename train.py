@@ -42,8 +42,8 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 LR_SCHEDULES = ("constant", "cosine")
 SAVE_SECONDS = 300  # between two saves of the latest state, if an epoch takes longer
 # What may be different when a run is resumed; everything else decides what it becomes.
-MAY_CHANGE = ("num_epochs", "steps", "data_dir", "output_dir", "device", "cache_dir", "grad_checkpoint", "compile",
-              "num_samples", "sample_every", "save_every", "resume", "overwrite")
+MAY_CHANGE = ("num_epochs", "steps", "data_dir", "output_dir", "device", "cache_dir", "grad_checkpoint",
+              "compile", "num_samples", "sample_every", "save_every", "resume", "overwrite")
 
 # A row is a set of flags; those on the command line win. dataset=None: it has to be given.
 FABRICS = dict(
@@ -72,8 +72,8 @@ PRESETS = {
     # evening.
     "fabrics_laptop": dict(FABRICS, patch_size=2, base_channels=48, multipliers=(1, 2, 4),
                            attention_levels=(1, 2), groups=16, accumulate=1, steps=8000, lr=5e-4,
-                           lr_schedule="cosine", warmup=200, optimizer="adamw", ema_decay=0.999, ema_every=1, val_fraction=0.05,
-                           sample_every=1000, save_every=4000),
+                           lr_schedule="cosine", warmup=200, optimizer="adamw", ema_decay=0.999, ema_every=1,
+                           val_fraction=0.05, sample_every=1000, save_every=4000),
 }
 
 
@@ -505,7 +505,8 @@ def main(argv=None):
     add("--seed", "the same seed trains the same model", 0, type=seed_number)
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     add("--precision", "arithmetic while training", "auto", choices=["auto", *PRECISIONS])
-    add("--compile", "torch.compile: a minute or more at the start, faster steps on a GPU", False, action=SWITCH)
+    add("--compile", "torch.compile: a minute or more at the start, faster steps on a GPU", False,
+        action=SWITCH)
     parser.group("results")
     add("--resume", "go on with the run in --output_dir, or from this checkpoint", nargs="?", const="latest",
         metavar="FILE")
