@@ -3,12 +3,13 @@
     save_checkpoint("model.pt", {"model": model.state_dict(), ...})     # written whole or not at all
     entries = load_checkpoint("model.pt")                               # read with suspicion
 
-    with Signals() as signals:          # Ctrl-C and SIGTERM raise Stopped,
-        with signals.held():            # but in here only at the end
+    with Signals() as signals, only_run("outputs"):     # Ctrl-C and SIGTERM raise Stopped,
+        with signals.held():                            # but in here only at the end
             ...
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import math
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from utils import write_file
+from utils import EMA, write_file
 
 CHECKPOINT_FORMAT = "readable-diffusion"
 CHECKPOINT_VERSION = 1
 MAX_DEPTH, MAX_ENTRIES = 20, 1_000_000  # a few bytes of pickle can stand for billions of entries
+SAFE_TORCH = (2, 10)  # before it, weights_only=True could be got round
 
 
 def _walk(entry, depth=0):
@@ -84,6 +86,9 @@ def load_checkpoint(path):
     Raises FileNotFoundError, or ValueError with one line that says what is wrong with the file.
     """
     path = Path(path)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
+        raise ValueError(f"torch {torch.__version__} cannot read checkpoints safely; install "
+                         f"{'.'.join(map(str, SAFE_TORCH))} or newer")
     if not path.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(path))
     try:
@@ -108,7 +113,9 @@ def load_checkpoint(path):
         raise ValueError(f"{path}: a foreign checkpoint, not written by this project")
     version, digest = entries.get("version"), entries.pop("digest", None)
     if type(version) is not int or version != CHECKPOINT_VERSION:
-        raise ValueError(f"{path}: format version {str(version)[:40]}, this code reads {CHECKPOINT_VERSION}")
+        newer = type(version) is int and version > CHECKPOINT_VERSION
+        raise ValueError(f"{path}: {'written by a newer version of this project: ' * newer}format version "
+                         f"{str(version)[:40]}, this code reads {CHECKPOINT_VERSION}")
     try:
         intact = isinstance(digest, str) and digest == _digest(entries, path.stat().st_size)
     except ValueError as error:
@@ -118,57 +125,120 @@ def load_checkpoint(path):
     return entries
 
 
+def check_weights(path, weights, model):
+    """Raise ValueError unless `weights` has exactly the names, shapes and dtypes of the model's own."""
+    def kinds(state):
+        return {name: f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+                for name, value in state.items()}
+
+    saved, own = kinds(weights), kinds(model.state_dict())
+    wrong = [name for name in [*own, *(saved.keys() - own)] if saved.get(name) != own.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(f"{path} is for another model: {len(wrong)} of its entries differ, first {name} "
+                         f"({saved.get(name, 'missing')}, not {own.get(name, 'expected at all')})")
+
+
+@dataclasses.dataclass
+class State:
+    """What a training changes. With the settings, the data and the seed it decides all that follows."""
+    model: torch.nn.Module
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    losses: list = dataclasses.field(default_factory=list)  # of each step; their number counts the steps
+    held_out_losses: dict = dataclasses.field(default_factory=dict)  # by step
+    reported: int = 0  # the last step whose pictures and tables are written
+
+    def entries(self):
+        """For a checkpoint."""
+        return {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
+                "ema_updates": self.ema.updates, "optimizer": self.optimizer.state_dict(),
+                "step": len(self.losses), "losses": torch.tensor(self.losses),
+                "held_out_losses": self.held_out_losses, "reported": self.reported}
+
+    def restore(self, path, saved):
+        """Take over the entries of a checkpoint. Raises ValueError if they do not fit."""
+        try:
+            for weights, model in ((saved["model"], self.model), (saved["ema"], self.ema.model)):
+                check_weights(path, weights, model)
+                model.load_state_dict(weights)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            for p, moments in self.optimizer.state.items():
+                if any(m.shape not in (p.shape, torch.Size()) for m in moments.values()):
+                    raise ValueError("its optimizer was one of another model")
+            self.ema.updates, self.losses = saved["ema_updates"], saved["losses"].tolist()
+            self.held_out_losses, self.reported = saved["held_out_losses"], saved["reported"]
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).removeprefix(str(path)).split())[:200]
+            raise ValueError(f"{path} cannot be resumed: {reason}") from error
+
+
 # ---- The folder of a run
 
 LATEST, FINAL = "model_latest.pt", "model_final.pt"  # the first is there while a run is not finished
 BEST = "model_best.pt"  # by the held-out loss
+RUN_FILES = (LATEST, FINAL, BEST, "training_loss.png", "training_loss.csv", "samples/epoch_*.png",
+             "samples/step_*.png", "checkpoints/model_epoch_*.pt", "checkpoints/model_step_*.pt")
+
+
+def _lock(file):
+    """Lock an open file until the process ends, however it ends. False if another process has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass                            # a file system without locks: it cannot be told
+    return True
 
 
 @contextlib.contextmanager
 def only_run(folder):
-    """Keep other runs out of a folder. Raises ValueError if one is going on there; a killed one is not."""
-    try:
-        import fcntl
-    except ImportError:                 # Windows
+    """Keep other runs out of a folder, and delete what a killed one has left half-written there.
+
+    Raises ValueError if a run is going on there.
+    """
+    folder = Path(folder)
+    # The file stays: were it deleted, two others could each hold a lock, on the old and on a new one.
+    with open(folder / ".lock", "w") as lock:
+        if not _lock(lock):
+            raise ValueError(f"{folder} is in use by a run that is still going on")
+        for pattern in RUN_FILES:
+            above, name = os.path.split(pattern)
+            for half in (folder / above).glob(f".{name}.*.tmp"):
+                half.unlink(missing_ok=True)
         yield
-        return
-    path = Path(folder) / ".lock"
-    with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder} is in use by a run that is still going on") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def find_checkpoint(folder, resume, overwrite):
-    """What to start from: a path to resume from, or None for a new run.
+    """What to start from: (the path of a checkpoint or None, is it this folder's own run that goes on?).
 
     resume: None, "latest" or the path of a checkpoint.  overwrite: an unfinished run may be replaced.
-    Raises ValueError if the folder holds an unfinished run and neither is asked for.
+    Raises ValueError if the folder holds an unfinished run that would be replaced unasked.
     """
-    latest, final = Path(folder) / LATEST, Path(folder) / FINAL
+    folder = Path(folder)
+    latest, final = folder / LATEST, folder / FINAL
     if resume == "latest":
         found = next((path for path in (latest, final) if path.exists()), None)
         if found is None:
             raise ValueError(f"nothing to resume: {folder} holds neither {LATEST} nor {FINAL}")
-        return found
-    if resume is not None:
-        return Path(resume)
-    if latest.exists() and not overwrite:
+        return found, True
+    origin = Path(resume) if resume else None
+    own = origin is not None and folder.resolve() in origin.resolve().parents
+    if latest.exists() and not own and not overwrite:
         raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite replaces it, "
                          "another --output_dir keeps it")
-    return None
+    return origin, own
 
 
 def clear_run(folder):
     """Delete what an earlier run has written into a folder, and only that."""
-    patterns = (LATEST, FINAL, BEST, "training_loss.png", "training_loss.csv", "samples/epoch_*.png",
-                "samples/step_*.png", "checkpoints/model_epoch_*.pt", "checkpoints/model_step_*.pt")
-    old = [path for pattern in patterns for path in Path(folder).glob(pattern)]
+    old = [path for pattern in RUN_FILES for path in Path(folder).glob(pattern)]
     if old:
         print(f"replacing an earlier run in {folder} ({len(old)} files)")
     for path in old:

@@ -12,10 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-
-def speaks():
-    """Is this the process that prints?"""
-    return os.environ.get("RANK", "0") == "0"
+from utils import speaks
 
 
 def join(device="auto"):

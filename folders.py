@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from utils import save_images, to_signed, write_file
+from utils import save_images, speaks, to_signed, write_file
 
 IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 FITS = ("crop", "stretch")
@@ -136,7 +136,7 @@ def read_folder(folder, files, image_size, fit="crop", channels=None):
 
     with (_own_limit(), ThreadPoolExecutor(os.cpu_count()) as pool,    # PIL decodes outside Python's lock
           tqdm(total=len(files), desc=f"reading {folder}", unit="file", delay=2,
-               disable=os.environ.get("RANK", "0") != "0") as bar):
+               disable=not speaks()) as bar):
         for first in range(0, len(files), 256):                        # not all at once: they are large
             for picture in pool.map(read, files[first:first + 256]):
                 yield picture

@@ -60,21 +60,24 @@ def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_e
     return Plan(steps, sample_every or fifth, save_every or fifth, 1, "step")
 
 
-def print_cost(plan, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples, memory):
+def print_cost(plan, done, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples, memory):
     """Say before the training how long it will take here, and how much memory.
 
-    step_seconds, call_seconds: of a training step, and of one of the `picture_calls` calls of the model
-    that a set of `num_samples` pictures takes.  memory: in bytes.
+    done: the steps that a resumed run has behind it.  step_seconds, call_seconds: of a training step, and
+    of one of the `picture_calls` calls of the model that a set of `num_samples` pictures takes.
+    memory: in bytes.
     """
     pictures = call_seconds * picture_calls
     check = held_out.num_images / num_samples * call_seconds if held_out else 0
-    whole = (plan.total_steps * step_seconds + plan.count(plan.sample_every) * pictures
-             + plan.num_reports() * check)
+    left = (plan.total_steps - done) / plan.total_steps
+    seconds = left * (plan.total_steps * step_seconds + plan.count(plan.sample_every) * pictures
+                      + plan.num_reports() * check)
     rate = batches.batch_size / step_seconds
+    which = f"the {plan.total_steps - done} steps left" if done else f"the whole run of {plan.total_steps} steps"
     print(f"cost: an epoch is {len(batches)} steps of {batches.batch_size} images, about "
-          f"{format_seconds(len(batches) * step_seconds)} here ({rate:.0f} images/s); the whole run of "
-          f"{plan.total_steps} steps about {format_seconds(whole)}, with {format_seconds(pictures)} for each set "
-          f"of pictures; {memory / 1e9:.1f} GB of memory", flush=True)
+          f"{format_seconds(len(batches) * step_seconds)} here ({rate:.0f} images/s); {which} about "
+          f"{format_seconds(seconds)}, with {format_seconds(pictures)} for each set of pictures; "
+          f"{memory / 1e9:.1f} GB of memory", flush=True)
 
 
 def check_disk(output_dir, num_checkpoints, checkpoint_bytes):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
+from checkpoint import check_weights, load_checkpoint
 from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from models import create_model
 from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
@@ -37,11 +37,13 @@ def load_model(path, device="cpu", ema=True):
         # (or asks for a monstrous network) fails here at no cost.
         with torch.device("meta"):
             model = create_model(entries["model_name"], **entries["model_config"])
-        model.load_state_dict(entries["ema" if ema else "model"], assign=True)
+        weights = entries["ema" if ema else "model"]
+        check_weights(path, weights, model)
+        model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
         data = entries["data"]
-        if any(v.dtype != torch.float32 or not v.isfinite().all() for v in model.state_dict().values()):
-            raise ValueError("not all weights are finite float32 numbers")
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise ValueError("not all weights are finite numbers")
         if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_IMAGE_SIZE:
             raise ValueError(f"image_size {data['image_size']!r}")
         data["name"] = str(data["name"])

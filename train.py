@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distributed
-from checkpoint import (BEST, FINAL, LATEST, Signals, Stopped, check_settings, clear_run, find_checkpoint,
-                        load_checkpoint, only_run, save_checkpoint)
+from checkpoint import (BEST, FINAL, LATEST, Signals, State, Stopped, check_settings, clear_run,
+                        find_checkpoint, load_checkpoint, only_run, save_checkpoint)
 from data import (DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, split_held_out,
                   verify_dataset)
 from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess, seeded_noise
@@ -36,14 +36,15 @@ from plan import check_disk, make_plan, print_cost
 from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device,
                    format_seconds, fraction, get_device, get_precision, get_timesteps, int_tuple,
                    make_output_dir, measure, peak_memory, plot_losses, positive_float, positive_int,
-                   save_images, seed_number, seed_step, whole_number, write_file)
+                   save_images, seed_number, seed_step, speaks, whole_number, write_file)
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 LR_SCHEDULES = ("constant", "cosine")
-SAVE_SECONDS = 300  # between two saves of the latest state, if an epoch takes longer
-# What may be different when a run is resumed; everything else decides what it becomes.
-MAY_CHANGE = ("num_epochs", "steps", "data_dir", "output_dir", "device", "cache_dir", "grad_checkpoint",
-              "compile", "num_samples", "sample_every", "save_every", "resume", "overwrite")
+SAVE_SECONDS = 300  # at most, from one save of the latest state to the next
+# What may be different when a run is resumed; everything else decides what it becomes. Of the data, the
+# images count and not where they lie.
+MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "output_dir", "device", "cache_dir",
+              "grad_checkpoint", "compile", "num_samples", "sample_every", "save_every", "resume", "overwrite")
 
 # A row is a set of flags; those on the command line win. dataset=None: it has to be given.
 FABRICS = dict(
@@ -87,11 +88,23 @@ def rate_at(step, total_steps, peak, schedule="constant", warmup=0):
     return peak
 
 
+def hold_back(optimizer, sound):
+    """From the first step on that is not `sound` (a boolean tensor), let the optimizer change nothing.
+
+    The device itself sees to that, in torch's fused optimizers, so that no step waits for an answer.
+    Returns 0 as long as all was well, then 1.
+    """
+    bad = (~sound).float()
+    optimizer.found_inf = torch.maximum(bad, getattr(optimizer, "found_inf", bad))
+    return optimizer.found_inf
+
+
 def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None, accumulate=1):
     """One update: noise a batch, compare the model's prediction with the truth, step downhill.
 
     accumulate: work through the batch in so many parts, one after the other, to save memory.
-    Returns the loss. Raises FloatingPointError, on a CPU, before a step that is not a number.
+    Returns the loss. A loss or gradient that is not a number leaves the weights as they are: on a CPU as
+    a FloatingPointError; on a GPU, which would have to wait for it, all losses from then on are NaN.
     Of several processes each works on every n-th image. Timesteps and noise are drawn for the whole
     batch first, so that neither parts nor processes change them.
     """
@@ -99,27 +112,31 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     noise = torch.randn_like(x_0)
     rank, world = distributed.place()
     if rank > 0:
-        torch.manual_seed(torch.initial_seed() + rank)      # or dropout would repeat itself in each process
+        torch.manual_seed(torch.initial_seed() + rank)  # or dropout would repeat itself in each process
     optimizer.zero_grad()
-    total = torch.zeros((), device=x_0.device)
+    loss = torch.zeros((), device=x_0.device)
     parts = torch.arange(len(x_0), device=x_0.device).tensor_split(min(accumulate, len(x_0)))
     for k, part in enumerate(parts):
         mine = part[rank::world]
-        last = k == len(parts) - 1            # only then do the processes exchange their gradients
+        last = k == len(parts) - 1  # only then do the processes exchange their gradients
         with (contextlib.nullcontext() if last or world == 1 else model.no_sync(),
               torch.autocast(x_0.device.type, torch.bfloat16, enabled=precision == torch.bfloat16)):
-            loss = diffusion.training_loss(model, x_0[mine], y[mine], t[mine], noise[mine])
-            loss = loss * (len(part) / len(x_0))
-            loss.backward()
-        total += loss.detach()
+            share = diffusion.training_loss(model, x_0[mine], y[mine], t[mine], noise[mine])
+            share = share * (len(part) / len(x_0))
+            share.backward()
+        loss += share.detach()
+    loss = distributed.mean_over_ranks(loss)
     if grad_clip:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if x_0.device.type == "cpu" and not (total + norm).isfinite():      # a GPU would have to wait for the answer
-        raise FloatingPointError(f"no number any more: loss {float(total)}, gradient norm {float(norm)}")
+    sound = (loss + norm).isfinite()
+    if x_0.device.type == "cuda":
+        loss = loss.where(hold_back(optimizer, sound) == 0, math.nan)
+    elif not sound:
+        raise FloatingPointError(f"no number any more: loss {float(loss)}, gradient norm {float(norm)}")
     optimizer.step()
-    return distributed.mean_over_ranks(total)
+    return loss
 
 
 def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1,
@@ -136,12 +153,13 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
     place:       (steps before these, all steps) for the bar.   held: a context that each step is taken in.
     """
     model.train()
-    epoch_losses = []       # kept on the device: reading a number there would make it wait
-    steps = len(dataloader) if steps is None else steps
-    start = shown = time.perf_counter()
+    losses = [] if losses is None else losses
+    before, steps = len(losses), len(dataloader) if steps is None else steps
     done, total = place or (0, steps)
+    start = shown = time.perf_counter()
+    noted = torch.zeros(())
     bar = tqdm(itertools.islice(dataloader, steps), initial=done, total=total, desc=title, unit="step",
-               disable=not distributed.speaks())
+               leave=done + steps >= total, disable=not speaks())
     try:
         for k, (x_0, y) in enumerate(bar):
             step = first_step + k
@@ -155,24 +173,24 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
                                   accumulate)
                 if ema is not None and (step + 1) % ema_every == 0:
                     ema.update(model)
-                epoch_losses.append(loss)
-                if losses is not None:
-                    losses.append(loss)       # still on the device; its place counts the step
+                losses.append(loss)  # still on the device; its place counts the step
             now = time.perf_counter()
             if now - shown > 1 or k == steps - 1:
+                # Of a second ago, because a GPU has long sent that; only at the end is it waited for.
+                loss, noted = noted if k < steps - 1 else loss, loss.to("cpu", non_blocking=True)
                 shown = now
-                if not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"no number any more: loss {loss.item()}")
-                bar.set_postfix_str(f"loss {loss.item():.4f}, {(k + 1) * len(x_0) / (now - start):.0f} images/s")
+                if not math.isfinite(loss):
+                    raise FloatingPointError("no number any more")
+                bar.set_postfix_str(f"loss {loss:.4f}, {(k + 1) * len(x_0) / (now - start):.0f} images/s")
     except FloatingPointError as error:
-        raise ValueError(f"{error}, in step {step + 1}: try a lower --lr, --grad_clip 1 or --precision float32; "
-                         "earlier checkpoints are untouched") from error
+        good = next((k for k, loss in enumerate(losses) if not math.isfinite(loss)), len(losses)) - before
+        raise ValueError(f"{error}, in step {first_step + good + 1}: try a lower --lr, --grad_clip 1 or "
+                         "--precision float32; earlier checkpoints are untouched") from error
     finally:
         bar.close()
-        epoch_losses = torch.stack(epoch_losses).tolist() if epoch_losses else []
-        if losses is not None and epoch_losses:
-            losses[-len(epoch_losses):] = epoch_losses
-    return sum(epoch_losses) / len(epoch_losses)
+        if len(losses) > before:
+            losses[before:] = torch.stack(losses[before:]).tolist()
+    return statistics.fmean(losses[before:])
 
 
 def sample_images(model, diffusion, device, num_images=64, image_size=28):
@@ -255,13 +273,6 @@ def build_model(name, config, image_size, seed, device, grad_checkpoint):
     return model
 
 
-def write_losses(path, losses, rate, held_out_losses):
-    """Write a table, one row for each step: step (from 1), loss, learning rate, held-out loss."""
-    rows = [f"{step},{loss:.6g},{rate(step - 1):.6g},{held_out_losses.get(step, '')}\n"
-            for step, loss in enumerate(losses, start=1)]
-    write_file(path, "".join(["step,loss,learning_rate,held_out_loss\n", *rows]).encode())
-
-
 def as_flags(row):
     """A row of settings as one would type it."""
     words = []
@@ -272,6 +283,15 @@ def as_flags(row):
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             words.append(f"--{flag} {text}")
     return " ".join(words)
+
+
+def write_losses(folder, state, rate):
+    """training_loss.csv, a row for each step (step from 1, loss, learning rate, held-out loss), and .png."""
+    rows = [f"{step},{loss:.6g},{rate(step - 1):.6g},{state.held_out_losses.get(step, '')}\n"
+            for step, loss in enumerate(state.losses, start=1)]
+    write_file(folder / "training_loss.csv",
+               "".join(["step,loss,learning_rate,held_out_loss\n", *rows]).encode())
+    plot_losses(state.losses, folder / "training_loss.png", state.held_out_losses)
 
 
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None, seed=0,
@@ -304,139 +324,166 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     rank, world = distributed.place()
     precision, precision_reason = get_precision(precision, device)
     output_dir = make_output_dir(output_dir, FINAL, LATEST, BEST, "training_loss.png", "training_loss.csv")
-    samples_dir, checkpoints_dir = (make_output_dir(output_dir / name) for name in ("samples", "checkpoints"))
-    origin = find_checkpoint(output_dir, resume, overwrite)
-    dataset_name, batches, held_out = load_batches(
-        dataset_name, batch_size * accumulate, seed, flip, data_dir, val_dir, val_fraction, device,
-        image_size=image_size, channels=channels, fit=fit, with_labels=with_labels, cache_dir=cache_dir)
-    if world > 1 and batches.batch_size % (world * accumulate):
-        raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally by {world} processes "
-                         f"in {accumulate} parts")
-    channels, image_size = batches.images.shape[1], batches.images.shape[-1]
-    classes = class_names(dataset_name, with_labels)
-    plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every)
-    if warmup >= plan.total_steps:
-        raise ValueError(f"warmup must be shorter than the run of {plan.total_steps} steps, got {warmup}")
-    model_config = dict(model_config, image_channels=channels, add_input=objective == "eps")
-    model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
-    # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
-    if origin is None:
-        check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model))
-    settings.update(precision=str(precision), dataset_name=str(dataset_name), val_dir=val_dir and str(val_dir),
-                    num_images=batches.num_images, image_size=image_size, channels=channels)
-    if lr_schedule != "constant":             # then the length of the run changes every step
-        settings["total_steps"] = plan.total_steps
+    make_output_dir(output_dir / "samples")
+    make_output_dir(output_dir / "checkpoints")
+    with (Signals(ignore=rank > 0) as signals,
+          only_run(output_dir) if rank == 0 else contextlib.nullcontext()):
+        origin, same_run = find_checkpoint(output_dir, resume, overwrite)
+        dataset_name, batches, held_out = load_batches(
+            dataset_name, batch_size * accumulate, seed, flip, data_dir, val_dir, val_fraction, device,
+            image_size=image_size, channels=channels, fit=fit, with_labels=with_labels, cache_dir=cache_dir)
+        if world > 1 and batches.batch_size % (world * accumulate):
+            raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally by {world} "
+                             f"processes in {accumulate} parts")
+        channels, image_size = batches.images.shape[1], batches.images.shape[-1]
+        plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every)
+        if warmup >= plan.total_steps:
+            raise ValueError(f"warmup must be shorter than the run of {plan.total_steps} steps, got {warmup}")
+        model_config = dict(model_config, image_channels=channels, add_input=objective == "eps")
+        model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
+        state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
+            model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay, fused=True))
+        # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
+        if origin is None:
+            check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model))
+        settings.update(precision=str(precision), image_size=image_size, channels=channels,
+                        images=batches.fingerprint(), held_out=held_out and held_out.fingerprint())
+        if lr_schedule != "constant":  # then the length of the run changes every step
+            settings["total_steps"] = plan.total_steps
+        facts = {"model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
+                 "settings": settings, "data": {
+                     "name": str(dataset_name), "image_size": image_size, "channels": channels,
+                     "classes": class_names(dataset_name, with_labels)}}
 
-    # ---- What is going to happen
-    print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
-    print(f"precision: {precision_reason}; samples are drawn in float32")
-    print(f"data: {dataset_name}, {batches.num_images} images of {channels}x{image_size}x{image_size}"
-          + (f", {held_out.num_images} held out" if held_out else "")
-          + f"; model: {count_parameters(model):,} parameters")
-    ema, trial_ema = EMA(model, ema_decay), EMA(model)
-    losses, held_out_losses, reported, optimizer_state = [], {}, 0, None
-    if origin:
-        saved = load_checkpoint(origin)
-        check_settings(origin, saved.get("settings"), settings)
-        check_settings(origin, dict(saved["model_config"], **saved["diffusion_config"]),
-                       dict(model_config, **diffusion.config))
-        if saved["step"] > plan.total_steps:
-            raise ValueError(f"{origin} is at step {saved['step']}, beyond the {plan.total_steps} of this run: give "
-                             "more --epochs or --steps")
-        model.load_state_dict(saved["model"])
-        ema.model.load_state_dict(saved["ema"])
-        ema.updates = saved["ema_updates"]
-        losses, held_out_losses = saved["losses"].tolist(), saved["held_out_losses"]
-        reported, optimizer_state = saved["reported"], saved["optimizer"]
-        del saved
-        print(f"going on from {origin}, after {len(losses)} of {plan.total_steps} steps")
-    if compile:
-        model.compile()
-    network = DistributedDataParallel(model) if world > 1 else model
-    step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate)
-    batch = tuple(part.to(device) for part in next(iter(batches)))
-    step_seconds, call_seconds = measure_seconds(
-        network, trial_ema, batch, diffusion, (num_samples, *batch[0].shape[1:]), **step_settings)
-    picture_calls = len(diffusion.sampling_levels("ddim")) - 1
-    print_cost(plan, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples,
-               peak_memory(device))
-    del trial_ema, batch
-
-    # ---- Training
-    optimizer = OPTIMIZERS[optimizer](model.parameters(), lr=learning_rate, betas=(0.9, beta2),
-                                      weight_decay=weight_decay, fused=True)
-    if optimizer_state:
-        optimizer.load_state_dict(optimizer_state)
-
-    def rate(step):
-        return rate_at(step, plan.total_steps, learning_rate, lr_schedule, warmup)
-
-    def save(path):
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError(f"weights are no numbers any more after step {len(losses)}; {path} is left as it was")
-        save_checkpoint(path, {
-            "model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
-            "settings": settings, "data": {"name": str(dataset_name), "image_size": image_size, "channels": channels,
-                     "classes": classes},
-            "model": model.state_dict(), "ema": ema.model.state_dict(), "ema_updates": ema.updates,
-            "optimizer": optimizer.state_dict(), "epoch": len(losses) // len(batches), "step": len(losses),
-            "reported": reported, "losses": torch.tensor(losses), "held_out_losses": held_out_losses})
-        if path.name != LATEST:
-            print(f"wrote {path}")
-
-    def report(step):
-        """After an epoch, or when pictures or a checkpoint are due."""
-        recent = losses[plan.previous_report(step):]
-        text = f"{plan.title(step)}: mean loss {statistics.fmean(recent):.4f}, {time.perf_counter() - began:.0f} s"
-        if held_out:
-            held_out_losses[step] = held_out_loss(ema.model, held_out, diffusion, device, precision)
-            text += f", held-out loss {held_out_losses[step]:.4f}"
-        if plan.is_due(plan.sample_every, step):
-            path = samples_dir / f"{plan.name(step)}.png"
-            save_images(sample_images(ema.model, diffusion, device, num_samples, image_size), path)
-            text += f"; wrote {path}"
-        print(text, flush=True)
-        write_losses(output_dir / "training_loss.csv", losses, rate, held_out_losses)
-        plot_losses(losses, output_dir / "training_loss.png", held_out_losses)
-        if held_out and held_out_losses[step] == min(held_out_losses.values()):
-            save(output_dir / BEST)
-        if step % plan.save_every == 0:
-            save(checkpoints_dir / f"model_{plan.name(step)}.pt")
-
-    stream, start = batches.stream(len(losses)), time.perf_counter()
-    began = start
-    leg = max(1, int(SAVE_SECONDS / step_seconds))                      # steps from one save to the next
-    alone = only_run(output_dir) if rank == 0 else contextlib.nullcontext()
-    with alone, Signals(ignore=rank > 0) as signals:
-        if rank == 0 and not origin:
+        # ---- What is going to happen
+        print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
+        print(f"precision: {precision_reason}; samples are drawn in float32")
+        print(f"data: {dataset_name}, {batches.num_images} images of {channels}x{image_size}x{image_size}"
+              + (f", {held_out.num_images} held out" if held_out else "")
+              + f"; model: {count_parameters(model):,} parameters")
+        if origin:
+            restore(state, origin, facts, plan)
+        if compile:
+            model.compile()
+        network = DistributedDataParallel(model) if world > 1 else model
+        step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate)
+        batch = tuple(part.to(device) for part in next(iter(batches)))
+        step_seconds, call_seconds = measure_seconds(
+            network, EMA(model), batch, diffusion, (num_samples, *batch[0].shape[1:]), **step_settings)
+        picture_calls = len(diffusion.sampling_levels("ddim")) - 1
+        print_cost(plan, len(state.losses), batches, held_out, step_seconds, call_seconds, picture_calls,
+                   num_samples, peak_memory(device))
+        if rank == 0 and not same_run:
             clear_run(output_dir)
+
+        # ---- Training
+        def rate(step):
+            return rate_at(step, plan.total_steps, learning_rate, lr_schedule, warmup)
+
+        def save(name):
+            save_state(output_dir / name, state, facts, len(batches))
+
+        def look(seconds):
+            report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size,
+                   device, precision)
+
+        start = time.perf_counter()
         try:
-            while True:
-                step = len(losses)
-                if rank == 0 and step > reported and plan.is_report(step):
-                    report(step)
-                    reported, began = step, time.perf_counter()
-                if step >= plan.total_steps:
-                    break
-                first, last = plan.previous_report(step + 1), plan.next_report(step)
-                train_epoch(
-                    network, stream, optimizer, diffusion, device, ema=ema, ema_every=ema_every, rate=rate,
-                    seed=seed, first_step=step, steps=min(leg, last - step), losses=losses,
-                    title=plan.title(last), place=(step - first, last - first), held=signals.held, **step_settings)
-                if rank == 0:
-                    save(output_dir / LATEST)
-        except Stopped as stop:
+            follow(plan, state, save, look, network, batches, diffusion, device, held=signals.held,
+                   leg=max(1, int(SAVE_SECONDS / 10 / step_seconds)), ema_every=ema_every, rate=rate, seed=seed,
+                   **step_settings)
             if rank == 0:
-                save(output_dir / LATEST)
-                print(f"{stop} after step {len(losses)} of {plan.total_steps}; the same command with --resume "
-                      "goes on")
+                save(FINAL)
+        except (Stopped, OSError) as stop:
+            if rank == 0 and state.losses:
+                save(LATEST)
+                print(f"{stop} after step {len(state.losses)} of {plan.total_steps}; the same command with "
+                      "--resume goes on")
             raise
         if rank == 0:
-            save(output_dir / FINAL)
             (output_dir / LATEST).unlink(missing_ok=True)
-            print(f"took {format_seconds(time.perf_counter() - start)} and {peak_memory(device) / 1e9:.1f} GB of "
-                  "memory")
-    return model, ema.model, losses
+        print(f"took {format_seconds(time.perf_counter() - start)} and {peak_memory(device) / 1e9:.1f} GB of "
+              "memory")
+    return model, state.ema.model, state.losses
+
+
+def follow(plan, state, save, look, network, batches, diffusion, device, *, leg, **settings):
+    """Train from where `state` is to the end of the plan, saving the latest state on the way.
+
+    save(name): write a checkpoint.  look(seconds): pictures and tables, after so many seconds.
+    leg: steps between two looks at the clock.  settings: as train_epoch takes them.
+    """
+    alone_or_first = distributed.place()[0] == 0
+    stream = batches.stream(len(state.losses))
+    looked = saved = time.perf_counter()
+    save_seconds = 0.0
+    while True:
+        step = len(state.losses)
+        if alone_or_first and step > state.reported and plan.is_report(step):
+            look(time.perf_counter() - looked)
+            looked = time.perf_counter()
+        if step >= plan.total_steps:
+            return
+        first, last = plan.previous_report(step + 1), plan.next_report(step)
+        epoch_end = (step // len(batches) + 1) * len(batches)
+        end = min(step + leg, epoch_end, last)
+        train_epoch(network, stream, state.optimizer, diffusion, device, ema=state.ema, first_step=step,
+                    steps=end - step, losses=state.losses, title=plan.title(last),
+                    place=(step - first, last - first), **settings)
+        # After each epoch, as long as that costs under a percent of the time.
+        since = time.perf_counter() - saved
+        if alone_or_first and (since > SAVE_SECONDS or end == epoch_end and since > 100 * save_seconds):
+            start = time.perf_counter()
+            save(LATEST)
+            saved = time.perf_counter()
+            save_seconds = saved - start
+
+
+def report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size, device,
+           precision):
+    """After an epoch, or when pictures or a checkpoint are due: the held-out loss, pictures, tables."""
+    step = len(state.losses)
+    text = f"{plan.title(step)}: mean loss {statistics.fmean(state.losses[plan.previous_report(step):]):.4f}, "
+    text += f"{seconds:.0f} s"
+    best = False
+    if held_out:
+        value = held_out_loss(state.ema.model, held_out, diffusion, device, precision)
+        state.held_out_losses[step] = value
+        best = value == min(state.held_out_losses.values())
+        text += f", held-out loss {value:.4f}"
+    if plan.is_due(plan.sample_every, step):
+        path = output_dir / "samples" / f"{plan.name(step)}.png"
+        save_images(sample_images(state.ema.model, diffusion, device, num_samples, image_size), path)
+        text += f"; wrote {path}"
+    print(text, flush=True)
+    write_losses(output_dir, state, rate)
+    if best:
+        save(BEST)
+    if step % plan.save_every == 0:
+        save(f"checkpoints/model_{plan.name(step)}.pt")
+    state.reported = step
+
+
+def save_state(path, state, facts, steps_per_epoch):
+    """Write a checkpoint, unless the weights have become useless: then ValueError, and the file stays."""
+    if not all(p.isfinite().all() for p in state.model.parameters()):
+        raise ValueError(f"weights are no numbers any more after step {len(state.losses)}; {path} is left as "
+                         "it was")
+    save_checkpoint(path, {**facts, **state.entries(), "epoch": len(state.losses) // steps_per_epoch})
+    if path.name != LATEST:
+        print(f"wrote {path}")
+
+
+def restore(state, origin, facts, plan):
+    """Put a new run where a checkpoint of the same settings was. ValueError names what differs."""
+    saved = load_checkpoint(origin)
+    check_settings(origin, saved.get("settings"), facts["settings"])
+    check_settings(origin, *({**entries["model_config"], **entries["diffusion_config"]} for entries in (saved, facts)))
+    state.restore(origin, saved)
+    if len(state.losses) > plan.total_steps:
+        raise ValueError(f"{origin} is at step {len(state.losses)}, beyond the {plan.total_steps} of this run: "
+                         "give more --epochs or --steps")
+    print(f"going on from {origin}, after {len(state.losses)} of {plan.total_steps} steps")
 
 
 # Flags that are handed on to create_model where they are given; a model has its own defaults.
@@ -554,7 +601,7 @@ def parse(parser, argv):
             raise ValueError(f"--preset {given.preset} is for a folder of your own: add --dataset FOLDER")
         parser.set_defaults(**row)
     settings = vars(parser.parse_args(argv))
-    if settings.pop("preset") and distributed.speaks():
+    if settings.pop("preset") and speaks():
         print(f"preset {given.preset}: {as_flags({flag: settings[flag] for flag in row})}")
     settings["epochs"] = settings["epochs"] or 20                      # --steps goes before it
     return settings

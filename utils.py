@@ -2,6 +2,7 @@
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import functools
@@ -28,6 +29,10 @@ except ImportError:      # Windows
 
 # ---- Commands: a user's mistake is one line and exit code 2, a bug keeps its traceback.
 
+def speaks():
+    """Is this the process that prints? Of several that torchrun has started, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
 
 def command(main):
     """Decorate main(argv=None): turn a bad value or a file that cannot be used into one clear line."""
@@ -47,12 +52,12 @@ def command(main):
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
             message = f"{name}{error.strerror or error}"
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             message = str(error)
         except KeyboardInterrupt as stop:
             print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
             sys.exit(128 + getattr(stop, "number", signal.SIGINT))
-        if os.environ.get("RANK", "0") == "0":      # of several processes one speaks
+        if speaks():
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     return wrapped
@@ -259,13 +264,14 @@ def write_file(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":          # the new name, too, has to reach the disk
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if os.name == "posix":              # the new name, too, has to reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):                      # some file systems cannot do this
+            os.fsync(folder)
+        os.close(folder)
 
 
 # ---- Images and plots

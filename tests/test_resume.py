@@ -1,22 +1,26 @@
 """A run that is stopped, killed or broken loses nothing, and goes on as if nothing had happened."""
 
+import copy
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import data
 import train as train_module
 import utils
-from checkpoint import LATEST, Signals, Stopped, load_checkpoint, only_run, save_checkpoint
+from checkpoint import FINAL, LATEST, Signals, Stopped, load_checkpoint, only_run, save_checkpoint
 from conftest import ROOT
 from diffusion import SAMPLERS, DiffusionProcess
-from train import main, train, train_step
+from train import hold_back, main, train, train_step
 
 # 64 images, 48 of them trained on, 12 of them at a time: 4 steps an epoch. Everything random is on.
 RUN = dict(dataset_name="synthetic_digits", image_size=8, batch_size=6, accumulate=2, num_epochs=3,
@@ -62,7 +66,7 @@ def stop_before(step, monkeypatch, error=Stopped(signal.SIGTERM)):
 def files(folder):
     """What a run has left: tables and pictures as bytes, checkpoints as their entries."""
     return {str(p.relative_to(folder)): load_checkpoint(p) if p.suffix == ".pt" else p.read_bytes()
-            for p in sorted(folder.rglob("*")) if p.is_file()}
+            for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
 def same(a, b):
@@ -172,10 +176,10 @@ def test_an_unfinished_run_is_not_replaced_unasked(tmp_path, monkeypatch, capsys
 def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     train(**RUN, output_dir=tmp_path)
     (tmp_path / "samples" / "mine.png").write_bytes(b"x")
-    (tmp_path / "model_keep.pt").write_bytes(b"x")
+    save_checkpoint(tmp_path / "model_keep.pt", {})
     train(**{**RUN, "num_epochs": 1, "val_fraction": 0.0}, output_dir=tmp_path)
     assert "replacing an earlier run" in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
+    assert sorted(Path(name).name for name in files(tmp_path)) == [
         "epoch_001.png", "mine.png", "model_final.pt", "model_keep.pt", "training_loss.csv", "training_loss.png"]
 
 
@@ -183,6 +187,62 @@ def test_a_folder_in_use_is_refused(tmp_path):
     with only_run(tmp_path), pytest.raises(ValueError, match="still going on"):
         train(**RUN, output_dir=tmp_path)
     train(**{**RUN, "num_epochs": 1}, output_dir=tmp_path)
+
+
+def test_a_run_resumed_from_another_folder_leaves_this_one_s_unfinished_run_alone(whole, tmp_path, monkeypatch):
+    train(**{**RUN, "lr_schedule": "constant", "num_epochs": 1}, output_dir=tmp_path / "first")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_before(2, patch)
+        train(**RUN, output_dir=tmp_path / "second")
+    again = {**RUN, "lr_schedule": "constant", "resume": str(tmp_path / "first" / FINAL),
+             "output_dir": tmp_path / "second"}
+    with pytest.raises(ValueError, match="unfinished run"):
+        train(**again)
+    assert load_checkpoint(tmp_path / "second" / LATEST)["step"] == 2
+    train(**again, overwrite=True)
+    assert load_checkpoint(tmp_path / "second" / FINAL)["step"] == 12
+    assert load_checkpoint(tmp_path / "first" / FINAL)["step"] == 4
+
+
+def test_a_run_can_go_back_to_an_earlier_checkpoint_of_its_own(whole, tmp_path):
+    plain = {**RUN, "num_epochs": 3}
+    train(**plain, output_dir=tmp_path)
+    train(**plain, output_dir=tmp_path, resume=str(tmp_path / "checkpoints" / "model_epoch_002.pt"))
+    assert same(files(tmp_path), whole)
+
+
+def test_other_images_are_named_and_moved_ones_are_not_minded(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (13, 8, 8), dtype=np.uint8)
+    for name, count in (("a", 12), ("b", 12), ("c", 13)):
+        (tmp_path / name).mkdir()
+        for k in range(count):
+            Image.fromarray(images[k] ^ (name == "b" and k == 5)).save(tmp_path / name / f"{k}.png")
+    run = {**RUN, "val_fraction": 0.0, "lr_schedule": "constant", "warmup": 0, "output_dir": tmp_path / "out"}
+    train(**{**run, "dataset_name": str(tmp_path / "a"), "num_epochs": 1})
+    for name in "bc":
+        with pytest.raises(ValueError, match="images: '12 of 1x8x8, digest .* then, '1[23] of 1x8x8, digest"):
+            train(**{**run, "dataset_name": str(tmp_path / name), "resume": "latest"})
+    (tmp_path / "a").rename(tmp_path / "moved")
+    train(**{**run, "dataset_name": str(tmp_path / "moved"), "resume": "latest"})
+
+
+def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    halves = [tmp_path / f".{LATEST}.77.tmp", tmp_path / "checkpoints" / ".model_epoch_005.pt.77.tmp"]
+    for path in (*halves, tmp_path / ".other.77.tmp"):
+        path.write_bytes(b"x")
+    with only_run(tmp_path):
+        assert not any(path.exists() for path in halves) and (tmp_path / ".other.77.tmp").exists()
+
+
+def test_a_file_system_without_locks_or_folder_syncs_will_do(tmp_path, monkeypatch):
+    def refused(*args):
+        raise OSError(95, "not supported")
+    monkeypatch.setattr("fcntl.flock", refused)
+    plain = os.fsync
+    monkeypatch.setattr(utils.os, "fsync", lambda f: refused() if os.path.isdir(f"/proc/self/fd/{f}") else plain(f))
+    train(**{**RUN, "num_epochs": 1}, output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / FINAL)["step"] == 4
 
 
 @pytest.mark.parametrize("argv, words", [(["--resume"], "nothing to resume"), (["--resume", "no.pt"], "no such")])
@@ -196,6 +256,22 @@ def test_a_checkpoint_for_sampling_only_cannot_be_resumed(tmp_path):
     save_checkpoint(tmp_path / "x.pt", {"model": {}})
     with pytest.raises(ValueError, match="cannot be resumed"):
         train(**RUN, output_dir=tmp_path, resume=str(tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda e: e["model"].pop("conv_in.bias"), r"another model: 1 of .* conv_in.bias \(missing"),
+    (lambda e: e["ema"].update(more=torch.zeros(2)), r"another model: .* more \(float32 \(2,\), not expected"),
+    (lambda e: e["model"].update({"conv_in.bias": torch.zeros(8).double()}), r"float64 \(8,\), not float32 \(8,\)"),
+    (lambda e: e["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "optimizer was one of another model"),
+    (lambda e: e["optimizer"].pop("state"), "cannot be resumed: 'state'"),
+    (lambda e: e.pop("losses"), "cannot be resumed: 'losses'")])
+def test_a_checkpoint_that_does_not_fit_is_one_line(spoil, words, whole, tmp_path):
+    entries = copy.deepcopy(whole["checkpoints/model_epoch_002.pt"])
+    spoil(entries)
+    save_checkpoint(tmp_path / "x.pt", entries)
+    with pytest.raises(ValueError, match=words) as error:
+        train(**RUN, output_dir=tmp_path / "out", resume=str(tmp_path / "x.pt"))
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / LATEST).exists()
 
 
 # ---- Signals
@@ -226,7 +302,9 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, tmp_path):
     assert process.returncode == code and "--resume" in out and "Traceback" not in err
     assert time.monotonic() - before < 15                       # 5 s on a quiet machine
     entries = load_checkpoint(tmp_path / LATEST)
-    assert entries["step"] == len(entries["losses"]) > 0 and not (tmp_path / ".lock").exists()
+    assert entries["step"] == len(entries["losses"]) > 0
+    with only_run(tmp_path):
+        pass                                                    # the folder is free again
 
 
 def test_kill_9_leaves_a_whole_checkpoint_and_no_lock(tmp_path):
@@ -243,6 +321,38 @@ def test_kill_9_leaves_a_whole_checkpoint_and_no_lock(tmp_path):
     process.kill()
     process.communicate()
     assert f"after {step} of" in out
+
+
+def test_a_signal_while_the_data_are_read_ends_the_run_at_once(tmp_path, monkeypatch):
+    def reading(*args, **settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train_module, "load_batches", reading)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--dataset", "synthetic_digits", "--output_dir", str(tmp_path)])
+    assert exit_.value.code == 143
+
+
+def test_a_signal_while_the_final_checkpoint_is_written_loses_no_step(whole, tmp_path, monkeypatch):
+    plain = train_module.save_checkpoint
+
+    def stopping(path, entries):
+        if path.name == FINAL:
+            raise Stopped(signal.SIGTERM)
+        plain(path, entries)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train_module, "save_checkpoint", stopping)
+        train(**RUN, output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 12
+    train(**RUN, output_dir=tmp_path, resume="latest")
+    assert same(files(tmp_path), whole)
+
+
+def test_a_log_that_cannot_be_written_any_more_does_not_cost_the_training(tmp_path, monkeypatch):
+    """The bar's output may lie on another, full disk."""
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        stop_before(7, patch, OSError(28, "No space left on device"))
+        train(**RUN, output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 7
 
 
 def test_a_signal_within_a_step_waits_for_its_end_and_a_second_does_not():
@@ -275,6 +385,33 @@ def test_a_step_that_is_not_a_number_is_not_taken(tiny_model):
     with pytest.raises(FloatingPointError):
         train_step(tiny_model, x_0, torch.zeros(2).long(), optimizer, DiffusionProcess())
     assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters()))
+
+
+def test_an_accelerator_holds_everything_back_from_the_first_bad_step_on():
+    """Without asking: the fused optimizer itself looks at the flag. It does so on the CPU as well."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([p], lr=0.1, fused=True)
+    seen = []
+    for grad in (1.0, float("nan"), 1.0):
+        p.grad = torch.full((3,), grad)
+        held = hold_back(optimizer, p.grad.sum().isfinite())
+        optimizer.step()
+        seen.append((float(held), p.detach().tolist(), float(optimizer.state[p]["step"])))
+    assert seen[0][1] == pytest.approx([0.9] * 3) and seen[0][0] == 0
+    assert seen[1] == seen[2] == (1.0, seen[0][1], 1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_that_meets_a_nan_names_the_step_and_keeps_the_weights(tiny_model):
+    model = tiny_model.cuda()
+    images = torch.zeros(64, 1, 8, 8)
+    images[40] = float("nan")                                   # step 6 of 8
+    batches = [(part, torch.full((8,), -1)) for part in images.split(8)]
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    with pytest.raises(ValueError, match="in step 6: "):
+        train_module.train_epoch(model, batches, optimizer, DiffusionProcess(), "cuda")
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert float(next(iter(optimizer.state.values()))["step"]) == 5
 
 
 def test_a_broken_run_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
