@@ -26,7 +26,7 @@ from utils import EMA, write_file
 
 CHECKPOINT_FORMAT = "readable-diffusion"
 CHECKPOINT_VERSION = 1
-MAX_DEPTH, MAX_ENTRIES = 20, 1_000_000  # a few bytes of pickle can stand for billions of entries
+MAX_DEPTH, MAX_ENTRIES = 20, 200_000  # a few bytes of pickle can stand for billions of entries
 SAFE_TORCH = (2, 10)  # before it, weights_only=True could be got round
 
 
