@@ -14,7 +14,8 @@ Only this file knows whether that tensor means the noise ("eps"), the image ("x0
     images = diffusion.sample(model, sampler="ddim", steps=50, seed=0)
 
 Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine schedule), Jabri
-et al. 2022 (sigmoid schedule), Salimans & Ho 2022 (the v objective), Ho & Salimans 2022 (classifier-free guidance).
+et al. 2022 (sigmoid schedule), Salimans & Ho 2022 (the v objective), Ho & Salimans 2022 (classifier-free
+guidance), Lu et al. 2022b (DPM-Solver++), Zhang & Chen 2023 (iPNDM), Karras et al. 2022 (noise levels).
 """
 
 import contextlib
@@ -76,23 +77,74 @@ OBJECTIVES = ("eps", "x0", "v")
 
 class Sampler(NamedTuple):
     eta: float  # 0: no noise is added on the way down (DDIM); 1: as much as DDPM adds
-    variance: str  # size of that noise: "posterior" or "beta", the two choices of Ho et al.
+    order: int  # how many estimates, this one and those before it, a step is made from
+    extrapolates: str  # what is carried on from them: "x0", or "eps"
+    variance: str  # size of the added noise: "posterior" or "beta", the two choices of Ho et al.
     steps: int | None  # the default number of model calls; None: all T
+    spacing: str  # the default way to choose the levels
 
 
 SAMPLERS = {
-    "ddpm":      Sampler(eta=1.0, variance="posterior", steps=None),
-    "ddpm_beta": Sampler(eta=1.0, variance="beta",      steps=None),
-    "ddim":      Sampler(eta=0.0, variance="posterior", steps=50),
+    #                       eta  order      variance     steps spacing
+    "ddpm":         Sampler(1.0, 1, "x0",  "posterior", None, "uniform"),
+    "ddpm_beta":    Sampler(1.0, 1, "x0",  "beta",      None, "uniform"),
+    "ddim":         Sampler(0.0, 1, "x0",  "posterior", 50,   "uniform"),
+    "dpmpp_2m":     Sampler(0.0, 2, "x0",  "posterior", 10,   "log_snr"),   # Lu et al. 2022b, algorithm 2
+    "dpmpp_2m_sde": Sampler(1.0, 2, "x0",  "posterior", 20,   "log_snr"),   # the same with noise
+    "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10,   "log_snr"),   # Zhang & Chen 2023, section 3
 }
 
-
-def uniform_spacing(num_timesteps, steps):
-    """Equal strides from T-1 down to -1; -1 is the clean image."""
-    return np.linspace(-1, num_timesteps - 1, steps + 1).round().astype(int)[::-1].tolist()
+# The Adams-Bashforth weights of order 1 to 4, for the newest estimate first.
+ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
 
 
-SPACINGS = {"uniform": uniform_spacing}
+def log_snr(alpha_bar):
+    """Half the logarithm of signal over noise, lambda in Lu et al. 2022; infinite for a clean image."""
+    return math.inf if alpha_bar >= 1 else 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
+# A spacing is a function of alpha_bar (float64 [T]) and the number of steps; it returns as many levels,
+# real numbers from T-1 down, and -1 (clean) as the last. They are rounded to distinct integers.
+
+def uniform_spacing(alpha_bar, steps):
+    """Equal strides from T-1 down to -1."""
+    return np.linspace(-1, len(alpha_bar) - 1, steps + 1)[::-1]
+
+
+def trailing_spacing(alpha_bar, steps):
+    """Equal strides of T / steps, counted from T (Lin et al. 2023, table 2)."""
+    return np.round(np.arange(steps, -1, -1) * (len(alpha_bar) / steps)) - 1
+
+
+def _even_in(value, steps):
+    """Levels whose `value` (a function of t, as an array that rises or falls all the way) is evenly spread."""
+    t = np.arange(len(value))
+    wanted = np.linspace(value[-1], value[0], steps)
+    rising = value[0] < value[-1]
+    return np.append(np.interp(wanted, *(value, t) if rising else (value[::-1], t[::-1])), -1)
+
+
+def log_snr_spacing(alpha_bar, steps):
+    """Equal strides in the logarithm of signal over noise, down to t = 0 (Lu et al. 2022)."""
+    return _even_in(np.log(alpha_bar / (1 - alpha_bar)), steps)
+
+
+def karras_spacing(alpha_bar, steps, rho=7):
+    """Equal strides in sigma^(1/rho), where sigma is noise over signal (Karras et al. 2022, eq. 5)."""
+    return _even_in(((1 - alpha_bar) / alpha_bar) ** (0.5 / rho), steps)
+
+
+SPACINGS = {"uniform": uniform_spacing, "trailing": trailing_spacing, "log_snr": log_snr_spacing,
+            "karras": karras_spacing}
+
+
+def distinct(levels):
+    """Round levels that fall from T-1 to -1 to integers of which no two are equal."""
+    levels = [round(level) for level in levels]
+    top = levels[0]
+    for k in reversed(range(len(levels) - 1)):          # where several meet, they move up,
+        levels[k] = max(levels[k], levels[k + 1] + 1)
+    return [min(level, top - k) for k, level in enumerate(levels)]      # but none above the first
 
 
 # ---- Noise that belongs to an image, not to a batch.
@@ -271,22 +323,48 @@ class DiffusionProcess:
             raise ValueError(f"need -1 <= t_prev < t < {self.num_timesteps}, got t={t}, t_prev={t_prev}")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {eta}")
+        x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance, clip=clip)
+        return self._step(x_t, x_0, t, t_prev, eta, variance, noise), x_0
+
+    def _level(self, t):
+        """alpha_bar as a Python float: 1 - ab_t / ab_prev cancels in float32. -1 is the clean image."""
+        return float(self.alpha_bar[t]) if t >= 0 else 1.0
+
+    def _eps(self, x_t, x_0, t):
+        """The noise that explains x_t, if x_0 is the image."""
+        ab_t = self._level(t)
+        return (x_t - math.sqrt(ab_t) * x_0) / math.sqrt(1 - ab_t)
+
+    def _step(self, x_t, x_0, t, t_prev, eta, variance, noise=None):
+        """x_t -> x_prev, once it is settled which x_0 to step towards."""
+        ab_t, ab_prev = self._level(t), self._level(t_prev)
         if variance not in ("posterior", "beta"):
             raise ValueError(f"unknown variance {variance!r}; choose from ['beta', 'posterior']")
-
-        # Python floats, in double precision: 1 - ab_t / ab_prev cancels in float32.
-        ab_t = float(self.alpha_bar[t])
-        ab_prev = float(self.alpha_bar[t_prev]) if t_prev >= 0 else 1.0
         beta = 1 - ab_t / ab_prev
         posterior = eta**2 * (1 - ab_prev) / (1 - ab_t) * beta
-
-        x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance, clip=clip)
-        eps = (x_t - math.sqrt(ab_t) * x_0) / math.sqrt(1 - ab_t)
-        x_prev = math.sqrt(ab_prev) * x_0 + math.sqrt(1 - ab_prev - posterior) * eps
+        x_prev = math.sqrt(ab_prev) * x_0 + math.sqrt(1 - ab_prev - posterior) * self._eps(x_t, x_0, t)
         sigma = math.sqrt(posterior) if variance == "posterior" else eta * math.sqrt(beta)
         if sigma > 0 and t_prev >= 0:
             x_prev = x_prev + sigma * (torch.randn_like(x_prev) if noise is None else noise)
-        return x_prev, x_0
+        return x_prev
+
+    def _extrapolate(self, extrapolates, x_t, t_prev, past):
+        """The x_0 to step towards, from the last estimates: where they are heading, not where they are.
+
+        past: triples (t, x_0, eps), the newest last.  "x0" goes on along a line in the log-SNR, to the middle
+        of the step (DPM-Solver++(2M), Lu et al. 2022b, algorithm 2); "eps" by the Adams-Bashforth rule of
+        the order that `past` allows (iPNDM), as though the steps were equal.
+        """
+        t, x_0 = past[-1][:2]
+        if len(past) == 1 or t_prev < 0:        # at the clean image the log-SNR has no end: plain DDIM
+            return x_0
+        if extrapolates == "x0":
+            before, x_0_before, _ = past[-2]
+            last, now, then = (log_snr(self._level(level)) for level in (before, t, t_prev))
+            return x_0 + (then - now) / (2 * (now - last)) * (x_0 - x_0_before)
+        eps = sum(w * eps for w, (*_, eps) in zip(ADAMS_BASHFORTH[len(past) - 1], reversed(past)))
+        ab_t = self._level(t)
+        return (x_t - math.sqrt(1 - ab_t) * eps) / math.sqrt(ab_t)
 
     # ---- The sampling loop
 
@@ -301,7 +379,7 @@ class DiffusionProcess:
                              f"(the number of timesteps), got {steps}")
         if spacing not in SPACINGS:
             raise ValueError(f"unknown spacing {spacing!r}; choose from {sorted(SPACINGS)}")
-        return SPACINGS[spacing](self.num_timesteps, int(steps))
+        return distinct(SPACINGS[spacing](self.alpha_bar.numpy(), int(steps)))
 
     def sampling_levels(self, sampler, steps=None, spacing=None):
         """The timesteps of a sampler: those asked for, or its own number of them (at most T)."""
@@ -309,7 +387,7 @@ class DiffusionProcess:
             raise ValueError(f"unknown sampler {sampler!r}; choose from {sorted(SAMPLERS)}")
         if steps is None and SAMPLERS[sampler].steps is not None:
             steps = min(SAMPLERS[sampler].steps, self.num_timesteps)
-        return self.timesteps(steps, spacing or "uniform")
+        return self.timesteps(steps, spacing or SAMPLERS[sampler].spacing)
 
     @torch.no_grad()
     def trajectory(self, model, x_T, *, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
@@ -328,14 +406,16 @@ class DiffusionProcess:
         eta = row.eta if eta is None else eta
         indices = range(first_index, first_index + len(x_T))
         x_t = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+        past = []
         with _evaluating(model):
             for k, (t, t_prev) in enumerate(zip(ts, ts[1:]), start=1):
                 noise = None
                 if eta > 0 and t_prev >= 0:
                     noise = seeded_noise(seed, indices, k, x_t.shape[1:]).to(x_t)
-                x_t, x_0 = self.reverse_diffusion_step(
-                    model, x_t, t, t_prev, y, eta=eta, noise=noise, clip=clip, guidance=guidance,
-                    variance=row.variance)
+                x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance, clip=clip)
+                past = [*past, (t, x_0, self._eps(x_t, x_0, t))][-row.order:]
+                target = self._extrapolate(row.extrapolates, x_t, t_prev, past)
+                x_t = self._step(x_t, target, t, t_prev, eta, row.variance, noise)
                 yield t_prev, x_t, x_0
 
     def sample(self, model, image_size=28, batch_size=64, channels=1, *, x_T=None, seed=None,
@@ -347,8 +427,9 @@ class DiffusionProcess:
         seed:         the same seed gives the same images; None draws a fresh one.
         first_index:  image i of the result is image first_index + i of the seed.
         device:       by default where x_T or the model's parameters are.
-        sampler:      "ddpm" (the paper's full chain), "ddpm_beta" or "ddim", with its own defaults
-                      for steps (model calls, 1..T), eta (0..1) and spacing.
+        sampler:      a key of SAMPLERS: "ddpm" is the paper's full chain, "ddim" takes strides, the others
+                      need fewer still. Each has its defaults for steps (model calls, 1..T), eta (0..1)
+                      and spacing (a key of SPACINGS).
         y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
         clip:         keep every estimate of x_0 in [-1, 1].
         """

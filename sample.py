@@ -2,6 +2,7 @@
 
     python sample.py                                      # 64 images, DDIM in 50 steps
     python sample.py --show_intermediate                  # also how they came out of the noise
+    python sample.py --sampler dpmpp_2m                   # 10 steps
     python sample.py --sampler ddpm                       # the paper's full chain, about 20 times longer
 
 Writes outputs/generated_samples.png; with --show_intermediate also generation_strip.png, generation.gif
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from checkpoint import check_weights, load_checkpoint
-from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
+from diffusion import SAMPLERS, SPACINGS, DiffusionProcess, seeded_noise
 from models import create_model
 from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
                    image_grid, make_output_dir, measure, png_bytes, positive_int, save_gif, save_images,
@@ -55,7 +56,7 @@ def load_model(path, device="cpu", ema=True):
 
 @torch.no_grad()
 def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler="ddim", steps=None,
-             eta=None, batch_size=64, device="cpu", precision=torch.float32, num_frames=0):
+             eta=None, spacing=None, batch_size=64, device="cpu", precision=torch.float32, num_frames=0):
     """Make images, batch by batch, with a progress bar.
 
     Returns (images [num_images, C, H, W] in [-1, 1], frames). frames is empty unless num_frames > 0:
@@ -65,7 +66,7 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     images, frames = [], []
     shape = (model.image_channels, image_size, image_size)
     firsts = range(0, num_images, batch_size)
-    settings = dict(sampler=sampler, steps=steps, eta=eta, seed=seed)
+    settings = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, seed=seed)
     calls = len(diffusion.sampling_levels(sampler, steps)) - 1
     keep = set(torch.linspace(0, calls, min(num_frames, calls + 1)).round().int().tolist())
     with (tqdm(total=len(firsts) * calls, desc="sampling", unit="call") as bar,
@@ -154,6 +155,7 @@ def main(argv=None):
     add("--steps", "model calls; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
+    add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")
     add("--upscale", "show every pixel as so many by so many; default: small images at least 84 wide",
@@ -182,8 +184,8 @@ def main(argv=None):
 
     images, frames = generate(
         model, diffusion, args.num_images, size, seed=args.seed, sampler=args.sampler, steps=args.steps,
-        eta=args.eta, batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision],
-        num_frames=51 if args.show_intermediate else 0)
+        eta=args.eta, spacing=args.spacing, batch_size=args.batch_size, device=device,
+        precision=PRECISIONS[args.precision], num_frames=51 if args.show_intermediate else 0)
     picture = output_dir / "generated_samples.png"
     save_images(images, picture, upscale=args.upscale)
     print(f"wrote {picture}")
