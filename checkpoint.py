@@ -72,6 +72,7 @@ def _digest(entries, max_bytes=math.inf):
 def save_checkpoint(path, entries):
     """Write a dict of tensors and plain values as one .pt file, with a digest over all of them."""
     entries = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **entries}
+    entries.pop("digest", None)                 # of the checkpoint that they were read from
     entries["digest"] = _digest(entries)
     buffer = io.BytesIO()       # in memory first: a full disk is then an OSError and not torch's own error
     torch.save(entries, buffer)
@@ -122,7 +123,7 @@ def load_checkpoint(path):
         raise ValueError(f"{path}: refused, it holds {error}") from error
     if not intact:
         raise ValueError(f"{path}: altered or damaged since it was written (its digest does not match)")
-    return entries
+    return {**entries, "digest": digest}
 
 
 def check_weights(path, weights, model):

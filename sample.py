@@ -6,9 +6,11 @@
     python sample.py --sampler ddpm                       # the paper's full chain, about 20 times longer
 
 Writes outputs/generated_samples.png; with --show_intermediate also generation_strip.png, generation.gif
-and generation_frames/.
+and generation_frames/. The PNG tells how it was made, and --recreate makes it again.
 """
 
+import math
+import sys
 from pathlib import Path
 
 import torch
@@ -19,8 +21,8 @@ from checkpoint import check_weights, load_checkpoint
 from diffusion import SAMPLERS, SPACINGS, DiffusionProcess, seeded_noise
 from models import create_model
 from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
-                   image_grid, make_output_dir, measure, png_bytes, positive_int, save_gif, save_images,
-                   save_strip, seed_number, to_uint8, write_file)
+                   guidance_number, image_grid, make_output_dir, measure, png_bytes, positive_int, save_gif, save_images,
+                   read_note, save_strip, seed_number, to_uint8, whole_number, write_file)
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 
@@ -30,7 +32,7 @@ def load_model(path, device="cpu", ema=True):
 
     ema: take the averaged weights (better pictures), not those of the last step.
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
-    name, image_size, channels, classes). Raises FileNotFoundError, or ValueError for an unusable file.
+    name, image_size, channels, classes, and the checkpoint's digest). Raises FileNotFoundError, or ValueError for an unusable file.
     """
     entries = load_checkpoint(path)
     try:
@@ -42,12 +44,14 @@ def load_model(path, device="cpu", ema=True):
         check_weights(path, weights, model)
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
-        data = entries["data"]
+        data = {"classes": None, **entries["data"], "digest": entries["digest"]}
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
         if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_IMAGE_SIZE:
             raise ValueError(f"image_size {data['image_size']!r}")
         data["name"] = str(data["name"])
+        if (data["classes"] and len(data["classes"])) != model.num_classes:
+            raise ValueError(f"{model.num_classes} classes in the network, and the names of others")
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights and settings do not fit together ({reason})") from error
@@ -56,32 +60,36 @@ def load_model(path, device="cpu", ema=True):
 
 @torch.no_grad()
 def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler="ddim", steps=None,
-             eta=None, spacing=None, batch_size=64, device="cpu", precision=torch.float32, num_frames=0):
-    """Make images, batch by batch, with a progress bar.
+             eta=None, spacing=None, y=None, guidance=1.0, first_index=0, batch_size=64, device="cpu",
+             precision=torch.float32, num_frames=0):
+    """Make images first_index, first_index + 1, ... of a seed, batch by batch, with a progress bar.
 
+    y: [num_images] classes, -1 for none (as without it).
+    guidance: 1 follows the class, more pushes towards it at twice the cost.
     Returns (images [num_images, C, H, W] in [-1, 1], frames). frames is empty unless num_frames > 0:
     then it lists at most that many moments (t, x_t, x_0 estimate made from x_t) of the first batch,
     evenly spread from pure noise to the finished pictures, which stand last with t = -1.
     """
     images, frames = [], []
     shape = (model.image_channels, image_size, image_size)
-    firsts = range(0, num_images, batch_size)
-    settings = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, seed=seed)
+    firsts = range(first_index, first_index + num_images, batch_size)
+    settings = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, seed=seed, guidance=guidance)
     calls = len(diffusion.sampling_levels(sampler, steps)) - 1
     keep = set(torch.linspace(0, calls, min(num_frames, calls + 1)).round().int().tolist())
     with (tqdm(total=len(firsts) * calls, desc="sampling", unit="call") as bar,
           torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == torch.bfloat16)):
         for first in firsts:
-            indices = range(first, min(first + batch_size, num_images))
+            indices = range(first, min(first + batch_size, first_index + num_images))
             x_t = seeded_noise(seed, indices, 0, shape).to(device)
             t = diffusion.num_timesteps - 1
-            path = diffusion.trajectory(model, x_t, first_index=first, **settings)
+            path = diffusion.trajectory(model, x_t, first_index=first, **settings,
+                                        y=None if y is None else y[first - first_index:][:batch_size].to(device))
             for k, (t_next, x_next, x_0) in enumerate(path):
-                if first == 0 and k in keep:
+                if first == first_index and k in keep:
                     frames.append((t, x_t, x_0))
                 t, x_t = t_next, x_next
                 bar.update()
-            if first == 0 and keep:
+            if first == first_index and num_frames:
                 frames.append((t, x_t, x_t))
             images.append(x_t)
     return torch.cat(images), frames
@@ -93,6 +101,34 @@ def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, dev
                       device=device)
     one_call = measure(lambda: diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1), device)
     return one_call * calls * num_images / len(x_T)
+
+
+def choose_labels(text, classes, num_images, first_index=0):
+    """What --label asks for: (y [num_images] or None, columns of the grid or None).
+
+    text: a number or name, several with commas (a row for each), "all", "none", or None for the default.
+    classes: the names of the classes, or None. Raises ValueError for a class that is not there.
+    """
+    if text is None:
+        turns = torch.arange(first_index, first_index + num_images)
+        return (turns % len(classes) if classes else None), None
+    if not classes:
+        raise ValueError(f"--label {text}: the model was trained without classes")
+    if text == "none":
+        return torch.full((num_images,), -1), None
+    labels = []
+    for word in [*map(str, range(len(classes)))] if text == "all" else text.split(","):
+        word = word.strip()
+        if word in classes:
+            labels.append(classes.index(word))
+        elif word.isdecimal() and int(word) < len(classes):
+            labels.append(int(word))
+        else:
+            raise ValueError(f"unknown class {word!r}; choose from "
+                             + ", ".join(f"{k} ({name})" if name != str(k) else name for k, name in enumerate(classes)))
+    columns = math.ceil(num_images / len(labels))
+    y = torch.tensor(labels).repeat_interleave(columns)[:num_images]
+    return y, columns if len(labels) > 1 else None
 
 
 # ---- The way out of the noise, as pictures
@@ -144,51 +180,120 @@ def save_intermediate(frames, output_dir):
     return [strip, gif, folder]
 
 
+# ---- What a picture tells of how it was made
+
+RECIPE = ("num_images", "first_index", "seed", "sampler", "steps", "eta", "spacing", "label", "guidance", "batch_size",
+          "precision", "upscale")
+
+
+def make_note(args, diffusion, digest):
+    """All that decides the pixels, for the PNG: the flags with their defaults filled in, and what else does."""
+    note = {name: getattr(args, name) for name in RECIPE}
+    row = SAMPLERS[args.sampler]
+    note["steps"] = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
+    note["eta"] = row.eta if args.eta is None else args.eta
+    note["spacing"] = args.spacing or row.spacing
+    note["command"] = " ".join(["sample.py", *as_flags(note)])
+    # Sums are taken in another order by another number of threads.
+    return {**note, "threads": torch.get_num_threads(), "torch": torch.__version__, "checkpoint": digest}
+
+
+def as_flags(note):
+    return [f"--{name}={note[name]}" for name in RECIPE if note[name] is not None]
+
+
+def read_recipe(path):
+    """The note of a picture that can be made again. Raises ValueError if this one cannot."""
+    note = read_note(path)
+    if "made_from" in note:
+        raise ValueError(f"{path} cannot be made again from a seed: it was made from {note['made_from']}")
+    missing = [name for name in (*RECIPE, "threads", "torch", "checkpoint") if name not in note]
+    whole = not missing and all(type(note[name]) is int for name in ("threads", "num_images"))
+    if not whole or not 1 <= note["threads"] <= 1024 or note.get("picture", 0) not in range(note["num_images"]):
+        raise ValueError(f"{path}: what it tells of how it was made is not complete ({', '.join(missing)})")
+    if note["torch"] != torch.__version__:
+        print(f"made with torch {note['torch']}, and this is {torch.__version__}: pixels may differ a little")
+    return note
+
+
 @command
 def main(argv=None):
     parser = Parser(description="Make new pictures from noise with a trained model.")
     add = parser.add
     add("--checkpoint", "a file written by train.py", "outputs/model_final.pt")
     add("--num_images", "how many", 64, type=positive_int)
+    add("--first_index", "begin with this image of the seed", 0, type=whole_number)
     add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42, type=seed_number)
     add("--sampler", "how to step down", "ddim", choices=sorted(SAMPLERS))
     add("--steps", "model calls; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
+    add("--label", "the class to draw, as a number or name; several with commas, or all: a row of pictures for "
+        "each; none: without a class. Default: each class in turn, if the model knows any")
+    add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost", 1.0,
+        type=guidance_number)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")
     add("--upscale", "show every pixel as so many by so many; default: small images at least 84 wide",
         type=positive_int)
+    add("--single_images", "also write each image to a file of its own", False, action="store_true")
+    add("--recreate", "make this picture again, from what it tells of how it was made; --checkpoint has to be the "
+        "same", metavar="PNG")
     add("--batch_size", "images at a time", 64, type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     add("--precision", "bf16 is faster on some devices and changes the pictures a little", "float32",
         choices=list(PRECISIONS))
     args = parser.parse_args(argv)
+    again = read_recipe(args.recreate) if args.recreate else None
+    if again:
+        args = parser.parse_args([*(sys.argv[1:] if argv is None else argv), *as_flags(again)])
+        torch.set_num_threads(again["threads"])
 
     device = get_device(args.device)
     if not Path(args.checkpoint).exists():
         raise ValueError(f"no checkpoint at {args.checkpoint}; make one with python train.py, or name one "
                          "with --checkpoint")
-    output_dir = make_output_dir(args.output_dir, "generated_samples.png", "generation_strip.png",
-                                 "generation.gif")
+    picture = Path(args.output_dir) / ("recreated.png" if again else "generated_samples.png")
+    output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
     model, diffusion, data = load_model(args.checkpoint, device)
-    size = data["image_size"]
-    calls = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
+    if again and again["checkpoint"] != data["digest"]:
+        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with the checkpoint of digest "
+                         f"{str(again['checkpoint'])[:12]}..., not {data['digest'][:12]}...")
+    size, classes = data["image_size"], data["classes"]
+    y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
+    if args.guidance != 1 and (not classes or args.label == "none"):
+        raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards: "
+                         + ("--label none has none" if classes else "the model was trained without"))
+    note = make_note(args, diffusion, data["digest"])
     print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})")
-    seconds = seconds_for(model, diffusion, args.num_images, size, args.batch_size, calls, device)
-    print(f"cost: {args.num_images} images in {calls} steps of {args.sampler}, about "
+    evaluations = note["steps"] * (1 if args.guidance in (0, 1) else 2)
+    seconds = seconds_for(model, diffusion, args.num_images, size, args.batch_size, evaluations, device)
+    print(f"cost: {args.num_images} images in {note['steps']} steps of {args.sampler}, about "
           f"{format_seconds(seconds)} here", flush=True)
 
     images, frames = generate(
         model, diffusion, args.num_images, size, seed=args.seed, sampler=args.sampler, steps=args.steps,
-        eta=args.eta, spacing=args.spacing, batch_size=args.batch_size, device=device,
-        precision=PRECISIONS[args.precision], num_frames=51 if args.show_intermediate else 0)
-    picture = output_dir / "generated_samples.png"
-    save_images(images, picture, upscale=args.upscale)
+        eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, first_index=args.first_index,
+        batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision],
+        num_frames=51 if args.show_intermediate else 0)
+    one = again.get("picture") if again else None
+    if one is not None:
+        save_images(images[one:one + 1], picture, padding=0, upscale=args.upscale, note={**note, "picture": one})
+    else:
+        save_images(images, picture, columns, upscale=args.upscale, note=note)
     print(f"wrote {picture}")
+    if again:
+        same = picture.read_bytes() == Path(args.recreate).read_bytes()
+        print(f"{'byte for byte' if same else 'NOT byte for byte'} the same as {args.recreate}")
+    elif args.single_images:
+        folder = make_output_dir(output_dir / "generated_samples")
+        for k, image in enumerate(images):
+            save_images(image[None], folder / f"{args.first_index + k:04d}.png", padding=0, upscale=args.upscale,
+                        note={**note, "picture": k})
+        print(f"wrote {folder}, {len(images)} images")
     if frames:
         for path in save_intermediate(frames, output_dir):
             print(f"wrote {path}")

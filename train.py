@@ -99,17 +99,22 @@ def hold_back(optimizer, sound):
     return optimizer.found_inf
 
 
-def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None, accumulate=1):
+def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None, accumulate=1,
+               label_drop=0.0):
     """One update: noise a batch, compare the model's prediction with the truth, step downhill.
 
     accumulate: work through the batch in so many parts, one after the other, to save memory.
+    label_drop: the share of images whose class is withheld, so that the model also learns to do without
+    (Ho & Salimans 2022, algorithm 1).
     Returns the loss. A loss or gradient that is not a number leaves the weights as they are: on a CPU as
     a FloatingPointError; on a GPU, which would have to wait for it, all losses from then on are NaN.
-    Of several processes each works on every n-th image. Timesteps and noise are drawn for the whole
-    batch first, so that neither parts nor processes change them.
+    Of several processes each works on every n-th image. What is random is drawn for the whole batch
+    first, so that neither parts nor processes change it.
     """
     t = get_timesteps(len(x_0), diffusion.num_timesteps, x_0.device)
     noise = torch.randn_like(x_0)
+    if label_drop:
+        y = y.masked_fill(torch.rand(len(y), device=y.device) < label_drop, -1)
     rank, world = distributed.place()
     if rank > 0:
         torch.manual_seed(torch.initial_seed() + rank)  # or dropout would repeat itself in each process
@@ -140,13 +145,14 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
 
 
 def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1,
-                precision=torch.float32, grad_clip=None, accumulate=1, rate=None, seed=None, first_step=0,
-                steps=None, losses=None, title="training", place=None, held=contextlib.nullcontext):
+                precision=torch.float32, grad_clip=None, accumulate=1, label_drop=0.0, rate=None, seed=None,
+                first_step=0, steps=None, losses=None, title="training", place=None,
+                held=contextlib.nullcontext):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
     dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
     ema:         an EMA to update after every `ema_every` steps.   grad_clip: the largest gradient norm.
-    accumulate:  see train_step.    rate: a function from the step to the learning rate.
+    accumulate, label_drop: see train_step.   rate: a function from the step to the learning rate.
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
     first_step:  how many steps the run has behind it.   steps: how many to do, if not one pass.
     losses:      a list that the loss of each step is appended to, also if the training is stopped.
@@ -169,8 +175,8 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
                 for group in optimizer.param_groups:
                     group["lr"] = rate(step)
             with held():
-                loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, precision, grad_clip,
-                                  accumulate)
+                loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, precision,
+                                  grad_clip, accumulate, label_drop)
                 if ema is not None and (step + 1) % ema_every == 0:
                     ema.update(model)
                 losses.append(loss)  # still on the device; its place counts the step
@@ -195,12 +201,14 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
 
 def sample_images(model, diffusion, device, num_images=64, image_size=28):
     """Pictures for a look at the training: from the same noises each time, so that epochs compare, and by
-    DDIM in 50 steps, because the full chain would take minutes.
+    DDIM in 50 steps, because the full chain would take minutes. A model that knows classes draws them in
+    turn.
 
     Returns [num_images, C, image_size, image_size] in [-1, 1].
     """
+    y = torch.arange(num_images) % model.num_classes if model.num_classes else None
     return diffusion.sample(model, image_size, num_images, model.image_channels, seed=0, device=device,
-                            sampler="ddim")
+                            sampler="ddim", y=y)
 
 
 @torch.no_grad()
@@ -221,25 +229,34 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
     return total / images
 
 
-def load_batches(dataset_name, batch_size, seed, flip, data_dir, val_dir, val_fraction, device, **settings):
-    """(name, Batches to train on, Batches held out or None)"""
+def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir, val_fraction, device,
+                 **settings):
+    """(name, names of the classes or None, Batches to train on, Batches held out or None)
+
+    labels: whether to train with classes; None: as the data set has them (a folder has none unasked).
+    """
+    settings["with_labels"] = bool(labels)
     with distributed.first_rank_first():
         if dataset_name is None:
-            dataset_name, images, labels = get_default_dataset(data_dir, **settings)
+            dataset_name, *arrays = get_default_dataset(data_dir, **settings)
         else:
-            images, labels = get_dataset(dataset_name, data_dir, **settings)
+            arrays = get_dataset(dataset_name, data_dir, **settings)
+        images = arrays[0]
         if val_dir:
             like = dict(settings, image_size=images.shape[-1], channels=images.shape[1])
-            held_images, held_labels = get_dataset(val_dir, data_dir, train=False, **like)
+            held_arrays = get_dataset(val_dir, data_dir, train=False, **like)
+    classes = None if labels is False else class_names(dataset_name, bool(labels))
+    y = arrays[1] if classes else None
     if device.type == "cuda" and images.nbytes < torch.cuda.get_device_properties(device).total_memory / 8:
         images = images.to(device)            # then no step waits for a copy
     kept, held = split_held_out(len(images), 0.0 if val_dir else val_fraction, seed)
     held_out = None                           # or so many at a time as there are pictures in a sheet
-    if val_dir:
-        held_out = Batches(held_images, held_labels, batch_size=64)
+    if val_dir:                               # without classes, if it has others or none
+        same = classes and class_names(val_dir, True) == classes
+        held_out = Batches(held_arrays[0], held_arrays[1] if same else None, batch_size=64)
     elif len(held):
-        held_out = Batches(images, labels, batch_size=64, indices=held)
-    return dataset_name, Batches(images, labels, batch_size, seed, flip, kept), held_out
+        held_out = Batches(images, y, batch_size=64, indices=held)
+    return dataset_name, classes, Batches(images, y, batch_size, seed, flip, kept), held_out
 
 
 def measure_seconds(network, ema, batch, diffusion, picture_shape, **settings):
@@ -296,7 +313,7 @@ def write_losses(folder, state, rate):
 
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None, seed=0,
           data_dir="data", output_dir="outputs", device="auto", precision="auto",
-          image_size=None, channels=None, fit="crop", with_labels=False, cache_dir=None, flip=False,
+          image_size=None, channels=None, fit="crop", labels=None, label_drop=0.1, cache_dir=None, flip=False,
           val_dir=None, val_fraction=0.0, timesteps=1000, schedule="linear", objective="eps",
           model_name="simple", grad_checkpoint=False, compile=False,
           optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0, accumulate=1,
@@ -329,9 +346,9 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     with (Signals(ignore=rank > 0) as signals,
           only_run(output_dir) if rank == 0 else contextlib.nullcontext()):
         origin, same_run = find_checkpoint(output_dir, resume, overwrite)
-        dataset_name, batches, held_out = load_batches(
-            dataset_name, batch_size * accumulate, seed, flip, data_dir, val_dir, val_fraction, device,
-            image_size=image_size, channels=channels, fit=fit, with_labels=with_labels, cache_dir=cache_dir)
+        dataset_name, classes, batches, held_out = load_batches(
+            dataset_name, batch_size * accumulate, seed, flip, labels, data_dir, val_dir, val_fraction, device,
+            image_size=image_size, channels=channels, fit=fit, cache_dir=cache_dir)
         if world > 1 and batches.batch_size % (world * accumulate):
             raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally by {world} "
                              f"processes in {accumulate} parts")
@@ -339,34 +356,36 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every)
         if warmup >= plan.total_steps:
             raise ValueError(f"warmup must be shorter than the run of {plan.total_steps} steps, got {warmup}")
-        model_config = dict(model_config, image_channels=channels, add_input=objective == "eps")
+        model_config = dict(model_config, image_channels=channels, add_input=objective == "eps",
+                            num_classes=classes and len(classes))
         model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
         state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
             model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay, fused=True))
         # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
         if origin is None:
             check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model))
-        settings.update(precision=str(precision), image_size=image_size, channels=channels,
+        settings.update(precision=str(precision), image_size=image_size, channels=channels, labels=bool(classes),
                         images=batches.fingerprint(), held_out=held_out and held_out.fingerprint())
         if lr_schedule != "constant":  # then the length of the run changes every step
             settings["total_steps"] = plan.total_steps
         facts = {"model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
                  "settings": settings, "data": {
-                     "name": str(dataset_name), "image_size": image_size, "channels": channels,
-                     "classes": class_names(dataset_name, with_labels)}}
+                     "name": str(dataset_name), "image_size": image_size, "channels": channels, "classes": classes}}
 
         # ---- What is going to happen
         print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
         print(f"precision: {precision_reason}; samples are drawn in float32")
         print(f"data: {dataset_name}, {batches.num_images} images of {channels}x{image_size}x{image_size}"
               + (f", {held_out.num_images} held out" if held_out else "")
+              + (f", {len(classes)} classes" if classes else "")
               + f"; model: {count_parameters(model):,} parameters")
         if origin:
             restore(state, origin, facts, plan)
         if compile:
             model.compile()
         network = DistributedDataParallel(model) if world > 1 else model
-        step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate)
+        step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
+                             label_drop=label_drop if classes else 0.0)
         batch = tuple(part.to(device) for part in next(iter(batches)))
         step_seconds, call_seconds = measure_seconds(
             network, EMA(model), batch, diffusion, (num_samples, *batch[0].shape[1:]), **step_settings)
@@ -509,8 +528,9 @@ def main(argv=None):
     add("--fit", "of pictures that are not square: the central square, or all of it stretched", "crop",
         choices=FITS)
     add("--flip", "mirror each image with probability 1/2: not for digits or writing", False, action=SWITCH)
-    add("--with_labels", "of a folder: note the names of its sub-folders as classes in the checkpoint", False,
-        action="store_true")
+    add("--labels", "train with classes, so that one can ask for a 7; default: if the data set has them; "
+        "of a folder, its sub-folders are classes if this is given", action=SWITCH)
+    add("--label_drop", "share of images whose class is withheld: what guidance needs", 0.1, type=fraction)
     add("--cache_dir", "keep the decoded images of a folder there, for a set larger than memory")
     add("--val_dir", "for the held-out loss: a folder that is not trained on, or the test set of a named set")
     add("--val_fraction", "without --val_dir: hold out this share of the images", 0.0, type=fraction)

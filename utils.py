@@ -7,6 +7,7 @@ import copy
 import ctypes
 import functools
 import io
+import json
 import math
 import os
 import re
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torchvision.utils import make_grid
 
 try:
@@ -107,6 +109,14 @@ def positive_float(text):
     return value
 
 
+def guidance_number(text):
+    """An argparse type: 0 to 100."""
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise ValueError
+    return value
+
+
 def seed_number(text):
     """An argparse type: 0, 1, 2, ..."""
     value = int(text)
@@ -128,6 +138,7 @@ positive_int.__name__ = "positive whole number"
 whole_number.__name__ = "whole number"
 int_tuple.__name__ = "list of numbers (1,2,4)"
 positive_float.__name__ = "positive number"
+guidance_number.__name__ = "number from 0 to 100"
 seed_number.__name__ = "seed (a whole number from 0)"
 fraction.__name__ = "number from 0 to 1"
 
@@ -292,22 +303,43 @@ def image_grid(images, columns=None, padding=2, background=255):
     return make_grid(images, nrow=columns, padding=padding, pad_value=background).permute(1, 2, 0)
 
 
-def png_bytes(pixels, upscale=1):
-    """A uint8 array [H, W, 3] as the bytes of a PNG file, every pixel shown upscale x upscale."""
+NOTE = "diffusion"  # the name of the text chunk in our PNGs
+
+
+def png_bytes(pixels, upscale=1, note=None):
+    """A uint8 array [H, W, 3] as the bytes of a PNG file, every pixel shown upscale x upscale.
+
+    note: a dict that goes with the picture, as JSON: how it was made.
+    """
     picture = Image.fromarray(np.asarray(pixels))
     picture = picture.resize((picture.width * upscale, picture.height * upscale), Image.NEAREST)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    buffer, chunks = io.BytesIO(), PngInfo()
+    if note is not None:
+        chunks.add_text(NOTE, json.dumps(note))
+    picture.save(buffer, format="PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 
-def save_images(images, path, columns=None, padding=2, upscale=None):
+def read_note(path):
+    """The note in a PNG that we wrote. Raises ValueError if there is none."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            note = json.loads(picture.text[NOTE])
+        if isinstance(note, dict):
+            return note
+    except (KeyError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+        raise ValueError(f"{path} does not tell how it was made: it is not a PNG written by this project") from error
+    raise ValueError(f"{path}: what it tells of how it was made is damaged")
+
+
+def save_images(images, path, columns=None, padding=2, upscale=None, note=None):
     """Save a grid of images as PNG. images: [N, C, H, W] in [-1, 1], grey or colour.
 
     upscale: show every pixel upscale x upscale; by default so that an image is 84 pixels wide or more.
+    note: see png_bytes.
     """
     upscale = upscale or max(1, math.ceil(84 / images.shape[-1]))
-    write_file(path, png_bytes(image_grid(to_uint8(images), columns, padding), upscale))
+    write_file(path, png_bytes(image_grid(to_uint8(images), columns, padding), upscale, note))
 
 
 def save_gif(pictures, path, seconds=0.12, last_seconds=2.0):

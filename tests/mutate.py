@@ -143,6 +143,14 @@ EDITS = [
     Edit("sigmoid schedule turned round", "diffusion.py",
          "torch.sigmoid(-(start + level * (end - start)))", "torch.sigmoid(start - level * (end - start) / 2)",
          "diffusion"),
+    Edit("2M looks back instead of ahead", "diffusion.py",
+         "return x_0 + (then - now)", "return x_0 - (then - now)", "samplers"),
+    Edit("the oldest estimate weighs most", "diffusion.py", "reversed(past))", "past)", "samplers"),
+    Edit("the last step extrapolates, too", "diffusion.py", "len(past) == 1 or t_prev < 0", "len(past) == 1",
+         "samplers diffusion"),
+    Edit("no class is ever withheld", "train.py", "< label_drop, -1)", "< 0, -1)", "classes"),
+    Edit("recreated with any checkpoint", "sample.py", 'again["checkpoint"] != data["digest"]', "False", "classes"),
+    Edit("labels of the first batch for all", "sample.py", "y[first - first_index:]", "y[0:]", "classes"),
 ]
 
 

@@ -376,7 +376,7 @@ def test_n_steps_call_the_model_n_times(sampler):
     diffusion = DiffusionProcess(60)
     for steps in (1, 2, 7, 59, 60, None):
         model = CountingModel()
-        diffusion.sample(model, 4, 2, sampler=sampler, steps=steps, seed=0)
+        diffusion.sample(model, 4, 2, sampler=sampler, steps=steps, seed=0, spacing="uniform")
         expected = steps or min(SAMPLERS[sampler].steps or 60, 60)
         assert len(model.calls) == expected
         assert [t for t, _ in model.calls] == diffusion.timesteps(expected)[:-1]

@@ -326,6 +326,7 @@ X_T = A * 0.8 + B * -0.5
 X_0 = (X_T + B * 0.4) / A
 STEP, TRUE_STEP = A_PREV * X_0 - B_PREV * 0.4, A_PREV * 0.8 - B_PREV * 0.5
 EPOCH = 468 * 128 * 3 * operations(64)
+CLASSES = 11 * 256
 BYTES = 4 * parameters(64)
 
 N = r"(-?[\d,]*\.?\d+(?:e-\d+)?)"                                   # a number, as group
@@ -362,8 +363,10 @@ CLAIMS = [
     (f"alpha_bar is {N}; it passes one half at t = {N} ", LINEAR[250], (LINEAR < 0.5).argmax()),
     (f"For our pixel it would give {N} in place of {N} ", X_T + 0.4, X_0),
     (f"beta reaches {N} at T = 20 and {N} at T = 10", 0.02 * 1000 / 20, 0.02 * 1000 / 10),
-    (f"copies of {N} float32 numbers make it about {N} MB", parameters(64), 4 * BYTES / 1e6),
-    (f"here {N} MB for a model of {N} MB", 4 * BYTES / 1e6, BYTES / 1e6),
+    (f"ten classes and \"no class\" add 11 x 256 = {N} parameters", CLASSES),
+    (f"copies of {N} float32 numbers \\(the {N} above, and {N} for the classes\\) make it about {N} MB",
+     parameters(64) + CLASSES, parameters(64), CLASSES, 16 * (parameters(64) + CLASSES) / 1e6),
+    (f"here {N} MB for a model of {N} MB", 16 * (parameters(64) + CLASSES) / 1e6, BYTES / 1e6),
     (f"five times {N} MB", BYTES / 1e6),
     (f"one 28x28 image takes {N} GFLOP", operations(64) / 1e9),
     (f"An MNIST epoch is therefore about {N} TFLOP", EPOCH / 1e12),

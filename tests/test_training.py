@@ -180,7 +180,7 @@ def test_an_impossible_decay_is_refused(decay):
 def test_a_run_writes_what_it_promises_and_the_checkpoint_alone_suffices(few_digits, tmp_path, capsys):
     _, ema, losses = train(**few_digits, **TINY, num_epochs=6, output_dir=tmp_path)
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    assert names == {*(f"samples/epoch_{k:03d}.png" for k in range(1, 7)), "training_loss.png",
+    assert names == {".lock", *(f"samples/epoch_{k:03d}.png" for k in range(1, 7)), "training_loss.png",
                      "training_loss.csv", "checkpoints/model_epoch_005.pt", "model_final.pt"}
     assert len(losses) == 6 * 4
     out = capsys.readouterr().out

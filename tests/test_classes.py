@@ -1,0 +1,186 @@
+"""Training with classes, asking for one of them, and guidance towards it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sample
+import train as train_module
+import utils
+from checkpoint import load_checkpoint, save_checkpoint
+from diffusion import DiffusionProcess
+from sample import choose_labels, generate, load_model
+from train import train, train_step
+
+TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, image_size=8, device="cpu", precision="float32",
+            num_samples=4, sample_every=1000)
+
+
+class Watching(torch.nn.Module):
+    """A model that notes which classes it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.told = []
+
+    def forward(self, x_t, t, y=None):
+        self.told.append(y)
+        return x_t * self.scale
+
+
+@pytest.fixture(scope="module")
+def two_shades(tmp_path_factory):
+    """A network trained on dark images of class 0 and bright ones of class 1, and its folder."""
+    folder = tmp_path_factory.mktemp("shades")
+    images = torch.cat([torch.full((32, 1, 8, 8), 40), torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.DATASETS, "shades", data.Row(None, ("dark", "bright")))
+        patch.setattr(train_module, "get_dataset", lambda *args, **settings: (images, torch.arange(64) // 32))
+        train("shades", steps=150, learning_rate=3e-3, ema_decay=0.9, objective="x0", timesteps=50,
+              label_drop=0.5, output_dir=folder, **TINY)
+    return folder / "model_final.pt"
+
+
+def test_the_class_asked_for_is_the_class_drawn(two_shades):
+    model, diffusion, about = load_model(two_shades)
+    assert about["classes"] == ["dark", "bright"] and model.num_classes == 2
+    for guidance in (1.0, 2.0):
+        images, _ = generate(model, diffusion, 16, 8, y=torch.arange(16) // 8, guidance=guidance)
+        dark, bright = images[:8].mean((1, 2, 3)), images[8:].mean((1, 2, 3))
+        assert dark.max() < -0.15 and bright.min() > 0.15, (dark, bright)        # the data: -0.69 and 0.69
+
+
+def test_without_a_class_both_are_drawn(two_shades):
+    model, diffusion, _ = load_model(two_shades)
+    images, _ = generate(model, diffusion, 32, 8, y=torch.full((32,), -1))
+    bright = (images.mean((1, 2, 3)) > 0).sum()
+    assert 4 <= bright <= 28
+
+
+def test_each_class_takes_its_turn_when_none_is_asked_for(two_shades):
+    model, diffusion, _ = load_model(two_shades)
+    y, _ = choose_labels(None, ["dark", "bright"], 8, first_index=3)
+    images, _ = generate(model, diffusion, 8, 8, y=y, first_index=3, batch_size=3)
+    assert ((images.mean((1, 2, 3)) > 0).tolist()) == [True, False] * 4
+    pictures = train_module.sample_images(model, diffusion, torch.device("cpu"), 8, 8)
+    assert ((pictures.mean((1, 2, 3)) > 0).tolist()) == [False, True] * 4
+
+
+def test_one_image_in_ten_is_trained_on_without_its_class():
+    model, y = Watching(), torch.arange(4000) % 10
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train_step(model, torch.zeros(4000, 1, 4, 4), y, optimizer, DiffusionProcess(), label_drop=0.1)
+    told, = model.told
+    dropped = told == -1
+    assert 0.08 < dropped.float().mean() < 0.12
+    assert torch.equal(told[~dropped], y[~dropped])
+    train_step(model, torch.zeros(4000, 1, 4, 4), y, optimizer, DiffusionProcess())
+    assert torch.equal(model.told[1], y)
+
+
+@pytest.mark.parametrize("labels, classes", [(None, 10), (True, 10), (False, None)])
+def test_a_labelled_set_is_trained_with_its_classes_unless_asked_otherwise(labels, classes, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 32)
+    model, *_ = train("synthetic_digits", steps=1, labels=labels, output_dir=tmp_path, **TINY)
+    entries = load_checkpoint(tmp_path / "model_final.pt")
+    assert model.num_classes == classes == entries["model_config"]["num_classes"]
+    assert entries["data"]["classes"] == (list("0123456789") if classes else None)
+
+
+# ---- What --label asks for
+
+CLOTHES = ["shirt", "sneaker", "bag"]
+
+
+@pytest.mark.parametrize("text, classes, labels, columns", [
+    (None, CLOTHES, [0, 1, 2, 0, 1, 2, 0], None), (None, None, None, None), ("none", CLOTHES, [-1] * 7, None),
+    ("1", CLOTHES, [1] * 7, None), ("sneaker", CLOTHES, [1] * 7, None),
+    ("bag, shirt", CLOTHES, [2, 2, 2, 2, 0, 0, 0], 4), ("all", CLOTHES, [0, 0, 0, 1, 1, 1, 2], 3),
+    ("3", ["3", "4"], [0] * 7, None)])
+def test_labels_are_names_or_numbers_and_a_row_each(text, classes, labels, columns):
+    y, got = choose_labels(text, classes, 7)
+    assert (y if y is None else y.tolist()) == labels and got == columns
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--label", "purple"], "unknown class 'purple'; choose from 0 (dark), 1 (bright)"),
+    (["--label", "2"], "unknown class '2'"), (["--label", ""], "unknown class ''"),
+    (["--guidance", "2", "--label", "none"], "needs classes to guide towards"),
+    (["--guidance", "-1"], "invalid number from 0 to 100"), (["--guidance", "nan"], "invalid number")])
+def test_a_class_that_is_not_there_is_one_line(argv, words, two_shades, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        sample.main(["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), *argv])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_a_network_without_classes_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 32)
+    train("synthetic_digits", steps=1, labels=False, output_dir=tmp_path, **TINY)
+    for argv in (["--label", "7"], ["--guidance", "2"]):
+        with pytest.raises(SystemExit) as exit_:
+            sample.main(["--checkpoint", str(tmp_path / "model_final.pt"), "--output_dir", str(tmp_path), *argv])
+        assert exit_.value.code == 2 and "trained without" in capsys.readouterr().err
+
+
+# ---- A picture tells how it was made
+
+def drawn(two_shades, folder, *argv):
+    sample.main(["--checkpoint", str(two_shades), "--output_dir", str(folder), "--device", "cpu", *argv])
+
+
+@pytest.mark.parametrize("argv", [
+    ["--num_images", "5"], ["--sampler", "ddpm_beta", "--steps", "7", "--seed", "3", "--label", "bright, dark"],
+    ["--sampler", "dpmpp_2m_sde", "--guidance", "2.5", "--first_index", "6", "--batch_size", "3", "--num_images", "8",
+     "--upscale", "2", "--spacing", "karras", "--eta", "0.7"]])
+def test_a_picture_is_made_again_byte_for_byte(argv, two_shades, tmp_path, capsys):
+    drawn(two_shades, tmp_path, *argv)
+    picture = tmp_path / "generated_samples.png"
+    threads = torch.get_num_threads()
+    drawn(two_shades, tmp_path / "again", "--recreate", str(picture))
+    assert "byte for byte the same" in capsys.readouterr().out
+    assert (tmp_path / "again" / "recreated.png").read_bytes() == picture.read_bytes()
+    torch.set_num_threads(threads)
+
+
+def test_a_single_image_is_made_again_byte_for_byte(two_shades, tmp_path, capsys):
+    drawn(two_shades, tmp_path, "--num_images", "4", "--batch_size", "2", "--single_images", "--steps", "5")
+    singles = sorted((tmp_path / "generated_samples").iterdir())
+    assert [path.name for path in singles] == ["0000.png", "0001.png", "0002.png", "0003.png"]
+    drawn(two_shades, tmp_path / "again", "--recreate", str(singles[3]))
+    assert (tmp_path / "again" / "recreated.png").read_bytes() == singles[3].read_bytes()
+
+
+def test_the_note_tells_all_that_decides_the_pixels_and_nothing_private(two_shades, tmp_path):
+    drawn(two_shades, tmp_path, "--steps", "3")
+    raw = (tmp_path / "generated_samples.png").read_bytes()
+    note = utils.read_note(tmp_path / "generated_samples.png")
+    assert note["checkpoint"] == load_checkpoint(two_shades)["digest"] and note["steps"] == 3 and note["eta"] == 0
+    assert note["command"].startswith("sample.py --num_images=64") and note["threads"] == torch.get_num_threads()
+    assert str(tmp_path).encode() not in raw and "/" not in str(note)
+
+
+def test_another_checkpoint_and_other_pictures_are_refused(two_shades, tmp_path, capsys):
+    drawn(two_shades, tmp_path, "--steps", "3")
+    entries = load_checkpoint(two_shades)
+    entries["ema"] = {name: value * 1.001 for name, value in entries["ema"].items()}
+    save_checkpoint(tmp_path / "other.pt", entries)
+    Image.new("L", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "real.png").write_bytes(utils.png_bytes(np.zeros((8, 8, 3), np.uint8), note={"made_from": "a photo"}))
+    (tmp_path / "half.png").write_bytes(utils.png_bytes(np.zeros((8, 8, 3), np.uint8), note={"seed": 1}))
+    (tmp_path / "text.png").write_text("no picture")
+    picture = str(tmp_path / "generated_samples.png")
+    capsys.readouterr()
+    for path, checkpoint, words in (
+            (picture, tmp_path / "other.pt", "was not made with"), (tmp_path / "plain.png", two_shades, "does not tell"),
+            (tmp_path / "real.png", two_shades, "made from a photo"), (tmp_path / "half.png", two_shades, "not complete"),
+            (tmp_path / "text.png", two_shades, "does not tell"), (tmp_path / "no.png", two_shades, "No such file")):
+        with pytest.raises(SystemExit) as exit_:
+            drawn(checkpoint, tmp_path / "again", "--recreate", str(path))
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2 and words in error and error.count("\n") == 1, (path, error)
+    assert not (tmp_path / "again" / "recreated.png").exists()
