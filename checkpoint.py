@@ -15,8 +15,12 @@ import io
 import math
 import os
 import pickle
+import pickletools
+import re
 import signal
+import struct
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -27,6 +31,9 @@ from utils import EMA, write_file
 CHECKPOINT_FORMAT = "readable-diffusion"
 CHECKPOINT_VERSION = 1
 MAX_DEPTH, MAX_ENTRIES = 20, 200_000  # a few bytes of pickle can stand for billions of entries
+MAX_PICKLE = 10_000_000
+NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
+INDIRECT = ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # other ways to name something, which torch.save never uses
 SAFE_TORCH = (2, 10)  # before it, weights_only=True could be got round
 
 
@@ -53,7 +60,7 @@ def _digest(entries, max_bytes=math.inf):
     max_bytes: the size of the file they came from; a tensor beyond that (one value shown a billion
     times, say) or of an unusual kind raises ValueError before it costs memory.
     """
-    sha = hashlib.sha256()
+    sha, seen = hashlib.sha256(), 0
     for count, (kind, value) in enumerate(_walk(entries)):
         if count > MAX_ENTRIES:
             raise ValueError("too many entries")
@@ -62,8 +69,10 @@ def _digest(entries, max_bytes=math.inf):
             continue
         if value.layout != torch.strided or value.is_meta or value.is_complex():
             raise ValueError("an unusual kind of tensor")
-        if value.numel() * value.element_size() > max_bytes:
-            raise ValueError("a tensor larger than its file")
+        size = value.numel() * value.element_size()
+        seen += size
+        if size > max_bytes or seen > 10 * max_bytes:       # a few entries may share one tensor
+            raise ValueError("tensors larger than the file")
         sha.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
         sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
@@ -77,6 +86,20 @@ def save_checkpoint(path, entries):
     buffer = io.BytesIO()       # in memory first: a full disk is then an OSError and not torch's own error
     torch.save(entries, buffer)
     write_file(path, buffer.getbuffer())
+
+
+def _check_pickle(path, container, member):
+    """Refuse a pickle that names anything but tensors: weights_only=True would still make bytearrays of any
+    size, for instance."""
+    if member.file_size > MAX_PICKLE:
+        raise ValueError(f"{path}: refused, {member.file_size / 1e6:.0f} MB of it are not tensors")
+    try:
+        for opcode, argument, _ in pickletools.genops(container.read(member)):
+            if opcode.name in INDIRECT or opcode.name == "GLOBAL" and not NAMES.fullmatch(argument):
+                raise ValueError(f"{path}: refused, it holds more than tensors and plain values (a foreign checkpoint, "
+                                 f"or one that would run code): {str(argument)[:60]!r}")
+    except (UnicodeDecodeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: damaged, it cannot be read ({type(error).__name__})") from error
 
 
 def load_checkpoint(path):
@@ -95,12 +118,15 @@ def load_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as container:
             members = container.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            # torch.save stores without compression, so a member larger than the file is a bomb or a lie.
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or (
+                    sum(m.file_size for m in members) > path.stat().st_size):
+                raise ValueError(f"{path}: not a checkpoint of this project (its container is compressed or broken)")
+            for member in members:
+                if member.filename.endswith("/data.pkl"):
+                    _check_pickle(path, container, member)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
         raise ValueError(f"{path}: truncated, or not a checkpoint at all") from error
-    # torch.save stores without compression, so a member larger than the file is a bomb or a lie.
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or (
-            sum(m.file_size for m in members) > path.stat().st_size):
-        raise ValueError(f"{path}: not a checkpoint of this project (its container is compressed or broken)")
     try:
         entries = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -164,9 +190,13 @@ class State:
                 check_weights(path, weights, model)
                 model.load_state_dict(weights)
             self.optimizer.load_state_dict(saved["optimizer"])
-            for p, moments in self.optimizer.state.items():
-                if any(m.shape not in (p.shape, torch.Size()) for m in moments.values()):
+            for p in self.model.parameters():       # the fused optimizers trust these sizes
+                moments = {name: value.shape for name, value in self.optimizer.state[p].items()}
+                if moments != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} or not all(
+                        value.is_contiguous() for value in self.optimizer.state[p].values()):
                     raise ValueError("its optimizer was one of another model")
+            if saved["losses"].shape != (saved["step"],):
+                raise ValueError(f"it is at step {saved['step']} and has losses of shape {tuple(saved['losses'].shape)}")
             self.ema.updates, self.losses = saved["ema_updates"], saved["losses"].tolist()
             self.held_out_losses, self.reported = saved["held_out_losses"], saved["reported"]
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -230,16 +260,23 @@ def find_checkpoint(folder, resume, overwrite):
             raise ValueError(f"nothing to resume: {folder} holds neither {LATEST} nor {FINAL}")
         return found, True
     origin = Path(resume) if resume else None
-    own = origin is not None and folder.resolve() in origin.resolve().parents
+    if origin and not origin.is_file():
+        raise FileNotFoundError(2, "no such checkpoint", str(origin))
+    own = origin is not None and origin.resolve() in [path.resolve() for path in run_files(folder)]
     if latest.exists() and not own and not overwrite:
         raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite replaces it, "
                          "another --output_dir keeps it")
     return origin, own
 
 
+def run_files(folder):
+    """What a run has written into a folder, and nothing else that lies there."""
+    return [path for pattern in RUN_FILES for path in Path(folder).glob(pattern)]
+
+
 def clear_run(folder):
-    """Delete what an earlier run has written into a folder, and only that."""
-    old = [path for pattern in RUN_FILES for path in Path(folder).glob(pattern)]
+    """Delete what an earlier run has written into a folder."""
+    old = run_files(folder)
     if old:
         print(f"replacing an earlier run in {folder} ({len(old)} files)")
     for path in old:
@@ -248,7 +285,7 @@ def clear_run(folder):
 
 def check_settings(path, saved, now):
     """Raise ValueError if a run is to go on with other settings, naming each with both values."""
-    if saved is None:
+    if not isinstance(saved, dict):
         raise ValueError(f"{path} cannot be resumed: it was written by an earlier version, or only for sampling")
     changed = [f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
                for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
@@ -270,7 +307,7 @@ class Signals:
     """While it is entered, SIGINT and SIGTERM raise Stopped; a second one ends the process at once."""
 
     def __init__(self, ignore=False):
-        self.ignore, self.came, self.holding, self.before = ignore, None, False, {}
+        self.ignore, self.came, self.since, self.holding, self.before = ignore, None, 0.0, False, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():       # elsewhere Python allows no handlers
@@ -286,9 +323,11 @@ class Signals:
         if self.ignore:
             return
         if self.came:
+            if number == signal.SIGTERM and time.monotonic() - self.since < 2:
+                return                  # launchers and timeout(1) send it to the process and to its group
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.came = number
+        self.came, self.since = number, time.monotonic()
         if not self.holding:
             raise Stopped(number)
 

@@ -8,7 +8,6 @@ Images stay uint8 until a batch is made. Batches need no worker processes: index
 """
 
 import hashlib
-import itertools
 import threading
 import urllib.error
 import urllib.request
@@ -241,7 +240,7 @@ class Batches:
         return x_0, self.labels[index]
 
     def fingerprint(self):
-        """What tells these images and labels from others, in a phrase; of a large set 1,000 are looked at."""
+        """What tells these images and labels from others, in a phrase; of a large set under 2,000 are looked at."""
         picks = self.indices[::max(1, self.num_images // 1000)].to(self.images.device)
         sha = hashlib.sha256(self.images[picks].cpu().numpy())
         sha.update(self.labels[picks].cpu().numpy())
@@ -249,11 +248,15 @@ class Batches:
         return f"{self.num_images} of {shape}, digest {sha.hexdigest()[:8]}"
 
     def __iter__(self):
+        return self.from_step(0)
+
+    def from_step(self, first):
+        """The batches of epoch `epoch` from the first-th on."""
         random = np.random.default_rng([self.seed, self.epoch])
         # To the images' device once an epoch: a copy makes a GPU wait.
         order = self.indices[torch.from_numpy(random.permutation(self.num_images))].to(self.images.device)
         mirrored = torch.from_numpy(random.random(len(order)) < 0.5).to(order.device) if self.flip else None
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             here = slice(start, start + self.batch_size)
             yield self.take(order[here], mirrored[here] if self.flip else None)
 
@@ -261,5 +264,5 @@ class Batches:
         """Batches from step `first_step` of the run on, epoch after epoch, without end."""
         while True:
             self.epoch = first_step // len(self)
-            yield from itertools.islice(self, first_step % len(self), None)
+            yield from self.from_step(first_step % len(self))
             first_step = (self.epoch + 1) * len(self)

@@ -15,7 +15,7 @@ Only this file knows whether that tensor means the noise ("eps"), the image ("x0
 
 Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine schedule), Jabri
 et al. 2022 (sigmoid schedule), Salimans & Ho 2022 (the v objective), Ho & Salimans 2022 (classifier-free
-guidance), Lu et al. 2022b (DPM-Solver++), Zhang & Chen 2023 (iPNDM), Karras et al. 2022 (noise levels).
+guidance), Lu et al. 2022 (DPM-Solver++), Zhang & Chen 2023 (iPNDM), Karras et al. 2022 (noise levels).
 """
 
 import contextlib
@@ -85,13 +85,13 @@ class Sampler(NamedTuple):
 
 
 SAMPLERS = {
-    #                       eta  order      variance     steps spacing
+    #                       eta order from   variance    steps spacing
     "ddpm":         Sampler(1.0, 1, "x0",  "posterior", None, "uniform"),
     "ddpm_beta":    Sampler(1.0, 1, "x0",  "beta",      None, "uniform"),
     "ddim":         Sampler(0.0, 1, "x0",  "posterior", 50,   "uniform"),
-    "dpmpp_2m":     Sampler(0.0, 2, "x0",  "posterior", 10,   "log_snr"),   # Lu et al. 2022b, algorithm 2
+    "dpmpp_2m":     Sampler(0.0, 2, "x0",  "posterior", 10,   "log_snr"),   # Lu et al. 2022, algorithm 2
     "dpmpp_2m_sde": Sampler(1.0, 2, "x0",  "posterior", 20,   "log_snr"),   # the same with noise
-    "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10,   "log_snr"),   # Zhang & Chen 2023, section 3
+    "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10,   "log_snr"),   # Zhang & Chen 2023
 }
 
 # The Adams-Bashforth weights of order 1 to 4, for the newest estimate first.
@@ -99,7 +99,7 @@ ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24
 
 
 def log_snr(alpha_bar):
-    """Half the logarithm of signal over noise, lambda in Lu et al. 2022; infinite for a clean image."""
+    """Half the logarithm of the signal-to-noise ratio, lambda in Lu et al. 2022; infinite for a clean image."""
     return math.inf if alpha_bar >= 1 else 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
@@ -112,7 +112,7 @@ def uniform_spacing(alpha_bar, steps):
 
 
 def trailing_spacing(alpha_bar, steps):
-    """Equal strides of T / steps, counted from T (Lin et al. 2023, table 2)."""
+    """The same in the rounding of Lin et al. 2023 (table 2): it differs by one level, where T / steps is odd."""
     return np.round(np.arange(steps, -1, -1) * (len(alpha_bar) / steps)) - 1
 
 
@@ -130,7 +130,7 @@ def log_snr_spacing(alpha_bar, steps):
 
 
 def karras_spacing(alpha_bar, steps, rho=7):
-    """Equal strides in sigma^(1/rho), where sigma is noise over signal (Karras et al. 2022, eq. 5)."""
+    """Equal strides in s^(1/rho), where s = sqrt((1 - ab) / ab), Karras' sigma (Karras et al. 2022, eq. 5)."""
     return _even_in(((1 - alpha_bar) / alpha_bar) ** (0.5 / rho), steps)
 
 
@@ -352,7 +352,7 @@ class DiffusionProcess:
         """The x_0 to step towards, from the last estimates: where they are heading, not where they are.
 
         past: triples (t, x_0, eps), the newest last.  "x0" goes on along a line in the log-SNR, to the middle
-        of the step (DPM-Solver++(2M), Lu et al. 2022b, algorithm 2); "eps" by the Adams-Bashforth rule of
+        of the step (DPM-Solver++(2M), Lu et al. 2022, algorithm 2); "eps" by the Adams-Bashforth rule of
         the order that `past` allows (iPNDM), as though the steps were equal.
         """
         t, x_0 = past[-1][:2]
@@ -395,7 +395,7 @@ class DiffusionProcess:
         """The one sampling loop: a generator that yields (t, x_t, x_0) after each step.
 
         t is the level just reached, -1 in the last item, whose x_t is the finished picture; x_0 is
-        the estimate that the step used. The model is called exactly `steps` times (twice as often
+        the model's newest estimate. The model is called exactly `steps` times (twice as often
         with guidance other than 0 and 1).
 
         x_T: [B, C, H, W] noise.  sampler: a key of SAMPLERS; steps, eta, spacing default to its row.
@@ -417,6 +417,30 @@ class DiffusionProcess:
                 target = self._extrapolate(row.extrapolates, x_t, t_prev, past)
                 x_t = self._step(x_t, target, t, t_prev, eta, row.variance, noise)
                 yield t_prev, x_t, x_0
+
+    @torch.no_grad()
+    def invert(self, model, x_0, *, steps=None, spacing=None, y=None, guesses=3):
+        """The noise that DDIM turns into these images: its steps, taken backwards.
+
+        A step from t to t_prev uses the model's answer at t, which is not known yet on the way back; so it
+        is guessed from x at t_prev, and the guess improved by asking again, `guesses` times in all (each is
+        a call of the model). Going down again with clip=False then returns x_0, but for rounding and for
+        what a guess still lacks.
+
+        x_0: [B, C, H, W] in [-1, 1].  Returns x_T, [B, C, H, W].
+        """
+        levels = self.sampling_levels("ddim", steps, spacing)
+        x = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
+        with _evaluating(model):
+            for t, t_prev in reversed(list(zip(levels, levels[1:]))):
+                ab_t, ab_prev = self._level(t), self._level(t_prev)
+                x_t = x
+                for _ in range(guesses):
+                    eps = self._eps(x_t, self.predict_x0(model, x_t, t, y, clip=False), t)
+                    clean = (x - math.sqrt(1 - ab_prev) * eps) / math.sqrt(ab_prev)
+                    x_t = math.sqrt(ab_t) * clean + math.sqrt(1 - ab_t) * eps
+                x = x_t
+        return x
 
     def sample(self, model, image_size=28, batch_size=64, channels=1, *, x_T=None, seed=None,
                first_index=0, device=None, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,

@@ -25,6 +25,9 @@ def join(device="auto"):
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"several processes run on auto, cuda (a GPU for each) or cpu, not on {device!r}")
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes need a GPU each, and there are "
+                         f"{torch.cuda.device_count()}: lower --nproc_per_node, or use --device cpu")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
     if not dist.is_initialized():
         # The others wait while rank 0 reads a folder or draws pictures: more than the usual ten minutes.
@@ -56,9 +59,11 @@ def first_rank_first():
     rank, world = place()
     if rank > 0:
         dist.barrier()
-    yield
-    if rank == 0 and world > 1:
-        dist.barrier()
+    try:
+        yield
+    finally:                                  # also after an error, which the others will then meet, too
+        if rank == 0 and world > 1:
+            dist.barrier()
 
 
 def mean_over_ranks(values):

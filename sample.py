@@ -9,7 +9,9 @@ Writes outputs/generated_samples.png; with --show_intermediate also generation_s
 and generation_frames/. The PNG tells how it was made, and --recreate makes it again.
 """
 
+import io
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -50,8 +52,9 @@ def load_model(path, device="cpu", ema=True):
         if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_IMAGE_SIZE:
             raise ValueError(f"image_size {data['image_size']!r}")
         data["name"] = str(data["name"])
-        if (data["classes"] and len(data["classes"])) != model.num_classes:
-            raise ValueError(f"{model.num_classes} classes in the network, and the names of others")
+        data["classes"] = [str(name) for name in data["classes"]] if model.num_classes else None
+        if model.num_classes and len(data["classes"]) != model.num_classes:
+            raise ValueError(f"{len(data['classes'])} names for {model.num_classes} classes")
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights and settings do not fit together ({reason})") from error
@@ -95,21 +98,23 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     return torch.cat(images), frames
 
 
-def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device):
+def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device, precision=torch.float32):
     """How long sampling will take here, from timing one call of the model."""
     x_T = torch.zeros(min(batch_size, num_images), model.image_channels, image_size, image_size,
                       device=device)
-    one_call = measure(lambda: diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1), device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        one_call = measure(lambda: diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1), device)
     return one_call * calls * num_images / len(x_T)
 
 
 def choose_labels(text, classes, num_images, first_index=0):
-    """What --label asks for: (y [num_images] or None, columns of the grid or None).
+    """What --label asks for: (y [num_images] or None, columns of the grid or None). Several labels get full
+    rows, and so may need some images more.
 
     text: a number or name, several with commas (a row for each), "all", "none", or None for the default.
     classes: the names of the classes, or None. Raises ValueError for a class that is not there.
     """
-    if text is None:
+    if text is None or text == "none" and not classes:
         turns = torch.arange(first_index, first_index + num_images)
         return (turns % len(classes) if classes else None), None
     if not classes:
@@ -124,11 +129,10 @@ def choose_labels(text, classes, num_images, first_index=0):
         elif word.isdecimal() and int(word) < len(classes):
             labels.append(int(word))
         else:
-            raise ValueError(f"unknown class {word!r}; choose from "
-                             + ", ".join(f"{k} ({name})" if name != str(k) else name for k, name in enumerate(classes)))
+            names = [f"{k} ({name})" if name != str(k) else name for k, name in enumerate(classes)]
+            raise ValueError(f"unknown class {word!r}; choose from all, none, {', '.join(names)}")
     columns = math.ceil(num_images / len(labels))
-    y = torch.tensor(labels).repeat_interleave(columns)[:num_images]
-    return y, columns if len(labels) > 1 else None
+    return torch.tensor(labels).repeat_interleave(columns), columns if len(labels) > 1 else None
 
 
 # ---- The way out of the noise, as pictures
@@ -184,18 +188,20 @@ def save_intermediate(frames, output_dir):
 
 RECIPE = ("num_images", "first_index", "seed", "sampler", "steps", "eta", "spacing", "label", "guidance", "batch_size",
           "precision", "upscale")
+SURROUNDINGS = ("device", "threads", "torch")  # these change single bits: sums are taken in another order
+MAX_IMAGES = 1_000_000
 
 
-def make_note(args, diffusion, digest):
+def make_note(args, diffusion, digest, device):
     """All that decides the pixels, for the PNG: the flags with their defaults filled in, and what else does."""
     note = {name: getattr(args, name) for name in RECIPE}
     row = SAMPLERS[args.sampler]
     note["steps"] = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
     note["eta"] = row.eta if args.eta is None else args.eta
     note["spacing"] = args.spacing or row.spacing
-    note["command"] = " ".join(["sample.py", *as_flags(note)])
-    # Sums are taken in another order by another number of threads.
-    return {**note, "threads": torch.get_num_threads(), "torch": torch.__version__, "checkpoint": digest}
+    note["command"] = shlex.join(["sample.py", *as_flags(note)])
+    return {**note, "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "checkpoint": digest}
 
 
 def as_flags(note):
@@ -206,14 +212,26 @@ def read_recipe(path):
     """The note of a picture that can be made again. Raises ValueError if this one cannot."""
     note = read_note(path)
     if "made_from" in note:
-        raise ValueError(f"{path} cannot be made again from a seed: it was made from {note['made_from']}")
-    missing = [name for name in (*RECIPE, "threads", "torch", "checkpoint") if name not in note]
-    whole = not missing and all(type(note[name]) is int for name in ("threads", "num_images"))
-    if not whole or not 1 <= note["threads"] <= 1024 or note.get("picture", 0) not in range(note["num_images"]):
-        raise ValueError(f"{path}: what it tells of how it was made is not complete ({', '.join(missing)})")
-    if note["torch"] != torch.__version__:
-        print(f"made with torch {note['torch']}, and this is {torch.__version__}: pixels may differ a little")
+        raise ValueError(f"{path} cannot be made again from a seed: it was made from {str(note['made_from'])[:60]!r}")
+    missing = [name for name in (*RECIPE, *SURROUNDINGS, "checkpoint") if name not in note]
+    if missing:
+        raise ValueError(f"{path} does not tell its {', '.join(missing)}")
+    numbers = [note["num_images"], note["threads"], note.get("picture", 0)]
+    if any(type(number) is not int for number in numbers) or not (
+            0 <= numbers[2] < numbers[0] <= MAX_IMAGES and 1 <= numbers[1] <= 1024):
+        raise ValueError(f"{path}: what it tells of how it was made is damaged")
     return note
+
+
+def compare(picture, reference, note, again):
+    """Say whether a picture that was made again is the same, and if not, what was different."""
+    if picture.read_bytes() == reference:
+        return "byte for byte the same"
+    with Image.open(picture) as a, Image.open(io.BytesIO(reference)) as b:
+        same = a.size == b.size and a.convert("RGB").tobytes() == b.convert("RGB").tobytes()
+    differ = [f"{name} {str(again[name])[:40]!r} then, {note[name]!r} now" for name in SURROUNDINGS
+              if again[name] != note[name]]
+    return ("the same pixels" if same else "NOT the same pixels") + (f" ({'; '.join(differ)})" if differ else "")
 
 
 @command
@@ -225,7 +243,7 @@ def main(argv=None):
     add("--first_index", "begin with this image of the seed", 0, type=whole_number)
     add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42, type=seed_number)
     add("--sampler", "how to step down", "ddim", choices=sorted(SAMPLERS))
-    add("--steps", "model calls; default: " + ", ".join(
+    add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--label", "the class to draw, as a number or name; several with commas, or all: a row of pictures for "
@@ -246,16 +264,18 @@ def main(argv=None):
     add("--precision", "bf16 is faster on some devices and changes the pictures a little", "float32",
         choices=list(PRECISIONS))
     args = parser.parse_args(argv)
+    picture = Path(args.output_dir) / "generated_samples.png"
     again = read_recipe(args.recreate) if args.recreate else None
     if again:
+        picture, reference = picture.with_name("recreated.png"), Path(args.recreate).read_bytes()
         args = parser.parse_args([*(sys.argv[1:] if argv is None else argv), *as_flags(again)])
+        args.label, args.upscale = (again[name] and getattr(args, name) for name in ("label", "upscale"))
         torch.set_num_threads(again["threads"])
 
     device = get_device(args.device)
     if not Path(args.checkpoint).exists():
         raise ValueError(f"no checkpoint at {args.checkpoint}; make one with python train.py, or name one "
                          "with --checkpoint")
-    picture = Path(args.output_dir) / ("recreated.png" if again else "generated_samples.png")
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
     model, diffusion, data = load_model(args.checkpoint, device)
     if again and again["checkpoint"] != data["digest"]:
@@ -263,14 +283,16 @@ def main(argv=None):
                          f"{str(again['checkpoint'])[:12]}..., not {data['digest'][:12]}...")
     size, classes = data["image_size"], data["classes"]
     y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
-    if args.guidance != 1 and (not classes or args.label == "none"):
+    args.num_images = args.num_images if y is None else len(y)
+    if args.guidance not in (0, 1) and (not classes or args.label == "none"):
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards: "
                          + ("--label none has none" if classes else "the model was trained without"))
-    note = make_note(args, diffusion, data["digest"])
+    note = make_note(args, diffusion, data["digest"], device)
     print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})")
     evaluations = note["steps"] * (1 if args.guidance in (0, 1) else 2)
-    seconds = seconds_for(model, diffusion, args.num_images, size, args.batch_size, evaluations, device)
+    seconds = seconds_for(model, diffusion, args.num_images, size, args.batch_size, evaluations, device,
+                          PRECISIONS[args.precision])
     print(f"cost: {args.num_images} images in {note['steps']} steps of {args.sampler}, about "
           f"{format_seconds(seconds)} here", flush=True)
 
@@ -286,10 +308,11 @@ def main(argv=None):
         save_images(images, picture, columns, upscale=args.upscale, note=note)
     print(f"wrote {picture}")
     if again:
-        same = picture.read_bytes() == Path(args.recreate).read_bytes()
-        print(f"{'byte for byte' if same else 'NOT byte for byte'} the same as {args.recreate}")
+        print(f"{compare(picture, reference, note, again)} as {args.recreate}")
     elif args.single_images:
         folder = make_output_dir(output_dir / "generated_samples")
+        for old in folder.glob("[0-9]*.png"):       # an earlier run may have left more of them
+            old.unlink()
         for k, image in enumerate(images):
             save_images(image[None], folder / f"{args.first_index + k:04d}.png", padding=0, upscale=args.upscale,
                         note={**note, "picture": k})

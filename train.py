@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import (BEST, FINAL, LATEST, Signals, State, Stopped, check_settings, clear_run,
-                        find_checkpoint, load_checkpoint, only_run, save_checkpoint)
+                        find_checkpoint, load_checkpoint, only_run, run_files, save_checkpoint)
 from data import (DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, split_held_out,
                   verify_dataset)
 from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess, seeded_noise
 from folders import FITS
-from models import ACTIVATIONS, MODELS, create_model
+from models import ACTIVATIONS, MODELS, create_model, model_defaults
 from plan import check_disk, make_plan, print_cost
 from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device,
                    format_seconds, fraction, get_device, get_precision, get_timesteps, int_tuple,
@@ -40,7 +40,7 @@ from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 LR_SCHEDULES = ("constant", "cosine")
-SAVE_SECONDS = 300  # at most, from one save of the latest state to the next
+SAVE_SECONDS = 300  # about so many at most from one save of the latest state to the next
 # What may be different when a run is resumed; everything else decides what it becomes. Of the data, the
 # images count and not where they lie.
 MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "output_dir", "device", "cache_dir",
@@ -106,8 +106,9 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     accumulate: work through the batch in so many parts, one after the other, to save memory.
     label_drop: the share of images whose class is withheld, so that the model also learns to do without
     (Ho & Salimans 2022, algorithm 1).
-    Returns the loss. A loss or gradient that is not a number leaves the weights as they are: on a CPU as
-    a FloatingPointError; on a GPU, which would have to wait for it, all losses from then on are NaN.
+    Returns the loss. A loss or gradient that is not a number leaves the weights as they are, as a
+    FloatingPointError; on a GPU with a fused optimizer, which does not wait to hear of it, all losses from
+    then on are NaN instead.
     Of several processes each works on every n-th image. What is random is drawn for the whole batch
     first, so that neither parts nor processes change it.
     """
@@ -136,7 +137,7 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     sound = (loss + norm).isfinite()
-    if x_0.device.type == "cuda":
+    if x_0.device.type == "cuda" and optimizer.defaults.get("fused"):
         loss = loss.where(hold_back(optimizer, sound) == 0, math.nan)
     elif not sound:
         raise FloatingPointError(f"no number any more: loss {float(loss)}, gradient norm {float(norm)}")
@@ -162,8 +163,8 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
     losses = [] if losses is None else losses
     before, steps = len(losses), len(dataloader) if steps is None else steps
     done, total = place or (0, steps)
+    world = distributed.place()[1]
     start = shown = time.perf_counter()
-    noted = torch.zeros(())
     bar = tqdm(itertools.islice(dataloader, steps), initial=done, total=total, desc=title, unit="step",
                leave=done + steps >= total, disable=not speaks())
     try:
@@ -181,16 +182,17 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
                     ema.update(model)
                 losses.append(loss)  # still on the device; its place counts the step
             now = time.perf_counter()
-            if now - shown > 1 or k == steps - 1:
-                # Of a second ago, because a GPU has long sent that; only at the end is it waited for.
-                loss, noted = noted if k < steps - 1 else loss, loss.to("cpu", non_blocking=True)
+            last = k == steps - 1       # several processes look together there, or one would leave the others waiting
+            if last or now - shown > 1 and world == 1:
                 shown = now
+                loss = loss.item()      # a GPU waits here, once a second
                 if not math.isfinite(loss):
                     raise FloatingPointError("no number any more")
                 bar.set_postfix_str(f"loss {loss:.4f}, {(k + 1) * len(x_0) / (now - start):.0f} images/s")
     except FloatingPointError as error:
-        good = next((k for k, loss in enumerate(losses) if not math.isfinite(loss)), len(losses)) - before
-        raise ValueError(f"{error}, in step {first_step + good + 1}: try a lower --lr, --grad_clip 1 or "
+        taken = [math.isfinite(loss) for loss in losses[before:]]
+        step = first_step + (taken.index(False) if False in taken else len(taken)) + 1
+        raise ValueError(f"{error}, in step {step}: try a lower --lr, --grad_clip 1 or "
                          "--precision float32; earlier checkpoints are untouched") from error
     finally:
         bar.close()
@@ -325,12 +327,11 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     fall back on.  steps: optimizer steps, instead of num_epochs; sample_every and save_every then count
     steps, else epochs.  model_config: base_channels and whatever else create_model takes.
     resume: "latest" or the path of a checkpoint to go on from: the result is bit for bit that of a run
-    that never stopped (on a CPU).  overwrite: replace an unfinished run in output_dir.
+    that never stopped (on a CPU, with as many processes).  overwrite: replace an unfinished run in output_dir.
     Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders, and
-    Stopped (a KeyboardInterrupt) after a signal, with the state saved.
+    Stopped (a KeyboardInterrupt) after a signal, with the state saved once there is any.
     """
-    settings = {name: value for name, value in locals().items() if name not in MAY_CHANGE}
-    settings.update(settings.pop("model_config"))
+    settings = {name: value for name, value in locals().items() if name not in (*MAY_CHANGE, "model_config")}
     # ---- What can be wrong is found before the training begins.
     if num_epochs < 1 or (steps is not None and steps < 1):
         raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
@@ -356,14 +357,15 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every)
         if warmup >= plan.total_steps:
             raise ValueError(f"warmup must be shorter than the run of {plan.total_steps} steps, got {warmup}")
-        model_config = dict(model_config, image_channels=channels, add_input=objective == "eps",
-                            num_classes=classes and len(classes))
+        model_config = dict(model_defaults(model_name), **model_config, image_channels=channels,
+                            add_input=objective == "eps", num_classes=classes and len(classes))
         model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
         state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
             model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay, fused=True))
         # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
         if origin is None:
-            check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model))
+            check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model),
+                       sum(path.stat().st_size for path in run_files(output_dir)))
         settings.update(precision=str(precision), image_size=image_size, channels=channels, labels=bool(classes),
                         images=batches.fingerprint(), held_out=held_out and held_out.fingerprint())
         if lr_schedule != "constant":  # then the length of the run changes every step
@@ -389,6 +391,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         batch = tuple(part.to(device) for part in next(iter(batches)))
         step_seconds, call_seconds = measure_seconds(
             network, EMA(model), batch, diffusion, (num_samples, *batch[0].shape[1:]), **step_settings)
+        step_seconds = float(distributed.mean_over_ranks(torch.tensor(step_seconds, device=device)))
         picture_calls = len(diffusion.sampling_levels("ddim")) - 1
         print_cost(plan, len(state.losses), batches, held_out, step_seconds, call_seconds, picture_calls,
                    num_samples, peak_memory(device))
@@ -432,13 +435,13 @@ def follow(plan, state, save, look, network, batches, diffusion, device, *, leg,
     save(name): write a checkpoint.  look(seconds): pictures and tables, after so many seconds.
     leg: steps between two looks at the clock.  settings: as train_epoch takes them.
     """
-    alone_or_first = distributed.place()[0] == 0
+    rank, _ = distributed.place()
     stream = batches.stream(len(state.losses))
     looked = saved = time.perf_counter()
     save_seconds = 0.0
     while True:
         step = len(state.losses)
-        if alone_or_first and step > state.reported and plan.is_report(step):
+        if rank == 0 and step > state.reported and plan.is_report(step):
             look(time.perf_counter() - looked)
             looked = time.perf_counter()
         if step >= plan.total_steps:
@@ -451,7 +454,7 @@ def follow(plan, state, save, look, network, batches, diffusion, device, *, leg,
                     place=(step - first, last - first), **settings)
         # After each epoch, as long as that costs under a percent of the time.
         since = time.perf_counter() - saved
-        if alone_or_first and (since > SAVE_SECONDS or end == epoch_end and since > 100 * save_seconds):
+        if rank == 0 and (since > SAVE_SECONDS or end == epoch_end and since > 100 * save_seconds):
             start = time.perf_counter()
             save(LATEST)
             saved = time.perf_counter()
@@ -484,9 +487,9 @@ def report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, nu
 
 
 def save_state(path, state, facts, steps_per_epoch):
-    """Write a checkpoint, unless the weights have become useless: then ValueError, and the file stays."""
-    if not all(p.isfinite().all() for p in state.model.parameters()):
-        raise ValueError(f"weights are no numbers any more after step {len(state.losses)}; {path} is left as "
+    """Write a checkpoint, unless the training has become useless: then ValueError, and the file stays."""
+    if not all(p.isfinite().all() for p in state.model.parameters()) or not all(map(math.isfinite, state.losses)):
+        raise ValueError(f"weights or losses are no numbers any more by step {len(state.losses)}; {path} is left as "
                          "it was")
     save_checkpoint(path, {**facts, **state.entries(), "epoch": len(state.losses) // steps_per_epoch})
     if path.name != LATEST:
@@ -496,8 +499,8 @@ def save_state(path, state, facts, steps_per_epoch):
 def restore(state, origin, facts, plan):
     """Put a new run where a checkpoint of the same settings was. ValueError names what differs."""
     saved = load_checkpoint(origin)
-    check_settings(origin, saved.get("settings"), facts["settings"])
-    check_settings(origin, *({**entries["model_config"], **entries["diffusion_config"]} for entries in (saved, facts)))
+    for part in ("settings", "model_config", "diffusion_config"):
+        check_settings(origin, saved.get(part), facts[part])
     state.restore(origin, saved)
     if len(state.losses) > plan.total_steps:
         raise ValueError(f"{origin} is at step {len(state.losses)}, beyond the {plan.total_steps} of this run: "

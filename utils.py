@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torchvision.utils import make_grid
 
@@ -47,19 +47,24 @@ def command(main):
         try:
             return main(argv)
         except (RuntimeError, MemoryError) as error:
+            mine = True
             if not isinstance(error, MemoryError) and not re.search("out of memory|t allocate memory", str(error)):
                 raise
             message = ("out of memory; try a smaller --batch_size, and in training --accumulate 2, fewer "
                        "--num_samples, --grad_checkpoint, a smaller --base_channels or --image_size")
         except OSError as error:
+            mine = True
             name = f"{error.filename}: " if error.filename else ""
             message = f"{name}{error.strerror or error}"
         except (ValueError, FloatingPointError) as error:
+            mine = False                                # of several processes, the others meet the same
             message = str(error)
         except KeyboardInterrupt as stop:
             print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
             sys.exit(128 + getattr(stop, "number", signal.SIGINT))
-        if speaks():
+        if not speaks() and mine:
+            message = f"process {os.environ['RANK']}: {message}"
+        if speaks() or mine:
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     return wrapped
@@ -327,7 +332,9 @@ def read_note(path):
             note = json.loads(picture.text[NOTE])
         if isinstance(note, dict):
             return note
-    except (KeyError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+    except FileNotFoundError:
+        raise
+    except (KeyError, ValueError, SyntaxError, OSError, RecursionError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} does not tell how it was made: it is not a PNG written by this project") from error
     raise ValueError(f"{path}: what it tells of how it was made is damaged")
 

@@ -1,10 +1,18 @@
 """Networks. A model is any callable `model(x_t, t, y=None)` that returns a tensor shaped like x_t."""
 
+import inspect
+
 from models.attention_unet import ACTIVATIONS, AttentionUNet
 from models.unet import SimpleUNet
 
-__all__ = ["ACTIVATIONS", "MODELS", "create_model"]
+__all__ = ["ACTIVATIONS", "MODELS", "create_model", "model_defaults"]
 MODELS = {"simple": SimpleUNet, "attention": AttentionUNet}
+
+
+def model_defaults(name):
+    """The settings of a network where none are given, without grad_checkpoint, which changes no result."""
+    settings = inspect.signature(MODELS[name]).parameters
+    return {setting: row.default for setting, row in settings.items() if setting != "grad_checkpoint"}
 
 
 def create_model(name="simple", **config):

@@ -26,3 +26,19 @@ def tiny_model():
     from models import create_model
     torch.manual_seed(0)
     return create_model(base_channels=8, time_emb_dim=16).eval()
+
+
+@pytest.fixture(scope="session")
+def two_shades(tmp_path_factory):
+    """The checkpoint of a network trained on dark images of class 0 and bright ones of class 1."""
+    import data
+    import train
+    folder = tmp_path_factory.mktemp("shades")
+    images = torch.cat([torch.full((32, 1, 8, 8), 40), torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.DATASETS, "shades", data.Row(None, ("dark", "bright")))
+        patch.setattr(train, "get_dataset", lambda *args, **settings: (images, torch.arange(64) // 32))
+        train.train("shades", steps=250, learning_rate=2e-3, ema_decay=0.95, objective="x0", timesteps=50,
+                    label_drop=0.5, base_channels=16, time_emb_dim=16, batch_size=16, device="cpu",
+                    precision="float32", num_samples=4, sample_every=1000, output_dir=folder)
+    return folder / "model_final.pt"

@@ -31,19 +31,6 @@ class Watching(torch.nn.Module):
         return x_t * self.scale
 
 
-@pytest.fixture(scope="module")
-def two_shades(tmp_path_factory):
-    """A network trained on dark images of class 0 and bright ones of class 1, and its folder."""
-    folder = tmp_path_factory.mktemp("shades")
-    images = torch.cat([torch.full((32, 1, 8, 8), 40), torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.DATASETS, "shades", data.Row(None, ("dark", "bright")))
-        patch.setattr(train_module, "get_dataset", lambda *args, **settings: (images, torch.arange(64) // 32))
-        train("shades", steps=150, learning_rate=3e-3, ema_decay=0.9, objective="x0", timesteps=50,
-              label_drop=0.5, output_dir=folder, **TINY)
-    return folder / "model_final.pt"
-
-
 def test_the_class_asked_for_is_the_class_drawn(two_shades):
     model, diffusion, about = load_model(two_shades)
     assert about["classes"] == ["dark", "bright"] and model.num_classes == 2
@@ -99,7 +86,8 @@ CLOTHES = ["shirt", "sneaker", "bag"]
 @pytest.mark.parametrize("text, classes, labels, columns", [
     (None, CLOTHES, [0, 1, 2, 0, 1, 2, 0], None), (None, None, None, None), ("none", CLOTHES, [-1] * 7, None),
     ("1", CLOTHES, [1] * 7, None), ("sneaker", CLOTHES, [1] * 7, None),
-    ("bag, shirt", CLOTHES, [2, 2, 2, 2, 0, 0, 0], 4), ("all", CLOTHES, [0, 0, 0, 1, 1, 1, 2], 3),
+    ("bag, shirt", CLOTHES, [2, 2, 2, 2, 0, 0, 0, 0], 4), ("all", CLOTHES, [0, 0, 0, 1, 1, 1, 2, 2, 2], 3),
+    ("none", None, None, None),
     ("3", ["3", "4"], [0] * 7, None)])
 def test_labels_are_names_or_numbers_and_a_row_each(text, classes, labels, columns):
     y, got = choose_labels(text, classes, 7)
@@ -107,7 +95,7 @@ def test_labels_are_names_or_numbers_and_a_row_each(text, classes, labels, colum
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--label", "purple"], "unknown class 'purple'; choose from 0 (dark), 1 (bright)"),
+    (["--label", "purple"], "unknown class 'purple'; choose from all, none, 0 (dark), 1 (bright)"),
     (["--label", "2"], "unknown class '2'"), (["--label", ""], "unknown class ''"),
     (["--guidance", "2", "--label", "none"], "needs classes to guide towards"),
     (["--guidance", "-1"], "invalid number from 0 to 100"), (["--guidance", "nan"], "invalid number")])
@@ -177,7 +165,7 @@ def test_another_checkpoint_and_other_pictures_are_refused(two_shades, tmp_path,
     capsys.readouterr()
     for path, checkpoint, words in (
             (picture, tmp_path / "other.pt", "was not made with"), (tmp_path / "plain.png", two_shades, "does not tell"),
-            (tmp_path / "real.png", two_shades, "made from a photo"), (tmp_path / "half.png", two_shades, "not complete"),
+            (tmp_path / "real.png", two_shades, "made from 'a photo'"), (tmp_path / "half.png", two_shades, "does not tell its num_images"),
             (tmp_path / "text.png", two_shades, "does not tell"), (tmp_path / "no.png", two_shades, "No such file")):
         with pytest.raises(SystemExit) as exit_:
             drawn(checkpoint, tmp_path / "again", "--recreate", str(path))

@@ -296,6 +296,7 @@ def test_imports_run_one_way():
         "checkpoint": {"utils"}, "benchmark": {"diffusion", "models", "train", "utils"},
         "train": {"diffusion", "models", "data", "folders", "checkpoint", "distributed", "plan", "utils"},
         "sample": {"diffusion", "models", "checkpoint", "utils"},
+        "interpolate": {"diffusion", "folders", "sample", "utils"},
         "visualize_diffusion": {"diffusion", "data", "sample", "utils"}}
     for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py")]:
         name = path.stem if path.parent == ROOT else "models"

@@ -1,6 +1,5 @@
 """A short turn of tests/torture.py; the long one is a command."""
 
-import os
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="its tries are forked processes")
+@pytest.mark.skipif(sys.platform != "linux", reason="it uses fork, /proc and tmpfs")
 def test_nothing_is_lost_in_a_short_torture(tmp_path):
     """In a process of its own, since only one without threads can be forked."""
     few = dict(kills=1, save_kills=10, full_disks=2, hostile=50, folders=0, nans=1, signals=2)

@@ -1,0 +1,147 @@
+"""Walk from one picture to another through the noise they come from.
+
+    python interpolate.py                                  # seeds 42 and 123, 20 frames, as a GIF
+    python interpolate.py --seeds 1 2 3 4 --loop           # through several, and back to the first
+    python interpolate.py --images shoe.png bag.png        # between real pictures: DDIM finds their noise
+    python interpolate.py --compare                        # lerp and slerp, one above the other
+
+Writes outputs/morph.gif and outputs/morph.png, all frames side by side; with --compare outputs/lerp_slerp.png.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from diffusion import seeded_noise
+from folders import read_picture
+from sample import choose_labels, load_model
+from utils import (Parser, command, describe_device, format_seconds, get_device, make_output_dir, positive_float,
+                   positive_int, save_gif, save_images, save_strip, seed_number, to_signed, to_uint8)
+
+
+def lerp(a, b, share):
+    """The straight line from a to b. Halfway between two noises it has only 0.71 of their length, and the
+    model has never seen so little noise: the picture pales."""
+    return (1 - share) * a + share * b
+
+
+def slerp(a, b, share):
+    """The arc from a to b, on which the length stays (Shoemake 1985; Song et al. 2021, section 5.3).
+
+    a, b: tensors of any shape, each taken as one vector.
+    """
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if angle.sin().abs() < 1e-4:                            # the same direction, or the opposite one
+        return lerp(a, b, share)
+    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / angle.sin()
+
+
+PATHS = {"lerp": lerp, "slerp": slerp}
+
+
+def walk(keys, num_frames, path=slerp, loop=False):
+    """Noises on the way through the key frames. keys: [K, C, H, W], K >= 2.
+
+    Returns [num_frames, C, H, W], evenly spread, the first and (unless `loop` leads back) the last a key.
+    """
+    stops = [*keys, keys[0]] if loop else list(keys)
+    places = torch.linspace(0, len(stops) - 1, num_frames + loop)[:num_frames].tolist()
+    legs = [min(int(place), len(stops) - 2) for place in places]
+    return torch.stack([path(stops[leg], stops[leg + 1], place - leg) for leg, place in zip(legs, places)])
+
+
+@torch.no_grad()
+def draw(model, diffusion, noises, y=None, steps=50, title="sampling", batch_size=64, clip=True):
+    """The pictures that DDIM makes of these noises, [N, C, H, W], with a progress bar."""
+    pictures = []
+    calls = len(diffusion.sampling_levels("ddim", steps)) - 1
+    with tqdm(total=calls * math.ceil(len(noises) / batch_size), desc=title, unit="call") as bar:
+        for k, x_T in enumerate(noises.split(batch_size)):
+            labels = None if y is None else y[k * batch_size:][:batch_size]
+            for _, x, _ in diffusion.trajectory(model, x_T, sampler="ddim", steps=steps, y=labels, clip=clip):
+                bar.update()
+            pictures.append(x)
+    return torch.cat(pictures)
+
+
+def load_pictures(paths, image_size, channels):
+    """Real pictures, cut to the model's size: [N, C, S, S] in [-1, 1]. Raises ValueError for a bad file."""
+    found = [read_picture(Path(path), str(path), image_size, channels=channels) for path in paths]
+    for picture in found:
+        if picture.problem:
+            raise ValueError(f"{picture.name}: {picture.problem}")
+    return to_signed(torch.stack([torch.from_numpy(picture.pixels.copy()) for picture in found]))
+
+
+def psnr(images, reference):
+    """Peak signal-to-noise ratio in dB, of images in [-1, 1]: 20 is poor, 30 good, 40 hardly visible."""
+    return float(10 * torch.log10(4 / (images - reference).square().mean()))
+
+
+@command
+def main(argv=None):
+    parser = Parser(description="Walk from one picture to another through the noise they come from.")
+    add = parser.add
+    add("--checkpoint", "a file written by train.py", "outputs/model_final.pt")
+    add("--seeds", "a key frame for each", [42, 123], type=seed_number, nargs="+")
+    add("--images", "key frames from these files instead of seeds", nargs="+", metavar="FILE")
+    add("--path", "the way from noise to noise", "slerp", choices=list(PATHS))
+    add("--compare", "draw lerp and slerp, one above the other, instead of a GIF", False, action="store_true")
+    add("--label", "the class to draw, as a number or name; default: none")
+    add("--frames", "how many pictures on the way", 20, type=positive_int)
+    add("--fps", "frames a second", 8.0, type=positive_float)
+    add("--size", "height and width of the GIF in pixels", 256, type=positive_int)
+    add("--loop", "go back to the first key frame at the end", False, action="store_true")
+    add("--steps", "model calls for a picture", 50, type=positive_int)
+    add("--output_dir", "where the pictures go", "outputs")
+    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    args = parser.parse_args(argv)
+    keys = args.images or args.seeds
+    if len(keys) < 2 or args.frames < 2:
+        raise ValueError(f"a walk needs at least two key frames and two frames, got {len(keys)} and {args.frames}")
+    if args.size > 4096 or args.frames > 10_000 or args.fps > 100:
+        raise ValueError(f"at most 4096 pixels, 10000 frames and 100 a second, got {args.size}, {args.frames} and "
+                         f"{args.fps:g}")
+
+    device = get_device(args.device)
+    output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
+    model, diffusion, data = load_model(args.checkpoint, device)
+    size, classes = data["image_size"], data["classes"]
+    y, _ = choose_labels(args.label or ("none" if classes else None), classes, max(args.frames, len(keys)))
+    y = None if y is None else y.to(device)
+    print(f"device: {describe_device(device, args.device)}")
+    shape = (model.image_channels, size, size)
+    if args.images:
+        real = load_pictures(args.images, size, model.image_channels).to(device)
+        noises = diffusion.invert(model, real, steps=args.steps, y=None if y is None else y[:len(real)])
+        back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps, clip=False)
+        print(f"to their noise and back: PSNR {psnr(back, real):.1f} dB; more --steps lose less")
+    else:
+        noises = torch.cat([seeded_noise(seed, [0], 0, shape) for seed in args.seeds]).to(device)
+
+    if args.compare:
+        shares = torch.linspace(0, 1, min(args.frames, 9)).tolist()
+        rows = [draw(model, diffusion, torch.stack([path(noises[0], noises[1], share) for share in shares]),
+                     None if y is None else y[:len(shares)], args.steps, name) for name, path in PATHS.items()]
+        picture = output_dir / "lerp_slerp.png"
+        save_strip(rows, [f"{share:.2f}" for share in shares], picture, row_labels=list(PATHS))
+        print(f"wrote {picture}")
+        return
+    pictures = draw(model, diffusion, walk(noises, args.frames, PATHS[args.path], args.loop),
+                    None if y is None else y[:args.frames], args.steps)
+    frames = [Image.fromarray(picture.permute(1, 2, 0).expand(-1, -1, 3).numpy()).resize(
+        (args.size, args.size), Image.NEAREST) for picture in to_uint8(pictures)]
+    seconds = 1 / args.fps
+    save_gif(frames, output_dir / "morph.gif", seconds, seconds if args.loop else 2.0)
+    save_images(pictures, output_dir / "morph.png")
+    for name in ("morph.gif", "morph.png"):
+        print(f"wrote {output_dir / name}")
+    print(f"{len(frames)} frames, {format_seconds(len(frames) * seconds)}")
+
+
+if __name__ == "__main__":
+    main()

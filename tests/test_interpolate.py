@@ -1,0 +1,89 @@
+"""Interpolation between noises, and DDIM backwards."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import interpolate
+from diffusion import DiffusionProcess, seeded_noise
+from interpolate import lerp, psnr, slerp, walk
+from test_diffusion import MEAN, STD, GaussianModel
+
+
+def noises(count):
+    return seeded_noise(0, range(count), 0, (1, 8, 8))
+
+
+def test_slerp_is_the_arc_in_the_plane_of_its_ends():
+    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
+    for share in (0.0, 0.25, 0.5, 1.0):
+        angle = share * math.pi / 2
+        torch.testing.assert_close(slerp(a, b, share), 2 * torch.tensor([math.cos(angle), math.sin(angle)]))
+    torch.testing.assert_close(slerp(a, a, 0.3), a)
+    assert slerp(a, -a, 0.5).isfinite().all()
+
+
+def test_slerp_keeps_the_length_of_noise_and_lerp_loses_three_tenths():
+    a, b = seeded_noise(0, range(2), 0, (1, 64, 64))
+    assert float(slerp(a, b, 0.5).std()) == pytest.approx(1, abs=0.03)
+    assert float(lerp(a, b, 0.5).std()) == pytest.approx(math.sqrt(0.5), abs=0.03)
+
+
+@pytest.mark.parametrize("path", [lerp, slerp])
+def test_a_walk_passes_through_its_key_frames(path):
+    keys = noises(3)
+    way = walk(keys, 9, path)
+    for k, frame in ((0, 0), (1, 4), (2, 8)):
+        torch.testing.assert_close(way[frame], keys[k])
+    around = walk(keys, 9, path, loop=True)
+    for k, frame in ((0, 0), (1, 3), (2, 6)):
+        torch.testing.assert_close(around[frame], keys[k], atol=1e-5, rtol=1e-5)
+    assert len(around) == 9 and not torch.equal(around[-1], keys[0])
+
+
+def test_the_noise_of_gaussian_data_is_found():
+    """Its flow has a closed form, which DDIM follows better the more steps it takes."""
+    diffusion = DiffusionProcess()
+    x_0 = MEAN + STD * noises(4).double()
+    ab = float(diffusion.alpha_bar[-1])
+    want = math.sqrt(ab) * MEAN + math.sqrt(STD**2 * ab + 1 - ab) * (x_0 - MEAN) / STD
+    errors = [float((diffusion.invert(GaussianModel(diffusion), x_0, steps=n) - want).abs().mean())
+              for n in (50, 200, 1000)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.03, errors
+
+
+def test_there_and_back_returns_the_picture_and_asking_again_returns_it_better():
+    diffusion = DiffusionProcess()
+    model, x_0 = GaussianModel(diffusion), MEAN + STD * noises(4).double()
+    found = []
+    for steps, guesses in ((10, 1), (10, 3), (100, 1), (100, 3)):
+        x_T = diffusion.invert(model, x_0, steps=steps, guesses=guesses)
+        found.append(psnr(interpolate.draw(model, diffusion, x_T, steps=steps, clip=False), x_0))
+    assert found[0] < found[1] and found[0] < found[2] < found[3] and found[3] > 50, found
+
+
+def test_the_command_writes_its_pictures(two_shades, tmp_path, capsys):
+    for k, shade in enumerate((40, 215)):
+        Image.fromarray(np.full((8, 8), shade, np.uint8)).save(tmp_path / f"{k}.png")
+    flags = ["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), "--steps", "5", "--device", "cpu"]
+    interpolate.main([*flags, "--frames", "6", "--fps", "5", "--size", "64", "--label", "dark"])
+    with Image.open(tmp_path / "morph.gif") as gif:
+        assert gif.n_frames == 6 and gif.size == (64, 64) and gif.info["loop"] == 0 and gif.info["duration"] == 200
+    interpolate.main([*flags, "--images", str(tmp_path / "0.png"), str(tmp_path / "1.png"), "--loop"])
+    assert "PSNR" in capsys.readouterr().out
+    interpolate.main([*flags, "--compare"])
+    assert (tmp_path / "lerp_slerp.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--seeds", "1"], "at least two key frames"), (["--frames", "1"], "at least two"),
+    (["--size", "100000"], "at most 4096"), (["--images", "no.png", "no.png"], "no.png"),
+    (["--seeds", "x", "1"], "invalid seed"), (["--label", "purple"], "unknown class")])
+def test_what_cannot_be_walked_is_one_line(argv, words, two_shades, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        interpolate.main(["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), *argv])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and words in error and error.count("\n") == 1
