@@ -33,7 +33,7 @@ CHECKPOINT_VERSION = 1
 MAX_DEPTH, MAX_ENTRIES = 20, 200_000  # a few bytes of pickle can stand for billions of entries
 MAX_PICKLE = 10_000_000
 NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
-INDIRECT = ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # other ways to name something, which torch.save never uses
+INDIRECT = ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # other ways to name things; torch.save uses none
 SAFE_TORCH = (2, 10)  # before it, weights_only=True could be got round
 
 
@@ -196,7 +196,7 @@ class State:
                         value.is_contiguous() for value in self.optimizer.state[p].values()):
                     raise ValueError("its optimizer was one of another model")
             if saved["losses"].shape != (saved["step"],):
-                raise ValueError(f"it is at step {saved['step']} and has losses of shape {tuple(saved['losses'].shape)}")
+                raise ValueError(f"{saved['step']} steps, but losses of shape {tuple(saved['losses'].shape)}")
             self.ema.updates, self.losses = saved["ema_updates"], saved["losses"].tolist()
             self.held_out_losses, self.reported = saved["held_out_losses"], saved["reported"]
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:

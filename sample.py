@@ -34,7 +34,8 @@ def load_model(path, device="cpu", ema=True):
 
     ema: take the averaged weights (better pictures), not those of the last step.
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
-    name, image_size, channels, classes, and the checkpoint's digest). Raises FileNotFoundError, or ValueError for an unusable file.
+    name, image_size, channels, classes, and the checkpoint's digest). Raises FileNotFoundError, or
+    ValueError for an unusable file.
     """
     entries = load_checkpoint(path)
     try:
@@ -186,8 +187,8 @@ def save_intermediate(frames, output_dir):
 
 # ---- What a picture tells of how it was made
 
-RECIPE = ("num_images", "first_index", "seed", "sampler", "steps", "eta", "spacing", "label", "guidance", "batch_size",
-          "precision", "upscale")
+RECIPE = ("num_images", "first_index", "seed", "sampler", "steps", "eta", "spacing", "label", "guidance",
+          "batch_size", "precision", "upscale")
 SURROUNDINGS = ("device", "threads", "torch")  # these change single bits: sums are taken in another order
 MAX_IMAGES = 1_000_000
 

@@ -182,7 +182,7 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
                     ema.update(model)
                 losses.append(loss)  # still on the device; its place counts the step
             now = time.perf_counter()
-            last = k == steps - 1       # several processes look together there, or one would leave the others waiting
+            last = k == steps - 1       # there all processes look, lest one should leave the others waiting
             if last or now - shown > 1 and world == 1:
                 shown = now
                 loss = loss.item()      # a GPU waits here, once a second
@@ -488,7 +488,8 @@ def report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, nu
 
 def save_state(path, state, facts, steps_per_epoch):
     """Write a checkpoint, unless the training has become useless: then ValueError, and the file stays."""
-    if not all(p.isfinite().all() for p in state.model.parameters()) or not all(map(math.isfinite, state.losses)):
+    sound = all(p.isfinite().all() for p in state.model.parameters())
+    if not sound or not all(map(math.isfinite, state.losses)):
         raise ValueError(f"weights or losses are no numbers any more by step {len(state.losses)}; {path} is left as "
                          "it was")
     save_checkpoint(path, {**facts, **state.entries(), "epoch": len(state.losses) // steps_per_epoch})
