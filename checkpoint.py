@@ -254,16 +254,18 @@ def find_checkpoint(folder, resume, overwrite):
     """
     folder = Path(folder)
     latest, final = folder / LATEST, folder / FINAL
+    numbered = sorted(folder.glob("checkpoints/model_*.pt"))
+    unfinished = latest.exists() or numbered and not final.exists()
     if resume == "latest":
-        found = next((path for path in (latest, final) if path.exists()), None)
+        found = next((path for path in (latest, final, *reversed(numbered)) if path.exists()), None)
         if found is None:
-            raise ValueError(f"nothing to resume: {folder} holds neither {LATEST} nor {FINAL}")
+            raise ValueError(f"nothing to resume: {folder} holds no checkpoint of a run")
         return found, True
-    origin = Path(resume) if resume else None
-    if origin and not origin.is_file():
+    origin = None if resume is None else Path(resume)
+    if origin is not None and not origin.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(origin))
     own = origin is not None and origin.resolve() in [path.resolve() for path in run_files(folder)]
-    if latest.exists() and not own and not overwrite:
+    if unfinished and not own and not overwrite:
         raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite replaces it, "
                          "another --output_dir keeps it")
     return origin, own
@@ -304,7 +306,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """While it is entered, SIGINT and SIGTERM raise Stopped; a second one ends the process at once."""
+    """While it is entered, SIGINT and SIGTERM raise Stopped; one more, a second or more later, ends the
+    process at once."""
 
     def __init__(self, ignore=False):
         self.ignore, self.came, self.since, self.holding, self.before = ignore, None, 0.0, False, {}
@@ -323,7 +326,7 @@ class Signals:
         if self.ignore:
             return
         if self.came:
-            if number == signal.SIGTERM and time.monotonic() - self.since < 2:
+            if time.monotonic() - self.since < 1:
                 return                  # launchers and timeout(1) send it to the process and to its group
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

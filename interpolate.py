@@ -5,7 +5,7 @@
     python interpolate.py --images shoe.png bag.png        # between real pictures: DDIM finds their noise
     python interpolate.py --compare                        # lerp and slerp, one above the other
 
-Writes outputs/morph.gif and outputs/morph.png, all frames side by side; with --compare outputs/lerp_slerp.png.
+Writes outputs/morph.gif, and all frames in rows as outputs/morph.png; with --compare outputs/lerp_slerp.png.
 """
 
 import math
@@ -88,7 +88,8 @@ def main(argv=None):
     add = parser.add
     add("--checkpoint", "a file written by train.py", "outputs/model_final.pt")
     add("--seeds", "a key frame for each", [42, 123], type=seed_number, nargs="+")
-    add("--images", "key frames from these files instead of seeds", nargs="+", metavar="FILE")
+    add("--images", "key frames from these picture files instead of seeds, two or more: cut to the central square "
+        "and to the model's size", nargs="+", metavar="FILE")
     add("--path", "the way from noise to noise", "slerp", choices=list(PATHS))
     add("--compare", "draw lerp and slerp, one above the other, instead of a GIF", False, action="store_true")
     add("--label", "the class to draw, as a number or name; default: none")
@@ -103,9 +104,15 @@ def main(argv=None):
     keys = args.images or args.seeds
     if len(keys) < 2 or args.frames < 2:
         raise ValueError(f"a walk needs at least two key frames and two frames, got {len(keys)} and {args.frames}")
-    if args.size > 4096 or args.frames > 10_000 or args.fps > 100:
-        raise ValueError(f"at most 4096 pixels, 10000 frames and 100 a second, got {args.size}, {args.frames} and "
-                         f"{args.fps:g}")
+    if args.frames < len(keys) or args.compare and len(keys) != 2:
+        raise ValueError(f"{len(keys)} key frames need as many frames, and --compare draws between two")
+    if args.size > 4096 or args.frames > 10_000 or not 0.1 <= args.fps <= 50:
+        raise ValueError(f"at most 4096 pixels and 10000 frames, 0.1 to 50 of them a second; got {args.size}, "
+                         f"{args.frames} and {args.fps:g}")
+    if args.images and args.seeds != parser.get_default("seeds"):
+        raise ValueError("--images and --seeds: give one of them")
+    if args.label and (args.label == "all" or "," in args.label):
+        raise ValueError(f"--label {args.label}: a walk stays within one class")
 
     device = get_device(args.device)
     output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")

@@ -190,7 +190,7 @@ def save_intermediate(frames, output_dir):
 RECIPE = ("num_images", "first_index", "seed", "sampler", "steps", "eta", "spacing", "label", "guidance",
           "batch_size", "precision", "upscale")
 SURROUNDINGS = ("device", "threads", "torch")  # these change single bits: sums are taken in another order
-MAX_IMAGES = 1_000_000
+MAX_IMAGES, MAX_SHEET = 1_000_000, 200_000_000
 
 
 def make_note(args, diffusion, digest, device):
@@ -219,7 +219,8 @@ def read_recipe(path):
         raise ValueError(f"{path} does not tell its {', '.join(missing)}")
     numbers = [note["num_images"], note["threads"], note.get("picture", 0)]
     if any(type(number) is not int for number in numbers) or not (
-            0 <= numbers[2] < numbers[0] <= MAX_IMAGES and 1 <= numbers[1] <= 1024):
+            0 <= numbers[2] < numbers[0] <= MAX_IMAGES and 1 <= numbers[1] <= 1024) or not (
+            note["label"] is None or isinstance(note["label"], str)):
         raise ValueError(f"{path}: what it tells of how it was made is damaged")
     return note
 
@@ -256,9 +257,10 @@ def main(argv=None):
         False, action="store_true")
     add("--upscale", "show every pixel as so many by so many; default: small images at least 84 wide",
         type=positive_int)
-    add("--single_images", "also write each image to a file of its own", False, action="store_true")
-    add("--recreate", "make this picture again, from what it tells of how it was made; --checkpoint has to be the "
-        "same", metavar="PNG")
+    add("--single_images", "also write each image to a file of its own, in the folder generated_samples", False,
+        action="store_true")
+    add("--recreate", "make this picture again as recreated.png: its own settings go before all other flags, and "
+        "--checkpoint has to be the same", metavar="PNG")
     add("--batch_size", "images at a time", 64, type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
@@ -270,13 +272,15 @@ def main(argv=None):
     if again:
         picture, reference = picture.with_name("recreated.png"), Path(args.recreate).read_bytes()
         args = parser.parse_args([*(sys.argv[1:] if argv is None else argv), *as_flags(again)])
-        args.label, args.upscale = (again[name] and getattr(args, name) for name in ("label", "upscale"))
+        for name in ("label", "upscale"):               # what the picture does not have
+            if again[name] is None:
+                setattr(args, name, None)
         torch.set_num_threads(again["threads"])
 
     device = get_device(args.device)
     if not Path(args.checkpoint).exists():
         raise ValueError(f"no checkpoint at {args.checkpoint}; make one with python train.py, or name one "
-                         "with --checkpoint")
+                         "with --checkpoint (model_latest.pt is that of a run that was stopped)")
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
     model, diffusion, data = load_model(args.checkpoint, device)
     if again and again["checkpoint"] != data["digest"]:
@@ -288,6 +292,10 @@ def main(argv=None):
     if args.guidance not in (0, 1) and (not classes or args.label == "none"):
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards: "
                          + ("--label none has none" if classes else "the model was trained without"))
+    pixels = args.num_images * (size * (args.upscale or max(1, math.ceil(84 / size)))) ** 2
+    if pixels > MAX_SHEET:
+        raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} million: lower "
+                         "--num_images or --upscale")
     note = make_note(args, diffusion, data["digest"], device)
     print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})")
@@ -309,7 +317,10 @@ def main(argv=None):
         save_images(images, picture, columns, upscale=args.upscale, note=note)
     print(f"wrote {picture}")
     if again:
-        print(f"{compare(picture, reference, note, again)} as {args.recreate}")
+        verdict = compare(picture, reference, note, again)
+        print(f"{verdict} as {args.recreate}")
+        if verdict.startswith("NOT"):
+            sys.exit(1)
     elif args.single_images:
         folder = make_output_dir(output_dir / "generated_samples")
         for old in folder.glob("[0-9]*.png"):       # an earlier run may have left more of them

@@ -419,8 +419,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         except (Stopped, OSError) as stop:
             if rank == 0 and state.losses:
                 save(LATEST)
-                print(f"{stop} after step {len(state.losses)} of {plan.total_steps}; the same command with "
-                      "--resume goes on")
+                print(f"{stop} after step {len(state.losses)} of {plan.total_steps}: saved to {output_dir / LATEST}, "
+                      "which sample.py can draw from; the same command with --resume goes on")
             raise
         if rank == 0:
             (output_dir / LATEST).unlink(missing_ok=True)

@@ -135,6 +135,12 @@ def test_a_picture_is_made_again_byte_for_byte(argv, two_shades, tmp_path, capsy
     torch.set_num_threads(threads)
 
 
+def test_a_sheet_larger_than_memory_is_refused_before_it_is_drawn(two_shades, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        drawn(two_shades, tmp_path, "--upscale", "1000000000")
+    assert exit_.value.code == 2 and "million pixels" in capsys.readouterr().err
+
+
 def test_a_single_image_is_made_again_byte_for_byte(two_shades, tmp_path, capsys):
     drawn(two_shades, tmp_path, "--num_images", "4", "--batch_size", "2", "--single_images", "--steps", "5")
     singles = sorted((tmp_path / "generated_samples").iterdir())

@@ -173,6 +173,17 @@ def test_an_unfinished_run_is_not_replaced_unasked(tmp_path, monkeypatch, capsys
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["epoch_001.png"]
 
 
+def test_a_run_killed_between_its_saves_goes_on_from_its_last_checkpoint(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_before(9, patch)
+        train(**RUN, output_dir=tmp_path)
+    (tmp_path / LATEST).unlink()
+    with pytest.raises(ValueError, match="unfinished run"):
+        train(**RUN, output_dir=tmp_path)
+    train(**RUN, output_dir=tmp_path, resume="latest")
+    assert same(files(tmp_path), whole)
+
+
 def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     train(**RUN, output_dir=tmp_path)
     (tmp_path / "samples" / "mine.png").write_bytes(b"x")
@@ -245,7 +256,8 @@ def test_a_file_system_without_locks_or_folder_syncs_will_do(tmp_path, monkeypat
     assert load_checkpoint(tmp_path / FINAL)["step"] == 4
 
 
-@pytest.mark.parametrize("argv, words", [(["--resume"], "nothing to resume"), (["--resume", "no.pt"], "no such")])
+@pytest.mark.parametrize("argv, words", [
+    (["--resume"], "nothing to resume"), (["--resume="], "no such"), (["--resume", "no.pt"], "no such")])
 def test_nothing_to_resume_is_one_line(argv, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*argv, "--dataset", "synthetic_digits", "--output_dir", str(tmp_path)])
@@ -362,11 +374,12 @@ def test_a_signal_within_a_step_waits_for_its_end_and_a_second_does_not():
             os.kill(os.getpid(), signal.SIGTERM)
             done.append("the step came to its end")
     assert done
-    script = ("import os, signal; from checkpoint import Signals\n"
+    script = ("import os, signal, time; from checkpoint import Signals\n"
               "with Signals() as signals, signals.held():\n"
-              "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)")
+              "    for pause in (0, 0.1, 1.5):\n"                     # the second is taken for an echo of the first
+              "        time.sleep(pause); os.kill(os.getpid(), signal.SIGINT); print(pause, flush=True)")
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
-    assert run.returncode == -signal.SIGINT
+    assert run.returncode == -signal.SIGINT and run.stdout.split() == [b"0", b"0.1"]
 
 
 def test_signals_are_given_back():
