@@ -321,8 +321,6 @@ class DiffusionProcess:
         t_prev = t - 1 if t_prev is None else int(t_prev)
         if not -1 <= t_prev < t < self.num_timesteps:
             raise ValueError(f"need -1 <= t_prev < t < {self.num_timesteps}, got t={t}, t_prev={t_prev}")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], got {eta}")
         x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance, clip=clip)
         return self._step(x_t, x_0, t, t_prev, eta, variance, noise), x_0
 
@@ -338,6 +336,8 @@ class DiffusionProcess:
     def _step(self, x_t, x_0, t, t_prev, eta, variance, noise=None):
         """x_t -> x_prev, once it is settled which x_0 to step towards."""
         ab_t, ab_prev = self._level(t), self._level(t_prev)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {eta}")
         if variance not in ("posterior", "beta"):
             raise ValueError(f"unknown variance {variance!r}; choose from ['beta', 'posterior']")
         beta = 1 - ab_t / ab_prev

@@ -68,7 +68,7 @@ def first_rank_first():
 
 def mean_over_ranks(values):
     """The mean of a tensor over all processes."""
-    rank, world = place()
+    _, world = place()
     if world > 1:
         dist.all_reduce(values)               # the sum; gloo has no mean
     return values / world

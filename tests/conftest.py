@@ -11,6 +11,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def same(a, b):
+    """Are two checkpoints' entries equal, every tensor bit for bit?"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 @pytest.fixture
 def data_dir():
     """The folder with real MNIST and Fashion-MNIST: $DIFFUSION_DATA, else ./data; skips where absent."""

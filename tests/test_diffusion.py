@@ -283,6 +283,12 @@ def test_impossible_steps_are_refused(bad):
         DiffusionProcess().reverse_diffusion_step(CountingModel(), torch.zeros(1, 1, 4, 4), **bad)
 
 
+@pytest.mark.parametrize("eta", [1.5, -0.1, float("nan")])
+def test_the_loop_refuses_an_impossible_eta_like_the_step(eta):
+    with pytest.raises(ValueError, match="eta must lie"):
+        DiffusionProcess(20).sample(CountingModel(), 4, 2, sampler="ddim", steps=5, eta=eta, device="cpu")
+
+
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_the_last_step_adds_no_noise(sampler):
     diffusion = DiffusionProcess(20)

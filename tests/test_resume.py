@@ -18,7 +18,7 @@ import data
 import train as train_module
 import utils
 from checkpoint import FINAL, LATEST, Signals, Stopped, load_checkpoint, only_run, save_checkpoint
-from conftest import ROOT
+from conftest import ROOT, same
 from diffusion import SAMPLERS, DiffusionProcess
 from train import hold_back, main, train, train_step
 
@@ -67,14 +67,6 @@ def files(folder):
     """What a run has left: tables and pictures as bytes, checkpoints as their entries."""
     return {str(p.relative_to(folder)): load_checkpoint(p) if p.suffix == ".pt" else p.read_bytes()
             for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from tqdm import tqdm
 import data
 import train as train_module
 from checkpoint import FINAL, LATEST, Stopped, load_checkpoint, save_checkpoint
+from conftest import same
 from diffusion import SAMPLERS, DiffusionProcess
 from folders import load_folder
 from train import train
@@ -113,14 +114,6 @@ def run(folder, **settings):
     """Train in `folder`, going on with what is there."""
     there = (folder / LATEST).exists() or (folder / FINAL).exists()
     train(**{**RUN, "output_dir": folder, "resume": "latest" if there else None, **settings})
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def outcome(folder):
