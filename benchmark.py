@@ -1,16 +1,20 @@
 """How fast do the networks train and sample here? One table from one run, so that its rows compare.
 
-    python benchmark.py                                   # SimpleUNet at 28x28
+    python benchmark.py                                   # SimpleUNet at 28x28, and the network of --preset quick
     python benchmark.py --networks simple fabrics         # and the 34 M network at 64x64
+    python benchmark.py --networks quick ddpm_pytorch diffusers     # beside other libraries' (pip install them first)
 
 Every row is one way to run a network: float32 or bf16, plain or channels_last memory, eager or compiled.
 TFLOP/s counts the multiplications and additions of convolutions and matrix products in one forward and
-backward pass (torch.utils.flop_counter), divided by the seconds of a whole training step.
+backward pass (torch.utils.flop_counter), divided by the seconds of a whole training step; its share is that of the
+fastest single convolution found in the same run.
 """
 
+import importlib.util
 import itertools
 
 import torch
+import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -21,35 +25,82 @@ from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_
                    peak_memory, positive_int)
 
 
+# ---- The networks: (image size, a function that builds one)
 
-def network_of(preset):
-    """(image size, settings of create_model) of a row of train.py's PRESETS."""
+def ours(preset):
     row = PRESETS[preset]
     config = {flag: row[flag] for flag in MODEL_FLAGS if flag in row}
-    return row.get("image_size", 28), dict(config, name=row.get("model", "simple"),
-                                           image_channels=row.get("channels", 1))
+    return row.get("image_size", 28), lambda: create_model(
+        row.get("model", "simple"), **config, image_channels=row.get("channels", 1))
 
 
-NETWORKS = {"simple": network_of("mnist"), "ct": network_of("ct"), "fabrics": network_of("fabrics_100k"),
-            "fabrics_laptop": network_of("fabrics_laptop")}
+class Peer(nn.Module):
+    """Another library's network behind our contract."""
+
+    image_channels, num_classes = 1, None
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t, t, y=None):
+        out = self.network(x_t, t)
+        return getattr(out, "sample", out)
 
 
-def training_flops(config, image_size):
-    """Floating-point operations for one image, forward and backward. Computed without any memory or time."""
-    with torch.device("meta"):
-        model = create_model(**config)
-        x = torch.zeros(1, model.image_channels, image_size, image_size)
-        with FlopCounterMode(display=False) as counter:
-            model(x, torch.zeros(1, dtype=torch.long)).sum().backward()
+def ddpm_pytorch():
+    """denoising-diffusion-pytorch's Unet at its defaults, narrowed to about SimpleUNet's parameters: 2.6 M."""
+    from denoising_diffusion_pytorch import Unet
+    return Peer(Unet(dim=32, dim_mults=(1, 2, 4), channels=1))
+
+
+def diffusers():
+    """diffusers' UNet2DModel, with its default blocks and three levels: about 4 M."""
+    from diffusers import UNet2DModel
+    return Peer(UNet2DModel(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 128),
+                            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+                            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")))
+
+
+PEERS = {"ddpm_pytorch": "denoising_diffusion_pytorch", "diffusers": "diffusers"}   # network: package
+NETWORKS = {"simple": ours("mnist"), "quick": ours("quick"), "ct": ours("ct"), "fabrics": ours("fabrics_100k"),
+            "fabrics_laptop": ours("fabrics_laptop"), "ddpm_pytorch": (28, ddpm_pytorch), "diffusers": (28, diffusers)}
+
+
+# ---- Measuring
+
+def training_flops(build, image_size):
+    """Floating-point operations for one image, forward and backward."""
+    model = build()
+    x = torch.zeros(1, model.image_channels, image_size, image_size)
+    with FlopCounterMode(display=False) as counter:
+        model(x, torch.zeros(1, dtype=torch.long)).sum().backward()
     return counter.get_total_flops()
 
 
-def time_network(config, image_size, batch_size, device, precision, channels_last, compiled):
+def best_convolution(device, precision, batch_size):
+    """FLOP/s of the fastest of a few 3x3 convolutions, forward and backward: what a network could reach at best."""
+    best = 0.0
+    for channels, size in ((64, 28), (64, 14), (128, 28), (128, 14), (256, 14), (256, 32)):
+        convolution = nn.Conv2d(channels, channels, 3, padding=1).to(device)
+        x = torch.randn(batch_size, channels, size, size, device=device, requires_grad=True)
+
+        def work():
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+                out = convolution(x)
+            out.backward(out.detach())
+
+        flops = 3 * 2 * batch_size * channels**2 * 9 * size**2      # forward, and back to x and to the weights
+        best = max(best, flops / measure(work, device, repeats=5))
+    return best
+
+
+def time_network(build, image_size, batch_size, device, precision, channels_last, compiled):
     """(seconds of a training step, seconds of a forward pass, peak bytes of a GPU or 0)"""
     torch.compiler.reset()      # it compiles a function for a few shapes only, and then goes on without
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = create_model(**config).to(device, memory_format=layout)
+    model = build().to(device, memory_format=layout)
     ema = EMA(model)
     if compiled:
         model.compile()
@@ -80,13 +131,16 @@ def time_network(config, image_size, batch_size, device, precision, channels_las
 def main(argv=None):
     parser = Parser(description="Measure how fast the networks train and sample here.")
     add = parser.add
-    add("--networks", f"which: {', '.join(NETWORKS)}", ["simple"], nargs="+", choices=list(NETWORKS),
+    add("--networks", f"which: {', '.join(NETWORKS)}", ["simple", "quick"], nargs="+", choices=list(NETWORKS),
         metavar="NAME")
     add("--batch_size", "images at a time; default: 128 on a GPU, 32 elsewhere", type=positive_int)
     add("--modes", "plain: float32 and bf16 only; all: also channels_last and compiled", "plain",
         choices=("plain", "all"))
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     args = parser.parse_args(argv)
+    for name in args.networks:
+        if name in PEERS and not importlib.util.find_spec(PEERS[name]):
+            raise ValueError(f"--networks {name} needs another library: pip install {PEERS[name]}")
     device = get_device(args.device)
     batch_size = args.batch_size or (128 if device.type == "cuda" else 32)
     print(f"device: {describe_device(device, args.device)}; torch {torch.__version__}; "
@@ -97,12 +151,14 @@ def main(argv=None):
           + ", the compiled ones a minute or more" * (args.modes == "all"), flush=True)
 
     rows, first = [], None
-    flops_per_image = {name: training_flops(config, size) for name, (size, config) in NETWORKS.items()
+    flops_per_image = {name: training_flops(build, size) for name, (size, build) in NETWORKS.items()
                        if name in args.networks}
+    limits = {name: best_convolution(device, precision, batch_size) for name, precision in PRECISIONS.items()}
+    print("fastest convolution: " + ", ".join(f"{limit / 1e12:.3f} TFLOP/s in {name}" for name, limit in limits.items()))
     runs = list(itertools.product(args.networks, modes))
     for name, (precision, channels_last, compiled) in tqdm(runs, unit="row"):
-        image_size, config = NETWORKS[name]
-        step, call, memory = time_network(config, image_size, batch_size, device, PRECISIONS[precision],
+        image_size, build = NETWORKS[name]
+        step, call, memory = time_network(build, image_size, batch_size, device, PRECISIONS[precision],
                                           channels_last, compiled)
         if first is None or first[0] != name:
             first = name, step
@@ -110,16 +166,14 @@ def main(argv=None):
         rows.append([name, precision, "channels_last" if channels_last else "plain",
                      "compiled" if compiled else "eager", f"{batch_size / step:.1f}",
                      f"{batch_size / call:.1f}", f"{first[1] / step:.2f}x", f"{flops / step / 1e12:.3f}",
-                     f"{memory / 1e9:.2f}" if memory else "-"])
+                     f"{flops / step / limits[precision]:.0%}", f"{memory / 1e9:.2f}" if memory else "-"])
     titles = ["network", "precision", "memory format", "mode", "train images/s", "forward images/s",
-              "against row 1", "TFLOP/s", "GPU GB"]
+              "against row 1", "TFLOP/s", "of the fastest", "GPU GB"]
     for cells in [titles, *rows]:
         print("| " + " | ".join(f"{cell:>{max(len(t), 13)}}" for cell, t in zip(cells, titles)) + " |")
     for name in args.networks:
-        image_size, config = NETWORKS[name]
-        with torch.device("meta"):
-            parameters = count_parameters(create_model(**config))
-        print(f"{name}: {image_size}x{image_size}, {parameters:,} parameters, "
+        image_size, build = NETWORKS[name]
+        print(f"{name}: {image_size}x{image_size}, {count_parameters(build()):,} parameters, "
               f"{flops_per_image[name] / 1e9:.2f} GFLOP a training image")
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from muon import Muon, is_inner
 from utils import EMA, write_file
 
 CHECKPOINT_FORMAT = "readable-diffusion"
@@ -192,8 +193,10 @@ class State:
             self.optimizer.load_state_dict(saved["optimizer"])
             for p in self.model.parameters():       # the fused optimizers trust these sizes
                 moments = {name: value.shape for name, value in self.optimizer.state[p].items()}
-                if moments != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} or not all(
-                        value.is_contiguous() for value in self.optimizer.state[p].values()):
+                wanted = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                if isinstance(self.optimizer, Muon) and is_inner(p):
+                    wanted = {"exp_avg": p.shape}
+                if moments != wanted or not all(value.is_contiguous() for value in self.optimizer.state[p].values()):
                     raise ValueError("its optimizer was one of another model")
             if saved["losses"].shape != (saved["step"],):
                 raise ValueError(f"{saved['step']} steps, but losses of shape {tuple(saved['losses'].shape)}")

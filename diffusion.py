@@ -242,10 +242,12 @@ class DiffusionProcess:
         signal_weight, noise_weight = self._weights(t)
         return signal_weight * x_0 + noise_weight * noise, noise
 
-    def training_loss(self, model, x_0, y=None, t=None, noise=None):
+    def training_loss(self, model, x_0, y=None, t=None, noise=None, min_snr=None):
         """Mean squared error of the model's prediction at random noise levels (Ho et al. 2020, eq. 14).
 
         x_0: [B, C, H, W] in [-1, 1].  y: [B] class indices or None.  t, noise: drawn if not given.
+        min_snr: weigh the error of x_0 by min(SNR_t, min_snr) instead, SNR = ab / (1 - ab); the source
+        takes 5 (Hang et al. 2023, section 3.4).  Plain "eps" weighs it by SNR_t, "v" by SNR_t + 1.
         Returns a scalar tensor, float32 whatever the model ran in.
         """
         if t is None:
@@ -258,7 +260,13 @@ class DiffusionProcess:
         else:
             signal_weight, noise_weight = self._weights(t)
             target = signal_weight * noise - noise_weight * x_0     # Salimans & Ho 2022, section 4
-        return F.mse_loss(model(x_t, t, y).float(), target)
+        out = model(x_t, t, y).float()
+        if min_snr is None:
+            return F.mse_loss(out, target)
+        signal_weight, noise_weight = self._weights(t)
+        snr = (signal_weight / noise_weight) ** 2
+        plain = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.objective]
+        return (snr.clamp(max=min_snr) / plain * (out - target) ** 2).mean()
 
     # ---- From the model's output to one step down
 

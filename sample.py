@@ -27,6 +27,29 @@ from utils import (PRECISIONS, Parser, command, describe_device, format_seconds,
                    read_note, save_strip, seed_number, to_uint8, whole_number, write_file)
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
+PRETRAINED = Path(__file__).resolve().parent / "pretrained"
+OWN = "outputs/model_final.pt"
+
+
+def find_model(checkpoint=OWN, dataset=None):
+    """The path of the weights to draw from: your own, or as long as there are none those that are shipped.
+
+    checkpoint: a file, or OWN.  dataset: take the shipped weights of this data set.
+    Raises ValueError where there is nothing.
+    """
+    shipped = sorted(path.stem for path in PRETRAINED.glob("*.pt") if not path.stem.startswith("classifier"))
+    if dataset is not None:
+        if dataset not in shipped:
+            raise ValueError(f"no weights are shipped for {dataset!r}; choose from {', '.join(shipped)}, or train your own "
+                             f"with python train.py --dataset {dataset}")
+        return PRETRAINED / f"{dataset}.pt"
+    if checkpoint == OWN and not Path(OWN).exists() and "mnist" in shipped:
+        print(f"no {OWN} yet: drawing with the weights that are shipped, pretrained/mnist.pt")
+        return PRETRAINED / "mnist.pt"
+    if not Path(checkpoint).exists():
+        raise ValueError(f"no checkpoint at {checkpoint}; make one with python train.py, or name one "
+                         "with --checkpoint (model_latest.pt is that of a run that was stopped)")
+    return checkpoint
 
 
 def load_model(path, device="cpu", ema=True):
@@ -43,7 +66,8 @@ def load_model(path, device="cpu", ema=True):
         # (or asks for a monstrous network) fails here at no cost.
         with torch.device("meta"):
             model = create_model(entries["model_name"], **entries["model_config"])
-        weights = entries["ema" if ema else "model"]
+        weights = {name: value.float() if value.dtype == torch.float16 else value     # as export.py writes them
+                   for name, value in entries["ema" if ema else "model"].items()}
         check_weights(path, weights, model)
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
@@ -240,7 +264,8 @@ def compare(picture, reference, note, again):
 def main(argv=None):
     parser = Parser(description="Make new pictures from noise with a trained model.")
     add = parser.add
-    add("--checkpoint", "a file written by train.py", "outputs/model_final.pt")
+    add("--checkpoint", "a file written by train.py; as long as there is none, weights that are shipped are used", OWN)
+    add("--dataset", "draw with the shipped weights of this data set", metavar="NAME")
     add("--num_images", "how many", 64, type=positive_int)
     add("--first_index", "begin with this image of the seed", 0, type=whole_number)
     add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42, type=seed_number)
@@ -278,9 +303,9 @@ def main(argv=None):
         torch.set_num_threads(again["threads"])
 
     device = get_device(args.device)
-    if not Path(args.checkpoint).exists():
-        raise ValueError(f"no checkpoint at {args.checkpoint}; make one with python train.py, or name one "
-                         "with --checkpoint (model_latest.pt is that of a run that was stopped)")
+    if args.dataset and args.checkpoint != OWN:
+        raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: give one of them")
+    args.checkpoint = find_model(args.checkpoint, args.dataset)
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
     model, diffusion, data = load_model(args.checkpoint, device)
     if again and again["checkpoint"] != data["digest"]:

@@ -14,6 +14,7 @@ that is counted in --steps numbers its files by steps.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import math
 import statistics
@@ -32,13 +33,15 @@ from data import (DATASET_HELP, Batches, class_names, get_dataset, get_default_d
 from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess, seeded_noise
 from folders import FITS
 from models import ACTIVATIONS, MODELS, create_model, model_defaults
+from muon import Muon
 from plan import check_disk, make_plan, print_cost
 from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device,
                    format_seconds, fraction, get_device, get_precision, get_timesteps, int_tuple,
                    make_output_dir, measure, peak_memory, plot_losses, positive_float, positive_int,
                    save_images, seed_number, seed_step, speaks, whole_number, write_file)
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+OPTIMIZERS = {"adam": functools.partial(torch.optim.Adam, fused=True),
+              "adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
 LR_SCHEDULES = ("constant", "cosine")
 SAVE_SECONDS = 300  # about so many at most from one save of the latest state to the next
 # What may be different when a run is resumed; everything else decides what it becomes. Of the data, the
@@ -57,6 +60,11 @@ PRESETS = {
     "fashion_mnist": dict(dataset="fashion_mnist", epochs=50, batch_size=128, lr=2e-4),
     "mnist_short":   dict(dataset="mnist", epochs=5, batch_size=64, lr=1e-3, timesteps=200, base_channels=32,
                           time_emb_dim=128),
+    # Readable digits or garments in minutes on two cores: 2x2 pixels as one, and a rate that falls to zero.
+    "quick":         dict(epochs=4, batch_size=64, lr=1e-3, lr_schedule="cosine", warmup=100, optimizer="adamw",
+                          beta2=0.99, model="attention", patch_size=2, base_channels=64, multipliers=(1, 2),
+                          num_blocks=1, attention_levels=(1,), groups=16, schedule="cosine", objective="v",
+                          grad_clip=1.0, ema_decay=0.999),
     "cifar10":       dict(dataset="cifar10", epochs=200, batch_size=128, lr=2e-4, warmup=1000,
                           model="attention", multipliers=(1, 2, 4), num_blocks=2, attention_levels=(1, 2),
                           dropout=0.1, schedule="cosine", objective="v", grad_clip=1.0, ema_decay=0.9995,
@@ -100,12 +108,12 @@ def hold_back(optimizer, sound):
 
 
 def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None, accumulate=1,
-               label_drop=0.0):
+               label_drop=0.0, min_snr=None):
     """One update: noise a batch, compare the model's prediction with the truth, step downhill.
 
     accumulate: work through the batch in so many parts, one after the other, to save memory.
     label_drop: the share of images whose class is withheld, so that the model also learns to do without
-    (Ho & Salimans 2022, algorithm 1).
+    (Ho & Salimans 2022, algorithm 1).   min_snr: see DiffusionProcess.training_loss.
     Returns the loss. A loss or gradient that is not a number leaves the weights as they are, as a
     FloatingPointError; on a GPU with a fused optimizer, which does not wait to hear of it, all losses from
     then on are NaN instead.
@@ -127,7 +135,7 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
         last = k == len(parts) - 1  # only then do the processes exchange their gradients
         with (contextlib.nullcontext() if last or world == 1 else model.no_sync(),
               torch.autocast(x_0.device.type, torch.bfloat16, enabled=precision == torch.bfloat16)):
-            share = diffusion.training_loss(model, x_0[mine], y[mine], t[mine], noise[mine])
+            share = diffusion.training_loss(model, x_0[mine], y[mine], t[mine], noise[mine], min_snr)
             share = share * (len(part) / len(x_0))
             share.backward()
         loss += share.detach()
@@ -146,14 +154,14 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
 
 
 def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1,
-                precision=torch.float32, grad_clip=None, accumulate=1, label_drop=0.0, rate=None, seed=None,
-                first_step=0, steps=None, losses=None, title="training", place=None,
+                precision=torch.float32, grad_clip=None, accumulate=1, label_drop=0.0, min_snr=None, rate=None,
+                seed=None, first_step=0, steps=None, losses=None, title="training", place=None,
                 held=contextlib.nullcontext):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
     dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
     ema:         an EMA to update after every `ema_every` steps.   grad_clip: the largest gradient norm.
-    accumulate, label_drop: see train_step.   rate: a function from the step to the learning rate.
+    accumulate, label_drop, min_snr: see train_step.   rate: a function from the step to the learning rate.
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
     first_step:  how many steps the run has behind it.   steps: how many to do, if not one pass.
     losses:      a list that the loss of each step is appended to, also if the training is stopped.
@@ -177,7 +185,7 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
                     group["lr"] = rate(step)
             with held():
                 loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, precision,
-                                  grad_clip, accumulate, label_drop)
+                                  grad_clip, accumulate, label_drop, min_snr)
                 if ema is not None and (step + 1) % ema_every == 0:
                     ema.update(model)
                 losses.append(loss)  # still on the device; its place counts the step
@@ -261,14 +269,15 @@ def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir
     return dataset_name, classes, Batches(images, y, batch_size, seed, flip, kept), held_out
 
 
-def measure_seconds(network, ema, batch, diffusion, picture_shape, **settings):
+def measure_seconds(network, ema, batch, diffusion, picture_shape, optimizer="adam", **settings):
     """(seconds for a training step, seconds for a call of the model on one set of pictures).
 
     The steps are real ones, but at learning rate 0, so that they change nothing; `ema` must be one to
-    throw away. picture_shape: (B, C, H, W).  settings: as train_step takes them.
+    throw away. picture_shape: (B, C, H, W).  optimizer: a key of OPTIMIZERS.  settings: as train_step takes
+    them.
     """
     x_0, y = batch
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.0, fused=True)
+    optimizer = OPTIMIZERS[optimizer](network.parameters(), lr=0.0)
     x_T = torch.zeros(picture_shape, device=x_0.device)
 
     def update():
@@ -319,8 +328,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
           val_dir=None, val_fraction=0.0, timesteps=1000, schedule="linear", objective="eps",
           model_name="simple", grad_checkpoint=False, compile=False,
           optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0, accumulate=1,
-          grad_clip=None, ema_decay=0.9995, ema_every=1, num_samples=64, sample_every=None, save_every=None,
-          resume=None, overwrite=False, **model_config):
+          grad_clip=None, min_snr=None, ema_decay=0.9995, ema_every=1, num_samples=64, sample_every=None,
+          save_every=None, resume=None, overwrite=False, **model_config):
     """Train and write pictures, checkpoints and the loss; main() documents the settings.
 
     dataset_name: a key of DATASETS, a folder of images, or None for MNIST with synthetic digits to
@@ -361,7 +370,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
                             add_input=objective == "eps", num_classes=classes and len(classes))
         model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
         state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
-            model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay, fused=True))
+            model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay))
         # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
         if origin is None:
             check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model),
@@ -372,7 +381,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             settings["total_steps"] = plan.total_steps
         facts = {"model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
                  "settings": settings, "data": {
-                     "name": str(dataset_name), "image_size": image_size, "channels": channels, "classes": classes}}
+                     "name": str(dataset_name), "image_size": image_size, "channels": channels, "classes": classes,
+                     "val_fraction": 0.0 if val_dir else val_fraction, "seed": seed}}
 
         # ---- What is going to happen
         print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
@@ -387,10 +397,10 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             model.compile()
         network = DistributedDataParallel(model) if world > 1 else model
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
-                             label_drop=label_drop if classes else 0.0)
+                             label_drop=label_drop if classes else 0.0, min_snr=min_snr)
         batch = tuple(part.to(device) for part in next(iter(batches)))
         step_seconds, call_seconds = measure_seconds(
-            network, EMA(model), batch, diffusion, (num_samples, *batch[0].shape[1:]), **step_settings)
+            network, EMA(model), batch, diffusion, (num_samples, *batch[0].shape[1:]), optimizer, **step_settings)
         step_seconds = float(distributed.mean_over_ranks(torch.tensor(step_seconds, device=device)))
         picture_calls = len(diffusion.sampling_levels("ddim")) - 1
         print_cost(plan, len(state.losses), batches, held_out, step_seconds, call_seconds, picture_calls,
@@ -569,6 +579,8 @@ def main(argv=None):
     add("--warmup", "steps in which the learning rate rises from zero", 0, type=whole_number)
     add("--beta2", "Adam's memory of squared gradients", 0.999, type=fraction)
     add("--weight_decay", "pull towards zero", 0.0, type=fraction)
+    add("--min_snr", "weigh the error of x_0 by min(SNR, this), usually 5; default: as the objective does",
+        type=positive_float)
     add("--grad_clip", "largest gradient norm; off unless given", type=positive_float)
     add("--grad_checkpoint", "less memory, about a third slower", False, action=SWITCH)
     add("--ema_decay", "averaging of the weights for samples; 0 is off", 0.9995, type=fraction)
@@ -621,7 +633,7 @@ def parse(parser, argv):
             if bool(given.steps) != ("steps" in row):                  # what is counted changes
                 row = {flag: value for flag, value in row.items() if flag not in ("sample_every", "save_every")}
             row = {flag: value for flag, value in row.items() if flag not in ("epochs", "steps")}
-        if row["dataset"] is None and given.dataset is None:
+        if row.get("dataset", "mnist") is None and given.dataset is None:
             raise ValueError(f"--preset {given.preset} is for a folder of your own: add --dataset FOLDER")
         parser.set_defaults(**row)
     settings = vars(parser.parse_args(argv))

@@ -1,19 +1,99 @@
-"""Figures of the diffusion process.
+"""Figures of the diffusion process, one function each.
 
-    python visualize_diffusion.py                         # noise destroys eight digits
+    python visualize_diffusion.py                             # noise destroys eight digits
     python visualize_diffusion.py --dataset fashion_mnist --schedule cosine
+    python visualize_diffusion.py --figure schedules          # what each schedule keeps, with a table
+    python visualize_diffusion.py --figure solvers            # samplers against the exact answer
+    python visualize_diffusion.py --figure reverse            # a trained model undoes the noise
+    python visualize_diffusion.py --figure loss_by_timestep   # where a training in outputs/ got better
+    python visualize_diffusion.py --figure explore            # forward, steps, seeds and reverse in one go
 
-Writes outputs/forward_diffusion.png.
+Writes outputs/forward_diffusion.png, or the file that FIGURES names.
 """
 
+import csv
+import itertools
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from PIL import Image
+from tqdm import tqdm
 
-from data import DATASET_HELP, get_dataset, get_default_dataset
-from diffusion import SCHEDULES, DiffusionProcess
-from utils import Parser, command, make_output_dir, positive_int, save_strip, seed_number, to_signed
+from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
+from data import DATASET_HELP, DATASETS, class_names, get_dataset, get_default_dataset
+from diffusion import SAMPLERS, SCHEDULES, SPACINGS, DiffusionProcess, seeded_noise
+from sample import choose_labels, draw_frame, generate, load_model, save_generation_strip, seconds_for
+from utils import (Parser, command, describe_device, format_seconds, get_device, image_grid, make_output_dir,
+                   plot_losses, positive_int, save_figure, save_gif, save_strip, seed_number, to_signed,
+                   to_uint8, whole_number)
 
+
+class Row(NamedTuple):
+    file: str  # what it is called in --output_dir
+    count: int  # how many images it shows, unless told
+    needs: str  # "data", "model", "run" or nothing
+    help: str
+
+
+FIGURES = {
+    "forward":   Row("forward_diffusion.png", 8, "data", "images sink into noise"),
+    "reverse":   Row("reverse_process.png", 4, "model", "pictures come out of it, as PNG and GIF"),
+    "schedules": Row("schedules.png", 0, "", "the noise schedules compared"),
+    "one_step":  Row("one_step.png", 1, "model", "a single denoising step with its numbers"),
+    "steps":     Row("steps_compared.png", 4, "model", "the same noise in few and in many steps"),
+    "seeds":     Row("seeds_compared.png", 8, "model", "the same seed twice, and different seeds"),
+    "epochs":    Row("epochs.png", 6, "run", "the samples of a run, epoch after epoch"),
+    "loss":      Row("loss.png", 0, "run", "its loss"),
+    "loss_by_timestep": Row("loss_by_timestep.png", 256, "run", "that at each noise level"),
+    "dataset":   Row("dataset.png", 10, "data", "what a data set holds"),
+    "solvers":   Row("solvers.png", 0, "", "errors of the samplers where the exact answer is known"),
+}
+EXPLORE = ("forward", "steps", "seeds", "reverse")
+# Noise levels of T = 1000; for another T they are scaled.
 FORWARD_TIMESTEPS = (0, 50, 100, 200, 400, 600, 800, 999)
+TIMESTEPS = {"forward": FORWARD_TIMESTEPS, "explore": (0, 100, 250, 500, 750, 999), "one_step": (250,),
+             "reverse": (999, 800, 600, 400, 200, 100, 50, 0), "schedules": (0, 100, 250, 500, 750, 900, 999)}
+STEPS_LIST, SEEDS = (50, 100, 250, 500, 1000), (42, 7, 123, 999)
+TIMESTEP_BINS = 20  # rows of the heat map of losses
 
+# Colours that stay apart for the colour-blind too (Okabe & Ito 2008), each with a line of its own.
+COLOURS, LINES = ("#d55e00", "#0072b2", "#009e73", "#000000"), ("-", "--", "-.", ":")
+
+
+def new_figure(width, height, rows=1, columns=1, **settings):
+    """An empty figure in the style of plot_losses, sizes in inches: (figure, axes [rows, columns])."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **settings)
+    for one in axes.flat:
+        one.grid(alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def choose_timesteps(asked, default, num_timesteps):
+    """The levels asked for, or the default ones, scaled from T = 1000. ValueError for one beyond T."""
+    if asked is None:
+        return list(dict.fromkeys(round(t * (num_timesteps - 1) / 999) for t in default))
+    for t in asked:
+        if t >= num_timesteps:
+            raise ValueError(f"--timesteps {t}: there are 0 to {num_timesteps - 1}")
+    return asked
+
+
+def nearest(levels, timesteps):
+    """Where in `levels`, which a sampler visits, the wanted timesteps are, or what is nearest; in order."""
+    return sorted({min(range(len(levels)), key=lambda k: abs(levels[k] - t)) for t in timesteps})
+
+
+# ---- Figures of data
 
 def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0, title=None):
     """One row per image, one column per timestep: the image sinks into noise.
@@ -29,28 +109,479 @@ def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0,
     save_strip(torch.stack(columns, dim=1), labels, path, title=title)
 
 
+def dataset_figure(images, labels, names, path, columns=10, seed=0, title=None):
+    """A row of random images for each class, or eight rows where there are no classes.
+
+    images: uint8 [N, C, H, W].  labels: [N] class indices or None.  names: of the classes, or None.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    if labels is None or not names:
+        chosen, names = order[:8 * columns].split(columns), None
+    else:
+        chosen = [order[labels[order] == k][:columns] for k in range(len(names))]
+    blank = torch.full((columns, *images.shape[1:]), 255, dtype=torch.uint8)    # where a class has too few
+    rows = [to_signed(torch.cat([images[row], blank[len(row):]])) for row in chosen]
+    save_strip(rows, [""] * columns, path, row_labels=names, title=title)
+
+
+# ---- Figures of formulas
+
+def decibels(alpha_bar):
+    """Signal over noise as an engineer writes it: 0 dB is as much of one as of the other."""
+    return 10 * np.log10(alpha_bar / (1 - alpha_bar))
+
+
+def schedule_table(curves, timesteps):
+    """Lines of text: alpha_bar and dB of each schedule, and the first t below 0 dB.
+
+    curves: {name of the schedule: alpha_bar, a float64 array [T]}.
+    """
+    lines = ["     t" + "".join(f"{name + ' alpha_bar':>20}{'dB':>8}" for name in curves)]
+    for t in timesteps:
+        lines.append(f"{t:>6}" + "".join(f"{ab[t]:>20.6g}{decibels(ab[t]):>8.2f}" for ab in curves.values()))
+    crossings = [f"{name} t = {int(np.argmax(ab < 0.5))}" for name, ab in curves.items()]
+    return [*lines, "first below 0 dB: " + ", ".join(crossings)]
+
+
+def schedules_figure(curves, path):
+    """Betas, alpha_bar, the weights of image and noise, and signal over noise, of each schedule along t."""
+    figure, axes = new_figure(9, 6.4, 2, 2)
+    for (name, ab), colour, line in zip(curves.items(), COLOURS, LINES):
+        t, style = np.arange(len(ab)), dict(color=colour, linestyle=line, label=name)
+        axes[0, 0].plot(t, 1 - ab / np.append(1, ab[:-1]), **style)
+        axes[0, 1].plot(t, ab, **style)
+        axes[1, 0].plot(t, np.sqrt(ab), **style)
+        axes[1, 0].plot(t, np.sqrt(1 - ab), color=colour, linestyle=line, alpha=0.45)
+        axes[1, 1].plot(t, decibels(ab), **style)
+    axes[0, 0].set_yscale("log")
+    axes[1, 1].axhline(0, color="black", linewidth=0.8)
+    titles = (r"noise added in a step, $\beta_t$", r"signal left, $\bar\alpha_t$ (share of the variance)",
+              r"weights of image $\sqrt{\bar\alpha_t}$ (falling), noise $\sqrt{1-\bar\alpha_t}$ (rising)",
+              "signal over noise in dB")
+    for one, title in zip(axes.flat, titles):
+        one.set_title(title, fontsize=10.5)
+        one.set_xlabel("timestep t")
+    axes[0, 1].legend(frameon=False)
+    save_figure(figure, path)
+
+
+def solvers_figure(tables, evaluations, path):
+    """Error against evaluations: a row of panels for each kind of data, a panel for each sampler.
+
+    tables: {name of the data: what solver_errors returns}.
+    """
+    figure, axes = new_figure(9, 3.2 * len(tables), len(tables), len(SOLVERS), sharex=True, sharey=True)
+    counts = np.array(evaluations)
+    for panels, (data, errors) in zip(axes, tables.items()):
+        for axis, sampler in zip(panels, SOLVERS):
+            for spacing, colour, line in zip(SPACINGS, COLOURS, LINES):
+                axis.loglog(counts, errors[sampler, spacing], color=colour, linestyle=line, marker="o",
+                            markersize=3, label=spacing)
+            for order, line in ((1, "-"), (2, "--")):
+                axis.loglog(counts, 0.3 * (counts[0] / counts)**order, line, color="#999999", linewidth=0.9,
+                            label=f"slope of order {order}")
+            axis.set_title(f"{sampler}, {data}", fontsize=10.5)
+            axis.xaxis.set_major_locator(FixedLocator(evaluations))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    for axis in axes[-1]:
+        axis.set_xlabel("evaluations of the model")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mean distance to the exact flow")
+    axes[0, 0].legend(frameon=False, fontsize=9, loc="lower left")
+    save_figure(figure, path)
+
+
+# ---- Figures of a model. settings: what generate takes, beyond the number of images.
+
+def reverse_figure(model, diffusion, path, timesteps, count, **settings):
+    """x_t and the guess of x_0 on the way, as PNG and GIF: at those levels, of all that the sampler visits,
+    which are nearest to the timesteps asked for, and finished. Returns the two paths."""
+    _, frames = generate(model, diffusion, count, num_frames=diffusion.num_timesteps + 1, **settings)
+    visited = [t for t, _, _ in frames[:-1]]
+    frames = [*(frames[k] for k in nearest(visited, timesteps)), frames[-1]]
+    save_generation_strip(frames, path, num_images=count, num_columns=len(frames))
+    save_gif([draw_frame(*frame) for frame in frames], path.with_suffix(".gif"), seconds=0.5)
+    return [path, path.with_suffix(".gif")]
+
+
+def explain_step(model, diffusion, t, **settings):
+    """All that happens in one step of DDPM, at the level nearest to t (not the last: it adds no noise).
+
+    mean = to_x_0 x_0 + to_x_t x_t,   x_prev = mean + sigma noise          (Ho et al. 2020, eq. 6-7)
+
+    Returns a dict: images [C, H, W] x_t, eps, x_0 (clamped), mean, noise, x_prev, and the numbers t, t_prev,
+    signal and spread (the weights of image and noise in x_t), to_x_0, to_x_t, sigma.
+    """
+    settings = {**settings, "sampler": "ddpm"}
+    levels = diffusion.sampling_levels("ddpm", settings.get("steps"))
+    if len(levels) < 3:
+        raise ValueError("a chain of one step adds no noise: --steps 2 or more")
+    _, frames = generate(model, diffusion, 1, num_frames=len(levels), **settings)
+    k, = nearest(levels[:-2], [t])
+    (t, x_t, x_0), (t_prev, x_prev, _) = frames[k], frames[k + 1]
+    ab, ab_prev = float(diffusion.alpha_bar[t]), float(diffusion.alpha_bar[t_prev])
+    beta, signal, spread = 1 - ab / ab_prev, math.sqrt(ab), math.sqrt(1 - ab)
+    to_x_0 = math.sqrt(ab_prev) * beta / (1 - ab)
+    to_x_t = math.sqrt(ab / ab_prev) * (1 - ab_prev) / (1 - ab)
+    sigma = math.sqrt((1 - ab_prev) / (1 - ab) * beta)
+    y = settings.get("y")
+    unclamped = diffusion.predict_x0(model, x_t, t, None if y is None else y.to(x_t.device), clip=False)
+    images = dict(x_t=x_t, eps=(x_t - signal * unclamped) / spread, x_0=x_0, mean=to_x_0 * x_0 + to_x_t * x_t,
+                  noise=seeded_noise(settings["seed"], [0], k + 1, x_t.shape[1:]), x_prev=x_prev)
+    return dict({name: image[0].cpu() for name, image in images.items()}, t=t, t_prev=t_prev, signal=signal,
+                spread=spread, to_x_0=to_x_0, to_x_t=to_x_t, sigma=sigma)
+
+
+def step_rows(step):
+    """What explain_step found at one pixel, on an edge, where no clamp acts: (row, column) of it, and
+    rows (image, what it is, formula, the formula with this pixel's numbers, the pixel's value)."""
+    place = divmod(int((step["x_0"][0] - 0.3).abs().argmin()), step["x_0"].shape[-1])
+    v = {name: float(step[name][(0, *place)]) for name in ("x_t", "eps", "x_0", "mean", "noise", "x_prev")}
+    text = {name: f"{value:.4f}" if value >= 0 else f"({value:.4f})" for name, value in v.items()}
+    n = {name: f"{step[name]:.4f}" for name in ("signal", "spread", "to_x_0", "to_x_t", "sigma")}
+    rows = [("x_t", f"noisy image, t = {step['t']}", "$x_t$", "where the chain has come to"),
+            ("eps", "predicted noise", r"$\epsilon$, from model$(x_t, t)$", "the model's answer"),
+            ("x_0", "guess of the image", rf"$x_0 = (x_t - {n['spread']}\,\epsilon)\,/\,{n['signal']}$",
+             f"({v['x_t']:.4f} - {n['spread']} * {text['eps']}) / {n['signal']}"),
+            ("mean", "mean of the next", rf"$\mu = {n['to_x_0']}\,x_0 + {n['to_x_t']}\,x_t$",
+             f"{n['to_x_0']} * {text['x_0']} + {n['to_x_t']} * {text['x_t']}"),
+            ("noise", "fresh noise", r"$z$, unit Gaussian", "drawn"),
+            ("x_prev", f"next image, t = {step['t_prev']}", rf"$\mu + {n['sigma']}\,z$",
+             f"{v['mean']:.4f} + {n['sigma']} * {text['noise']}")]
+    return place, [(*row, v[row[0]]) for row in rows]
+
+
+def one_step_figure(step, path):
+    """Six panels, each with its formula; one pixel is marked in all, and the table below has its numbers."""
+    (y, x), rows = step_rows(step)
+    figure = Figure(figsize=(8, 8.4))
+    wide = "\nshown from -3 to 3"
+    remarks = {"eps": wide, "noise": wide, "x_0": "\nthen kept in [-1, 1]"}
+    for k, (name, title, formula, *_) in enumerate(rows):
+        axes = figure.add_axes((0.02 + k % 3 * 0.335, 0.665 - k // 3 * 0.375, 0.29, 0.283))
+        image = step[name] / (3 if remarks.get(name) == wide else 1)
+        axes.imshow(image_grid(to_uint8(image[None]), padding=0).numpy(), interpolation="nearest")
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=COLOURS[0], linewidth=2))
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(formula + remarks.get(name, ""), fontsize=10)
+        axes.set_xticks([], [])
+        axes.set_yticks([], [])
+    axes = figure.add_axes((0.02, 0.0, 0.96, 0.21))
+    axes.axis("off")
+    cells = [["at the marked pixel", "how", "value"], *([title, how.replace("*", "×"), f"{value:.4f}"]
+                                                        for _, title, _, how, value in rows)]
+    table = axes.table(cells, cellLoc="left", colWidths=[0.3, 0.55, 0.15], bbox=(0, 0, 1, 1))
+    table.auto_set_font_size(False)
+    table.set_fontsize(9.5)
+    for cell in table.get_celld().values():
+        cell.visible_edges = "B"
+        cell.set_edgecolor("#999999")
+    save_figure(figure, path)
+
+
+def rms(a, b):
+    """How far two sets of images are apart: the root of the mean square."""
+    return float((a - b).square().mean().sqrt())
+
+
+def steps_figure(model, diffusion, path, steps_list, count, **settings):
+    """The same noise sampled in few and in many steps, side by side.
+
+    Returns lines that say how long each took, and how far its pictures are from the last ones.
+    """
+    found, times = [], []
+    for steps in steps_list:
+        start = time.perf_counter()
+        images, _ = generate(model, diffusion, count, **{**settings, "steps": steps})
+        found.append(images.cpu())                          # a GPU is waited for here
+        times.append(format_seconds(time.perf_counter() - start))
+    labels = [f"{n} steps\n{took}" for n, took in zip(steps_list, times)]
+    save_strip(list(torch.stack(found, dim=1)), labels, path, title=f"the same noise, {settings['sampler']}")
+    return [f"{n} steps: {took}, {rms(images, found[-1]):.4f} (root mean square) from the last column"
+            for n, took, images in zip(steps_list, times, found)]
+
+
+def seeds_figure(model, diffusion, path, seeds, count, **settings):
+    """Each seed twice: two rows of the same pictures.
+
+    Returns lines that say whether they are the same, and how far apart the nearest two seeds are.
+    """
+    rows, names, lines = [], [], []
+    for seed in seeds:
+        once, again = (generate(model, diffusion, count, **{**settings, "seed": seed})[0].cpu() for _ in "12")
+        verdict = "equal" if torch.equal(once, again) else "NOT equal"
+        rows += [once, again]
+        names += [f"seed {seed}", f"again: {verdict}"]
+        lines.append(f"seed {seed} twice: {verdict}, largest difference {(once - again).abs().max():.1e}")
+    save_strip(rows, [""] * count, path, row_labels=names)
+    pairs = itertools.combinations(zip(seeds, rows[::2]), 2)
+    apart = [(rms(x, y), f"seeds {a} and {b} are nearest") for (a, x), (b, y) in pairs]
+    return lines + [f"{text}, {far:.4f} (root mean square) apart" for far, text in sorted(apart)[:1]]
+
+
+# ---- Figures of a run: the folder that train.py wrote
+
+def when(path):
+    """epoch_005.png -> "epoch 5"."""
+    unit, number = path.stem.split("_")[-2:]
+    return f"{unit} {int(number)}"
+
+
+def spread_out(items, most):
+    """At most so many of a list, dense at its start, where a training changes fastest, and the last one."""
+    if len(items) <= most:
+        return items
+    return [items[k - 1] for k in sorted({round(k) for k in np.geomspace(1, len(items), most)})]
+
+
+def found_in(run, pattern, what):
+    paths = sorted(Path(run).glob(pattern), key=lambda path: (len(path.name), path.name))    # 9 before 10
+    if not paths:
+        raise ValueError(f"no {what} in {run}; name a folder that train.py wrote with --run")
+    return paths
+
+
+def epochs_figure(run, path, image_size, count, columns=8):
+    """The same noises after more and more training: the first row of the sheets that the run wrote."""
+    sheets = spread_out(found_in(run, "samples/*_[0-9]*.png", "samples/epoch_*.png"), columns)
+    scale, cell = max(1, math.ceil(84 / image_size)), image_size + 2
+    tiles = []
+    for sheet in sheets:
+        with Image.open(sheet, formats=["PNG"]) as picture:
+            pixels = torch.from_numpy(np.array(picture.convert("RGB"))[::scale, ::scale]).permute(2, 0, 1)
+        if pixels.shape[2] % cell != 2 or pixels.shape[1] % cell != 2:
+            raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images")
+        here = range(2, min(pixels.shape[2] - 2, count * cell), cell)
+        tiles.append(to_signed(torch.stack([pixels[:, 2:cell, x:x + image_size] for x in here])))
+    save_strip(list(torch.stack(tiles, dim=1)), [when(sheet) for sheet in sheets], path)
+
+
+def loss_figure(run, path):
+    """The loss of each step of a run, its average, and that on held-out images where there are any."""
+    table, = found_in(run, "training_loss.csv", "training_loss.csv")
+    try:
+        rows = list(csv.DictReader(table.read_text().splitlines()))
+        losses = [float(row["loss"]) for row in rows]
+        held_out = {int(row["step"]): float(row["held_out_loss"]) for row in rows if row["held_out_loss"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{table} is not a table that train.py wrote") from error
+    if not losses:
+        raise ValueError(f"{table} holds no step yet")
+    plot_losses(losses, path, held_out)
+
+
+@torch.no_grad()
+def timestep_losses(model, diffusion, x_0, y=None, bins=TIMESTEP_BINS, seed=0):
+    """The mean loss in each of `bins` equal ranges of t, for every model at the same noise and the same t.
+
+    x_0: [N, C, H, W] in [-1, 1].  Returns (the edges of the ranges, from 0 to T, and a loss for each range).
+    """
+    random, T = torch.Generator().manual_seed(seed), diffusion.num_timesteps
+    edges, losses = torch.linspace(0, T, min(bins, T) + 1).round().int().tolist(), []
+    for low, high in zip(edges, edges[1:]):
+        t = torch.linspace(low, high - 1, len(x_0)).round().long().to(x_0.device)
+        noise = torch.randn(x_0.shape, generator=random).to(x_0.device)
+        total = 0.0
+        for k in torch.arange(len(x_0), device=x_0.device).split(64):
+            labels = None if y is None else y[k]
+            total += len(k) * diffusion.training_loss(model, x_0[k], labels, t[k], noise[k]).item()
+        losses.append(total / len(x_0))
+    return edges, losses
+
+
+def timestep_loss_figure(edges, losses, names, path, title=None):
+    """A heat map: how far a training has come (columns) at each noise level (rows).
+
+    losses: [columns][rows].  names: of the columns.
+    """
+    figure, axes = new_figure(max(5, 2 + 0.55 * len(names)), 5)
+    axes = axes[0, 0]
+    places = np.arange(len(names) + 1)
+    mesh = axes.pcolormesh(places, edges, np.array(losses).T, norm=LogNorm(), cmap="viridis")
+    axes.set_xticks(places[:-1] + 0.5, names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.grid(False)
+    axes.set_ylabel("timestep t")
+    axes.set_title(title, fontsize=10.5)
+    figure.colorbar(mesh, label="loss (mean squared error)", format=StrMethodFormatter("{x:g}"))
+    save_figure(figure, path)
+
+
+# ---- From the flags to a figure. Each of these returns the paths of what it wrote.
+
+def draw_from_data(name, args, path, loaded=None):
+    """loaded: a model whose process and data are to be shown; by default those of the flags."""
+    diffusion = loaded[1] if loaded else DiffusionProcess(args.num_timesteps, args.schedule)
+    default = TIMESTEPS.get(args.figure, FORWARD_TIMESTEPS)
+    timesteps = choose_timesteps(args.timesteps, default, diffusion.num_timesteps)
+    if loaded:
+        dataset, images, labels = images_of(loaded[2], args)
+    elif args.dataset is None:
+        dataset, images, labels = get_default_dataset(args.data_dir, image_size=args.image_size)
+    else:
+        dataset = args.dataset
+        images, labels = get_dataset(dataset, args.data_dir, image_size=args.image_size)
+    count = args.num_images or FIGURES[name].count
+    if name == "dataset":
+        shape = "x".join(map(str, images.shape[1:]))
+        dataset_figure(images, labels, class_names(dataset), path, count, args.seed,
+                       title=f"{dataset}: {len(images):,} images of {shape}")
+    else:
+        pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:count]
+        schedule = "the model's own" if loaded else args.schedule
+        forward_figure(images[pick], diffusion, path, timesteps, args.seed,
+                       title=f"{dataset}: the forward process, {schedule} schedule")
+    return [path]
+
+
+def images_of(data, args, **settings):
+    """(name, images, labels) of what a model was trained on, or of --dataset, in the model's own size."""
+    name, shape = args.dataset or data["name"], dict(image_size=data["image_size"], channels=data["channels"])
+    if args.dataset is None and name not in DATASETS:   # a path in a stranger's checkpoint is not followed
+        raise ValueError(f"the model was trained on {name!r}: name the images to show with --dataset")
+    return name, *get_dataset(name, args.data_dir, **shape, **settings)
+
+
+def draw_from_formulas(name, args, path):
+    T = args.num_timesteps
+    if name == "schedules":
+        curves = {schedule: DiffusionProcess(T, schedule).alpha_bar.numpy() for schedule in SCHEDULES}
+        print(*schedule_table(curves, choose_timesteps(args.timesteps, TIMESTEPS[name], T)), sep="\n")
+        schedules_figure(curves, path)
+        return [path]
+    counts = [steps for steps in EVALUATIONS if steps <= T]
+    if not counts:
+        raise ValueError(f"--num_timesteps {T}: the fewest evaluations compared are {EVALUATIONS[0]}")
+    with tqdm(total=len(MIXTURES) * len(SOLVERS) * len(SPACINGS) * len(counts), desc="solving") as bar:
+        tables = {data: solver_errors(mixture, T, args.schedule, evaluations=counts, tick=bar.update)
+                  for data, mixture in MIXTURES.items()}
+    for data, errors in tables.items():
+        print(f"mean distance to the exact flow of {data}, by evaluations", *solver_lines(errors, counts),
+              sep="\n")
+    solvers_figure(tables, counts, path)
+    return [path]
+
+
+def draw_from_model(name, args, path, loaded):
+    model, diffusion, data, device = loaded
+    T, size, count = diffusion.num_timesteps, data["image_size"], args.num_images or FIGURES[name].count
+    y, _ = choose_labels(args.label, data["classes"], count)
+    if name == "one_step":
+        count, y = 1, None if y is None else y[:1]
+    count = count if y is None else len(y)                  # several labels get full rows
+    sampler = "ddpm" if name == "one_step" else args.sampler
+    steps_list = args.steps_list or sorted({min(steps, T) for steps in STEPS_LIST})
+    calls = len(diffusion.sampling_levels(sampler, args.steps)) - 1
+    calls = {"steps": sum(len(diffusion.timesteps(steps)) - 1 for steps in steps_list),
+             "seeds": 2 * calls * len(args.seeds)}.get(name, calls)
+    cost = format_seconds(seconds_for(model, diffusion, count, size, 64, calls, device))
+    print(f"{name}: {calls} calls of the model on {count} images, about {cost} here", flush=True)
+    settings = dict(image_size=size, seed=args.seed, sampler=sampler, steps=args.steps, y=y, device=device)
+    if name == "reverse":
+        timesteps = choose_timesteps(args.timesteps, TIMESTEPS["reverse"], T)
+        return reverse_figure(model, diffusion, path, timesteps, count, **settings)
+    if name == "one_step":
+        t = choose_timesteps(args.timesteps, TIMESTEPS["one_step"], T)[0]
+        step = explain_step(model, diffusion, t, **settings)
+        for _, title, _, how, value in step_rows(step)[1]:
+            print(f"{title:22}{how:>41} = {value:.4f}")
+        one_step_figure(step, path)
+    else:
+        figure, choice = (steps_figure, steps_list) if name == "steps" else (seeds_figure, args.seeds)
+        print(*figure(model, diffusion, path, choice, count, **settings), sep="\n")
+    return [path]
+
+
+def draw_from_run(name, args, path, device):
+    if name == "loss":
+        loss_figure(args.run, path)
+        return [path]
+    if name == "epochs":
+        files = found_in(args.run, "model_[fl]*.pt", "model_final.pt or model_latest.pt")
+    else:
+        files = found_in(args.run, "checkpoints/model_*_[0-9]*.pt", "checkpoints/model_epoch_*.pt")
+    model, diffusion, data = load_model(files[0], device)
+    count = args.num_images or FIGURES[name].count
+    if name == "epochs":
+        epochs_figure(args.run, path, data["image_size"], count)
+        return [path]
+    files = spread_out(files, 24)
+    dataset, images, labels = images_of(data, args, train=False)
+    x_0 = to_signed(images[:count]).to(device)
+    y = labels[:count].to(device) if data["classes"] and data["classes"] == class_names(dataset) else None
+    calls = TIMESTEP_BINS * len(files)
+    cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64, calls, device))
+    print(f"{len(files)} checkpoints, {len(x_0)} images at {TIMESTEP_BINS} noise levels each, about {cost} here",
+          flush=True)
+    losses = []
+    for file in tqdm(files, desc="checkpoints"):
+        model, diffusion, _ = load_model(file, device)
+        edges, column = timestep_losses(model, diffusion, x_0, y, seed=args.seed)
+        losses.append(column)
+    kind = "test images" if dataset in DATASETS else "images"
+    timestep_loss_figure(edges, losses, [when(file) for file in files], path,
+                         f"loss at each noise level, {len(x_0)} {kind} of {dataset}")
+    return [path]
+
+
+def load(args, device):
+    """(model, process, facts about its data, device), of --checkpoint."""
+    if not Path(args.checkpoint).exists():
+        raise ValueError(f"no checkpoint at {args.checkpoint}; make one with python train.py, or name one "
+                         "with --checkpoint (model_latest.pt is that of a run that was stopped)")
+    print(f"device: {describe_device(device, args.device)}; model: {args.checkpoint}")
+    return *load_model(args.checkpoint, device), device
+
+
 @command
 def main(argv=None):
-    parser = Parser(description="Show how noise destroys images.")
+    parser = Parser(description="Figures of the diffusion process. --figure: " + "; ".join(
+        f"{name}: {row.help}" for name, row in FIGURES.items()) + f"; explore: {', '.join(EXPLORE)} at once.")
     add = parser.add
-    add("--dataset", DATASET_HELP, metavar="NAME")
+    add("--figure", "what to draw", "forward", choices=[*FIGURES, "explore"])
+    add("--timesteps", "the noise levels shown, 0 to T - 1, in forward, reverse, one_step (the first) and "
+        "schedules; default: each figure's own", type=whole_number, nargs="+", metavar="t")
+    add("--steps_list", "the numbers of steps that steps compares; default: "
+        + " ".join(map(str, STEPS_LIST)), type=positive_int, nargs="+", metavar="N")
+    add("--seeds", "the seeds that seeds compares", list(SEEDS), type=seed_number, nargs="+", metavar="SEED")
+    add("--num_images", "how many images; default: " + ", ".join(
+        f"{row.count} in {name}" for name, row in FIGURES.items() if row.count > 1), type=positive_int)
+    add("--dataset", DATASET_HELP + "; with a model, the data it was trained on", metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--image_size", "resize to this many pixels", type=positive_int)
-    add("--schedule", "how alpha_bar falls", "linear", choices=sorted(SCHEDULES))
+    add("--schedule", "how alpha_bar falls, in forward and solvers", "linear", choices=sorted(SCHEDULES))
+    add("--num_timesteps", "T in forward, schedules and solvers", 1000, type=positive_int)
+    add("--checkpoint", "the model of reverse, one_step, steps, seeds and explore", "outputs/model_final.pt")
+    add("--sampler", "how to step down; one_step takes ddpm", "ddim", choices=sorted(SAMPLERS))
+    add("--steps", "model calls; default: the sampler's own number", type=positive_int)
+    add("--label", "the class to draw, as in sample.py; default: each class in turn, if the model knows any")
+    add("--run", "the folder of the training that epochs, loss and loss_by_timestep show", "outputs")
     add("--seed", "picks the images and the noise", 0, type=seed_number)
     add("--output_dir", "where the figure goes", "outputs")
+    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     args = parser.parse_args(argv)
+    names = EXPLORE if args.figure == "explore" else [args.figure]
+    for flag, most in (("timesteps", 50), ("steps_list", 20), ("seeds", 20)):
+        values = getattr(args, flag) or []
+        if len(values) > most or len(set(values)) < len(values):
+            raise ValueError(f"--{flag} takes up to {most} numbers, each once; got {len(values)}: "
+                             f"{' '.join(map(str, values[:most + 1]))}")
+    if (args.num_images or 1) > 64 and args.figure != "loss_by_timestep":
+        raise ValueError(f"--num_images {args.num_images}: at most 64 in a figure")
 
-    output_dir = make_output_dir(args.output_dir)
-    if args.dataset is None:
-        name, images, _ = get_default_dataset(args.data_dir, image_size=args.image_size)
-    else:
-        name, (images, _) = args.dataset, get_dataset(args.dataset, args.data_dir, image_size=args.image_size)
-    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:8]
-    path = output_dir / "forward_diffusion.png"
-    forward_figure(images[pick], DiffusionProcess(schedule=args.schedule), path, seed=args.seed,
-                   title=f"{name}: the forward process, {args.schedule} schedule")
-    print(f"wrote {path}")
+    device = get_device(args.device)
+    output_dir = make_output_dir(args.output_dir, *(FIGURES[name].file for name in names))
+    loaded = load(args, device) if args.figure == "explore" or FIGURES[args.figure].needs == "model" else None
+    for name in names:
+        path, needs = output_dir / FIGURES[name].file, FIGURES[name].needs
+        if needs == "data":
+            paths = draw_from_data(name, args, path, loaded)
+        elif needs == "model":
+            paths = draw_from_model(name, args, path, loaded)
+        else:
+            paths = draw_from_run(name, args, path, device) if needs else draw_from_formulas(name, args, path)
+        for path in paths:
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -213,6 +213,25 @@ def test_training_visits_all_levels_evenly():
     assert counts.min() > 140 and counts.max() < 260                    # 200 each, +- 4 sigma
 
 
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+def test_min_snr_weighs_the_error_of_x0_alike_for_every_objective(objective):
+    """Hang et al. 2023: min(SNR, gamma) times the squared error of x_0, whatever the network predicts."""
+    diffusion = DiffusionProcess(100, "cosine", objective)
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = torch.rand(100, 1, 2, 2, generator=generator) * 2 - 1, torch.randn(100, 1, 2, 2, generator=generator)
+    t = torch.arange(100)
+    x_t, _ = diffusion.forward_diffusion(x_0, t, noise)
+
+    def model(x_t, t, y=None):
+        return 0.3 * x_t
+
+    guess = diffusion.predict_x0(model, x_t, t, clip=False)
+    snr = (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).view(-1, 1, 1, 1)
+    expected = float((snr.clamp(max=5) * (guess - x_0).double() ** 2).mean())
+    found = float(diffusion.training_loss(model, x_0, t=t, noise=noise, min_snr=5))
+    assert found == pytest.approx(expected, rel=1e-3)           # at the last t float32 divides by 1e-4
+
+
 # ---- One step back
 
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])

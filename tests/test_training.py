@@ -108,6 +108,18 @@ def test_get_timesteps_covers_the_range():
     assert t.dtype == torch.int64 and set(t.tolist()) == set(range(10))
 
 
+def test_timesteps_are_evenly_spread_in_a_batch_and_uniform_each():
+    """Every tenth of the range holds a tenth of any batch; and the first place alone still meets every t."""
+    torch.manual_seed(0)
+    batches = torch.stack([get_timesteps(20, 1000, "cpu") for _ in range(4000)])
+    tenths = torch.stack([((batches >= 100 * k) & (batches < 100 * (k + 1))).sum(1) for k in range(10)])
+    assert tenths.min() >= 1 and tenths.max() <= 3
+    assert batches.min() == 0 and batches.max() == 999
+    share = torch.bincount(batches.flatten() // 100, minlength=10) / batches.numel()
+    assert share.sub(0.1).abs().max() < 0.002
+    assert len({tuple(batch.tolist()) for batch in batches[:100]}) > 40
+
+
 def test_bf16_training_stays_close_to_float32(few_digits, tmp_path):
     settings = dict(**few_digits, **{**TINY, "precision": "bf16"}, steps=4)
     _, _, low = train(output_dir=tmp_path / "a", **settings)

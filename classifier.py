@@ -1,0 +1,160 @@
+"""A small network that looks at finished pictures: which class is it, and what is it like?
+
+    classifier, accuracy = train_classifier(images, labels, classes)
+    logits, features = look(classifier, images)
+
+evaluate.py measures samples in its features, [N, 128]. Those of MNIST and Fashion-MNIST are shipped in pretrained/;
+another set's is trained when it is needed, in a minute or two. Images without classes train it to tell by how
+much a picture was turned (Gidaris et al. 2018).
+
+    python classifier.py --dataset mnist                  # make pretrained/classifier_mnist.pt again
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoint import check_weights, load_checkpoint, save_checkpoint
+from data import Batches, get_dataset
+from utils import (Parser, command, get_device, get_precision, make_output_dir, positive_int,
+                   seed_number, seed_step, speaks, to_signed)
+
+PRETRAINED = Path(__file__).resolve().parent / "pretrained"
+TURNS = ("upright", "a quarter", "a half", "three quarters")
+
+
+class Classifier(nn.Module):
+    """Four convolutions, then the mean over the picture: 128 features, of which a linear layer makes logits.
+
+    x: [B, image_channels, H, W] in [-1, 1].  Images above 32x32 are halved once more on the way.
+    """
+
+    def __init__(self, image_channels=1, image_size=28, outputs=10):
+        super().__init__()
+        self.settings = dict(image_channels=image_channels, image_size=image_size, outputs=outputs)
+        widths, strides = (image_channels, 32, 64, 128, 128), (1 + (image_size > 32), 2, 2, 1)
+        layers = [nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+                  for i, o, stride in zip(widths, widths[1:], strides)]
+        self.layers = nn.Sequential(*layers)
+        self.linear = nn.Linear(widths[-1], outputs)
+
+    def forward(self, x):
+        """(logits [B, outputs], features [B, 128])"""
+        features = self.layers(x).mean((2, 3))
+        return self.linear(features), features
+
+
+def turned(x_0):
+    """Every image in its four directions, and which one it is: [4B, C, H, W], [4B]."""
+    return torch.cat([x_0.rot90(k, (2, 3)) for k in range(4)]), torch.arange(4).repeat_interleave(len(x_0))
+
+
+def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size=128, seed=0, title="classifier"):
+    """Train on uint8 [N, C, H, W] and labels [N] of num_classes; without labels, on turned images.
+
+    Returns the Classifier, in eval mode, on the CPU.
+    """
+    if labels is None:
+        num_classes, batch_size = len(TURNS), batch_size // 4
+    device = get_device()
+    precision, _ = get_precision("auto", device)
+    seed_step(seed, 0)
+    classifier = Classifier(images.shape[1], images.shape[-1], num_classes).to(device).train()
+    batches = Batches(images, labels, batch_size, seed)
+    steps = epochs * len(batches)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(2, steps), pct_start=0.1)
+    bar = tqdm(zip(range(steps), batches.stream()), total=steps, desc=title, unit="step", disable=not speaks())
+    for _, (x_0, y) in bar:
+        x_0, y = turned(x_0) if labels is None else (x_0, y)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            logits, _ = classifier(x_0.to(device))
+        loss = F.cross_entropy(logits.float(), y.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    return classifier.eval().requires_grad_(False).cpu()
+
+
+@torch.no_grad()
+def look(classifier, images, batch_size=500):
+    """(probabilities [N, outputs], features [N, 128]) of uint8 images [N, C, H, W], in float32."""
+    pairs = [classifier(to_signed(part)) for part in images.split(batch_size)]
+    return torch.cat([logits for logits, _ in pairs]).softmax(1), torch.cat([features for _, features in pairs])
+
+
+def save_classifier(path, classifier, **card):
+    """Write it in half precision. card: plain values that tell how it was made."""
+    weights = {name: value.half() if value.is_floating_point() else value
+               for name, value in classifier.state_dict().items()}
+    save_checkpoint(path, {"classifier": weights, "settings": classifier.settings, "card": card})
+
+
+def load_classifier(path):
+    """(Classifier, card). Raises FileNotFoundError, or ValueError for an unusable file."""
+    entries = load_checkpoint(path)
+    try:
+        classifier = Classifier(**entries["settings"])
+        weights = {name: value.float() if value.is_floating_point() else value
+                   for name, value in entries["classifier"].items()}
+        check_weights(path, weights, classifier)
+        classifier.load_state_dict(weights)
+        return classifier.eval().requires_grad_(False), entries["card"]
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no classifier of this project") from error
+
+
+def get_classifier(name, images, labels, num_classes, folder):
+    """The classifier of a data set: the shipped one, one trained before in `folder`, or trained now and kept there.
+
+    name: of the data set.  images, labels: what to train on, without the test set.
+    Returns (Classifier, a phrase that says which).
+    """
+    shipped = PRETRAINED / f"classifier_{name}.pt"
+    fingerprint = Batches(images, labels).fingerprint()
+    for path in (shipped, Path(folder) / "classifier.pt"):
+        if path.is_file():
+            classifier, card = load_classifier(path)
+            if card.get("data") == fingerprint:
+                return classifier, f"{path.name} ({card['trained_to']}, test accuracy {card['accuracy']:.2%})" \
+                    if card.get("accuracy") else f"{path.name} ({card['trained_to']})"
+    what = "tell classes" if labels is not None else "tell how a picture was turned"
+    print(f"no classifier for these images yet: training one to {what}, a minute or two on two cores", flush=True)
+    classifier = train_classifier(images, labels, num_classes)
+    path = make_output_dir(folder) / "classifier.pt"
+    save_classifier(path, classifier, data=fingerprint, trained_to=what)
+    print(f"wrote {path}")
+    return classifier, f"{path.name} ({what})"
+
+
+@command
+def main(argv=None):
+    parser = Parser(description="Train the classifier of a data set that has classes and a test set.")
+    add = parser.add
+    add("--dataset", "mnist, fashion_mnist, cifar10", "mnist")
+    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--epochs", "passes over the data", 4, type=positive_int)
+    add("--seed", "the same seed trains the same classifier", 0, type=seed_number)
+    add("--output_dir", "where classifier_DATASET.pt goes", str(PRETRAINED.name))
+    args = parser.parse_args(argv)
+    images, labels = get_dataset(args.dataset, args.data_dir)
+    if labels is None:
+        raise ValueError(f"{args.dataset} has no classes; evaluate.py trains what it needs by itself")
+    classifier = train_classifier(images, labels, int(labels.max()) + 1, args.epochs, seed=args.seed)
+    test_images, test_labels = get_dataset(args.dataset, args.data_dir, train=False)
+    # Through the file, because that is what will be used.
+    path = make_output_dir(args.output_dir) / f"classifier_{args.dataset}.pt"
+    card = dict(data=Batches(images, labels).fingerprint(), trained_to="tell classes",
+                command=f"classifier.py --dataset={args.dataset} --epochs={args.epochs} --seed={args.seed}")
+    save_classifier(path, classifier, **card)
+    accuracy = float((look(load_classifier(path)[0], test_images)[0].argmax(1) == test_labels).double().mean())
+    save_classifier(path, classifier, **card, accuracy=accuracy)
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB: {accuracy:.2%} of {len(test_labels)} test images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""How good are a checkpoint's pictures, and are they its own?
+
+    python evaluate.py                                    # outputs/model_final.pt, against what it was trained on
+    python evaluate.py --num_images 10000 --sampler dpmpp_2m
+    python evaluate.py --race                             # every sampler from 5 calls up: quality, seconds, pictures
+
+The distance is the Frechet distance in the features of our own small classifier ("FD, small classifier"): it is
+not the FID of the literature, and no other project's number compares with it. What does stands beside it: the
+floor, the distance of as many real images that nobody trained on. Prints a table; writes evaluation.json and
+nearest.png (samples above the training images they are most like), or race.json and race.png.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from classifier import get_classifier, look
+from data import DATASETS, class_names, get_dataset, split_held_out
+from diffusion import SAMPLERS, SPACINGS, seeded_noise
+from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images, precision_recall)
+from sample import OWN, choose_labels, find_model, generate, load_model, seconds_for
+from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
+                   guidance_number, make_output_dir, positive_int, save_strip, seed_number, to_signed, to_uint8,
+                   write_file)
+
+SURE = 0.9  # a classifier that gives so much to one class is called confident
+BINS = 10
+RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
+        "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
+
+
+# ---- What the samples are held against
+
+def load_reference(data, data_dir, name=None):
+    """The images that a model was trained on, and others like them.
+
+    data: what the checkpoint says.  name: another data set instead.
+    Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
+    A named set has its test set. Of a folder they are those that training held out (--val_fraction), or else a
+    tenth, which the model has seen.
+    """
+    name, like = name or data["name"], dict(image_size=data["image_size"], channels=data.get("channels"))
+    if name in DATASETS:
+        images, labels = get_dataset(name, data_dir, **like)
+        held, held_labels = get_dataset(name, data_dir, train=False, **like)
+        return images, held, (labels, held_labels), "test images"
+    images, labels = get_dataset(name, data_dir, with_labels=bool(class_names(name, True)), **like)
+    share = data.get("val_fraction") or 0
+    kept, held = split_held_out(len(images), share or 0.1, data.get("seed", 0))
+    return (images[kept], images[held], None if labels is None else (labels[kept], labels[held]),
+            "held-out images" if share else "images that it was trained on: nothing was held out")
+
+
+# ---- Measures of one set of samples
+
+def quality(probabilities, features, reference, labels=None):
+    """What the classifier makes of some images, as a dict of plain numbers.
+
+    probabilities [N, K], features [N, D]: of the images.  reference [M, D]: features of the training images.
+    labels: [N] the classes that were asked for, -1 for none.
+    """
+    classes = probabilities.argmax(1)
+    shares = torch.bincount(classes, minlength=probabilities.shape[1]) / len(classes)
+    distance, error = frechet_distance(features, reference)
+    kid, kid_error = kernel_distance(features, reference)
+    precision, recall = precision_recall(features, reference)
+    found = {"fd": distance, "fd_error": error, "kid": kid, "kid_error": kid_error, "precision": precision,
+             "recall": recall, "confident": float((probabilities.max(1).values > SURE).double().mean()),
+             "classes": shares.tolist()}
+    if labels is not None and (labels >= 0).all():
+        agrees = (classes == labels).double()
+        found["agreement"] = float(agrees.mean())
+        found["agreement_by_class"] = [float(agrees[labels == k].mean()) for k in labels.unique().tolist()]
+    return found
+
+
+def copies(images, features, training, reference, held, held_features, mirrored=False):
+    """Are the samples copies of training images? In pixels (moved by up to one) and in features.
+
+    Returns (a dict of plain numbers, the index of the most similar training image of each).
+    """
+    pixels, index = nearest_images(images, training, mirrored)
+    pixels_held, _ = nearest_images(held, training, mirrored)
+    by_features, _ = nearest(features, reference)
+    by_features_held, _ = nearest(held_features, reference)
+    return {"copied": copied_share(pixels, pixels_held),
+            "copied_in_features": copied_share(by_features, by_features_held),
+            "median_distance": float(pixels.median()), "median_distance_held_out": float(pixels_held.median())}, index
+
+
+@torch.no_grad()
+def loss_by_timestep(model, diffusion, images, labels=None, bins=BINS, device="cpu"):
+    """The loss in equal ranges of t, each from all images with fixed noise, so that models compare: [bins]."""
+    T = diffusion.num_timesteps
+    bins = min(bins, T)
+    x_0 = to_signed(images).to(device)
+    y = None if labels is None else labels.to(device)
+    losses = []
+    for k in range(bins):
+        share = (torch.arange(len(images)) + 0.5) / len(images)
+        t = ((k + share) * T / bins).long().to(device)
+        noise = seeded_noise(0, range(len(images)), k, images.shape[1:]).to(device)
+        losses.append(float(diffusion.training_loss(model, x_0, y, t, noise)))
+    return losses
+
+
+# ---- Tables and pictures
+
+def print_quality(found, floor, count, held_name):
+    def line(title, value, limit):
+        print(f"  {title:<38}{value:>20}{limit:>20}")
+
+    print(f"{count} samples".rjust(60) + "floor".rjust(20))
+    line("FD, small classifier", f"{found['fd']:.2f} +- {found['fd_error']:.2f}",
+         f"{floor['fd']:.2f} +- {floor['fd_error']:.2f}")
+    line("  in units of the floor", f"{found['fd'] / floor['fd']:.2f}", "1")
+    line("KID, small classifier, x 1000", f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
+         f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
+    for key, title in (("precision", "precision: looks real"), ("recall", "recall: has the variety"),
+                       ("confident", f"classifier surer than {SURE}"), ("agreement", "classifier sees what was asked")):
+        if key in found:
+            line(title, f"{found[key]:.1%}", f"{floor[key]:.1%}" if key in floor else "")
+    line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
+    print(f"  floor: as many {held_name}, measured in the same way")
+
+
+def save_nearest(images, training, index, path, count=10):
+    rows = [to_signed(images[:count]), to_signed(training[index[:count]])]
+    save_strip(rows, [""] * count, path, row_labels=["sample", "most similar\ntraining image"])
+
+
+# ---- Commands
+
+def evaluate(model, diffusion, data, images, held, labels, held_name, classifier, args, device):
+    """Draw samples and measure all that this file knows. Returns (a dict of plain numbers, samples, indices)."""
+    classes = data["classes"]
+    y, _ = choose_labels(args.label, classes, args.num_images)
+    drawn, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed, sampler=args.sampler,
+                        steps=args.steps, eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance,
+                        batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision])
+    drawn = to_uint8(drawn)
+    print("measuring", flush=True)
+    _, reference = look(classifier, images)
+    held, held_y = held[:args.num_images], labels[1][:args.num_images] if labels else None
+    held_probabilities, held_features = look(classifier, held)
+    probabilities, features = look(classifier, drawn)
+    known = y if classes and labels and len(classes) == probabilities.shape[1] else None
+    found = quality(probabilities, features, reference, known)
+    floor = quality(held_probabilities, held_features, reference, held_y)
+    copied, index = copies(drawn[:2000], features[:2000], images, reference, held[:2000], held_features[:2000])
+    losses = loss_by_timestep(model, diffusion, held[:256], held_y[:256] if known is not None else None, device=device)
+    return {"samples": found, "floor": floor, "held_out": held_name, "copies": copied, "loss_by_timestep": losses,
+            "num_images": len(drawn), "num_held_out": len(held)}, drawn, index
+
+
+def race(model, diffusion, data, images, classifier, args, device, entrants=RACE):
+    """Every sampler with several numbers of calls, from the same noises. Returns (rows, one picture row each)."""
+    _, reference = look(classifier, images)
+    y, _ = choose_labels(args.label, data["classes"], args.num_images)
+    rows, pictures = [], []
+    for sampler, counts in entrants.items():
+        for steps in (count for count in counts if count <= diffusion.num_timesteps):
+            start = time.perf_counter()
+            drawn, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed, sampler=sampler,
+                                steps=steps, spacing=args.spacing, y=y, guidance=args.guidance, device=device,
+                                batch_size=args.batch_size, precision=PRECISIONS[args.precision])
+            seconds = time.perf_counter() - start
+            probabilities, features = look(classifier, to_uint8(drawn))
+            distance, error = frechet_distance(features, reference)
+            rows.append({"sampler": sampler, "steps": steps, "fd": distance, "fd_error": error, "seconds": seconds,
+                         "confident": float((probabilities.max(1).values > SURE).double().mean())})
+            pictures.append(drawn[:10].cpu())
+            tqdm.write(f"  {sampler:<14}{steps:>5} calls   FD {distance:8.2f} +- {error:5.2f}   {seconds:8.1f} s")
+    return rows, pictures
+
+
+@command
+def main(argv=None):
+    parser = Parser(description="Measure a checkpoint's pictures beside real ones.")
+    add = parser.add
+    add("--checkpoint", "a file written by train.py", OWN)
+    add("--dataset", "what to compare with; default: what the model was trained on", metavar="NAME")
+    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--num_images", "samples, and real images for the floor", 2000, type=positive_int)
+    add("--race", "all samplers from the same noises, instead of one", False, action="store_true")
+    add("--seed", "of the samples", 0, type=seed_number)
+    add("--sampler", "how to step down", "ddim", choices=sorted(SAMPLERS))
+    add("--steps", "model calls; default: the sampler's own", type=positive_int)
+    add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
+    add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
+    add("--label", "as in sample.py; default: each class in turn, if the model knows any")
+    add("--guidance", "how strongly to follow the class", 1.0, type=guidance_number)
+    add("--batch_size", "images at a time", 100, type=positive_int)
+    add("--output_dir", "where the results go", "outputs")
+    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--precision", "bf16 is faster on some devices", "float32", choices=list(PRECISIONS))
+    args = parser.parse_args(argv)
+    if args.num_images < 100:
+        raise ValueError(f"--num_images {args.num_images}: fewer than 100 say nothing about a distribution")
+
+    device = get_device(args.device)
+    args.checkpoint = find_model(args.checkpoint)
+    output_dir = make_output_dir(args.output_dir, "evaluation.json", "race.json", "nearest.png", "race.png")
+    model, diffusion, data = load_model(args.checkpoint, device)
+    images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
+    print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
+    print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and {len(held)} "
+          f"{held_name}")
+    classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
+                                      labels and int(labels[0].max()) + 1, output_dir)
+    print(f"features: {name}")
+    entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts] if args.race else [
+        (args.sampler, len(diffusion.sampling_levels(args.sampler, args.steps)) - 1)]
+    calls = sum(steps for _, steps in entrants) * (1 if args.guidance in (0, 1) else 2)
+    seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
+                          PRECISIONS[args.precision])
+    print(f"cost: {args.num_images} images, {calls} calls of the model for each, about {format_seconds(seconds)} here",
+          flush=True)
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "data_dir")}
+    settings.update(digest=data["digest"], torch=torch.__version__, checkpoint=Path(args.checkpoint).name)
+    if args.race:
+        rows, pictures = race(model, diffusion, data, images, classifier, args, device)
+        floor, error = frechet_distance(look(classifier, held[:args.num_images])[1], look(classifier, images)[1])
+        print(f"  floor: {floor:.2f} +- {error:.2f} ({min(args.num_images, len(held))} {held_name})")
+        write_file(output_dir / "race.json", json.dumps({"rows": rows, "floor": floor, **settings}, indent=1).encode())
+        save_strip(pictures, [""] * 10, output_dir / "race.png", title="the same ten noises, every sampler", row_labels=[
+            f"{row['sampler']} {row['steps']}\nFD {row['fd']:.1f}, {format_seconds(row['seconds'])}" for row in rows])
+        print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
+        return
+    found, drawn, index = evaluate(model, diffusion, data, images, held, labels, held_name, classifier, args, device)
+    print_quality(found["samples"], found["floor"], len(drawn), held_name)
+    copied = found["copies"]
+    print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of the held-out "
+          f"images are ({copied['copied_in_features']:.1%} in features)")
+    print("  loss in ten ranges of t, held-out images: " + " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"]))
+    write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())
+    save_nearest(drawn, images, index, output_dir / "nearest.png")
+    print(f"wrote {output_dir / 'evaluation.json'}\nwrote {output_dir / 'nearest.png'}")
+
+
+if __name__ == "__main__":
+    main()

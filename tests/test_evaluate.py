@@ -1,0 +1,185 @@
+"""The measures against independent computations and against sets whose faults are known; the classifier."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import classifier as classifier_module
+import evaluate
+from classifier import Classifier, get_classifier, load_classifier, look, save_classifier, train_classifier
+from data import get_dataset
+from measures import (copied_share, frechet_between, frechet_distance, kernel_distance, nearest, nearest_images,
+                      precision_recall)
+from synthetic import digits
+from utils import to_signed
+
+
+def test_the_distance_of_one_dimensional_gaussians_is_the_closed_form():
+    """In one dimension it is (m_a - m_b)^2 + (s_a - s_b)^2."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    assert frechet_between(torch.tensor([0.3]).double(), 4 * one, torch.tensor([-0.7]).double(), 9 * one) == \
+        pytest.approx(1 + 1)
+
+
+def test_the_distance_equals_an_independent_matrix_root():
+    """The trace of (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of C_a C_b, here by NumPy, and the
+    covariances are summed one by one."""
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(400, 5)) @ random.normal(size=(5, 5)), random.normal(size=(300, 5)) + 0.5
+    covariances = []
+    for x in (a, b):
+        mean = sum(x) / len(x)
+        covariances.append(sum(np.outer(row - mean, row - mean) for row in x) / (len(x) - 1))
+    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0))
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1]) - 2 * roots.sum()
+    assert frechet_distance(torch.tensor(a), torch.tensor(b))[0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_samples_of_known_gaussians_come_near_their_distance_and_within_the_error():
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(20_000, 4, generator=generator), 1.5 * torch.randn(20_000, 4, generator=generator) + 0.2
+    found, error = frechet_distance(a, b)
+    expected = 4 * (0.2**2 + 0.5**2)
+    assert abs(found - expected) < 4 * error and error < 0.05 * expected
+
+
+def test_a_covariance_without_full_rank_gives_a_number():
+    flat = torch.randn(50, 1, generator=torch.Generator().manual_seed(0)) * torch.ones(1, 6)
+    assert frechet_distance(flat, flat)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kernel_distance_equals_a_slow_loop():
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(30, 3, generator=random).double(), torch.randn(30, 3, generator=random).double() + 1
+    kernel = lambda x, y: (float(x @ y) / 3 + 1) ** 3                                   # noqa: E731
+    n = len(a)
+    within = sum(kernel(x[i], x[j]) for x in (a, b) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    across = sum(kernel(x, y) for x in a for y in b) / n**2
+    assert kernel_distance(a, b, size=n, repeats=1)[0] == pytest.approx(within - 2 * across, rel=1e-9)
+
+
+def test_precision_falls_with_strangers_and_recall_with_missing_variety():
+    random = torch.Generator().manual_seed(0)
+    left, right = torch.randn(200, 2, generator=random) - 10, torch.randn(200, 2, generator=random) + 10
+    real = torch.cat([left, right])[torch.randperm(400, generator=random)]
+    again = torch.randn(400, 2, generator=random) + torch.tensor([-10.0, 10.0]).repeat(200)[:, None]
+    strangers = torch.cat([again[:200], again[:200] * 0 + 100 * torch.randn(200, 2, generator=random)])
+    assert min(precision_recall(again, real)) > 0.9
+    assert precision_recall(strangers, real)[0] < 0.6
+    assert precision_recall(left.repeat(2, 1), real)[1] < 0.6
+
+
+def test_nearest_equals_a_plain_loop():
+    random = torch.Generator().manual_seed(0)
+    queries, references = torch.randn(7, 3, generator=random), torch.randn(40, 3, generator=random)
+    distances, indices = nearest(queries, references)
+    for query, distance, index in zip(queries, distances, indices):
+        all_distances = [math.dist(query.tolist(), reference.tolist()) for reference in references]
+        assert distance == pytest.approx(min(all_distances), abs=1e-4)
+        assert index == int(np.argmin(all_distances))
+
+
+def test_planted_copies_are_counted_also_those_moved_by_a_pixel():
+    """10 % copies, half of them shifted, among images that the training set does not hold; and none among those."""
+    images, _ = digits(3000, seed=5)
+    training, held, others = images[:2000], images[2000:2500], images[2500:].clone()
+    others[:25] = training[100:125]
+    others[25:50] = torch.roll(training[200:225], 1, dims=-1)
+    limit, _ = nearest_images(held, training)
+    distances, index = nearest_images(others, training)
+    assert 0.08 <= copied_share(distances, limit) <= 0.12
+    assert index[:25].tolist() == list(range(100, 125))
+    assert copied_share(distances[50:], limit) <= 0.02
+
+
+def test_mirrored_copies_are_found_when_asked_for():
+    images, _ = digits(60, seed=1)
+    assert nearest_images(images[:20].flip(-1), images, mirrored=True)[0].max() < 1e-3
+    assert nearest_images(images[:20].flip(-1), images)[0].max() > 0.05
+
+
+def test_a_classifier_learns_and_survives_its_file(tmp_path):
+    images, labels = digits(1500, seed=0)
+    trained = train_classifier(images[:1200], labels[:1200], 10, epochs=3, batch_size=32)
+    save_classifier(tmp_path / "c.pt", trained, data="these", trained_to="test")
+    loaded, card = load_classifier(tmp_path / "c.pt")
+    found = look(loaded, images[1200:])[0].argmax(1)
+    assert (found == labels[1200:]).double().mean() > 0.8
+    assert card["data"] == "these"
+
+
+def test_turned_images_are_told_apart_without_labels():
+    images, _ = digits(600, seed=0)
+    upright = images[torch.arange(600) % 2 == 0]
+    trained = train_classifier(upright, epochs=6)
+    turns, directions = classifier_module.turned(to_signed(images[1::2][:50]))
+    assert (trained(turns)[0].argmax(1) == directions).double().mean() > 0.5             # a guess: 0.25
+
+
+def test_a_classifier_of_other_data_is_not_taken(tmp_path, monkeypatch, capsys):
+    images, labels = digits(300, seed=0)
+    monkeypatch.setattr(classifier_module, "PRETRAINED", tmp_path / "none")
+    calls = []
+    monkeypatch.setattr(classifier_module, "train_classifier",
+                        lambda *args: calls.append(1) or Classifier(1, 28, 10).eval())
+    get_classifier("x", images, labels, 10, tmp_path)
+    get_classifier("x", images, labels, 10, tmp_path)
+    assert len(calls) == 1
+    get_classifier("x", images[1:], labels[1:], 10, tmp_path)
+    assert len(calls) == 2
+
+
+def test_a_foreign_file_is_no_classifier(tmp_path):
+    from checkpoint import save_checkpoint
+    save_checkpoint(tmp_path / "c.pt", {"classifier": {"a": torch.zeros(2)}, "settings": {}, "card": {}})
+    with pytest.raises(ValueError, match="another model"):
+        load_classifier(tmp_path / "c.pt")
+    save_checkpoint(tmp_path / "c.pt", {"model": {}})
+    with pytest.raises(ValueError, match="no classifier"):
+        load_classifier(tmp_path / "c.pt")
+
+
+def test_spoilt_sets_score_worse_than_real_images(data_dir):
+    """Blurred, of one class only, and each image ten times: all worse than the test set, by the shipped classifier."""
+    images, labels = get_dataset("mnist", data_dir)
+    held, held_labels = get_dataset("mnist", data_dir, train=False)
+    shipped, card = load_classifier(classifier_module.PRETRAINED / "classifier_mnist.pt")
+    assert card["accuracy"] > 0.99
+    reference = look(shipped, images[:6000])[1]
+
+    def score(some):
+        return frechet_distance(look(shipped, some)[1], reference)
+
+    floor, error = score(held[:1000])
+    blurred = torch.nn.functional.avg_pool2d(held[:1000].float(), 3, 1, 1).to(torch.uint8)
+    spoilt = {"blurred": score(blurred), "one class": score(held[held_labels == 3][:1000]),
+              "each ten times": score(held[:100].repeat(10, 1, 1, 1))}
+    assert all(value > floor + 2 * (error + own) for value, own in spoilt.values()), (floor, error, spoilt)
+
+
+def test_the_command_writes_its_numbers_and_tells_them_again(two_shades, tmp_path, monkeypatch, capsys):
+    """A model of dark and bright squares: the classifier agrees with the labels asked for."""
+    import data
+    shades = torch.cat([torch.full((32, 1, 8, 8), 40), torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
+    shades = (shades + torch.randint(0, 9, shades.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
+    monkeypatch.setitem(data.DATASETS, "shades", data.Row(None, ("dark", "bright")))
+    monkeypatch.setattr(evaluate, "get_dataset", lambda *args, **settings: (shades.repeat(4, 1, 1, 1),
+                                                                           (torch.arange(64) // 32).repeat(4)))
+    flags = ["--checkpoint", str(two_shades), "--num_images", "100", "--steps", "5", "--output_dir", str(tmp_path),
+             "--device", "cpu"]
+    evaluate.main(flags)
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["samples"]["agreement"] > 0.9 and found["samples"]["fd"] >= 0
+    assert "FD, small classifier" in capsys.readouterr().out and (tmp_path / "nearest.png").is_file()
+    evaluate.main(flags)
+    again = json.loads((tmp_path / "evaluation.json").read_text())
+    assert again["samples"] == found["samples"]
+
+
+def test_too_few_images_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--num_images", "5"])
+    assert stop.value.code == 2 and "100" in capsys.readouterr().err

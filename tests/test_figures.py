@@ -1,0 +1,364 @@
+"""The figures: what they show is what was computed, and the samplers' errors are against the truth."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import convergence
+import data
+import visualize_diffusion as figures
+from checkpoint import save_checkpoint
+from convergence import MIXTURES, even_noise, exact_denoiser, exact_flow, solver_errors
+from diffusion import SPACINGS, DiffusionProcess, seeded_noise
+from models import create_model
+from sample import load_model
+from test_commands import fails
+from utils import save_images, to_uint8
+
+FACTS = {  # t: linear alpha_bar, dB, cosine alpha_bar, dB; computed elsewhere
+    0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34), 250: (0.521, 0.37, 0.846, 7.39),
+    500: (0.078, -10.74, 0.492, -0.13), 750: (0.0033, -24.80, 0.143, -7.77),
+    900: (2.7e-4, -35.68, 0.0236, -16.16), 999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
+
+
+LOPSIDED = [(0.3, -0.5, 0.1), (0.7, 0.6, 0.25)]  # another weight and spread for each, so that none can be left out
+
+
+def write_model(path, T=40, zero=False, **data_facts):
+    """The checkpoint of an untrained network of 8x8 images, which knows three classes; zero: it answers 0."""
+    torch.manual_seed(0)
+    config = dict(image_channels=1, base_channels=8, time_emb_dim=16, num_classes=3,
+                  add_input=not zero)
+    model = create_model(**config)
+    for p in model.conv_out.parameters():
+        p.data *= 0 if zero else 20
+    save_checkpoint(path, {
+        "model_name": "simple", "model_config": config, "diffusion_config": DiffusionProcess(T).config,
+        "data": {"name": "synthetic_digits", "image_size": 8, "channels": 1, "classes": ["a", "b", "c"],
+                 **data_facts},
+        "model": model.state_dict(), "ema": model.state_dict()})
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_model(tmp_path / "model.pt")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is handed to save_strip: a dict of its arguments, of the last call."""
+    seen = {}
+
+    def spy(rows, labels, path, row_labels=None, title=None):
+        seen.update(rows=rows, labels=labels, row_labels=row_labels, title=title)
+    monkeypatch.setattr(figures, "save_strip", spy)
+    return seen
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run: sheets with one grey for each epoch and image, losses, a model that answers 0."""
+    folder = tmp_path / "run"
+    for name in ("samples", "checkpoints"):
+        (folder / name).mkdir(parents=True)
+    for epoch in (1, 2, 10):
+        grey = torch.linspace(-1, 0.8, 9).view(9, 1, 1, 1) + epoch / 100
+        save_images(grey.expand(9, 1, 8, 8), folder / "samples" / f"epoch_{epoch:03d}.png")
+        write_model(folder / "checkpoints" / f"model_epoch_{epoch:03d}.pt", zero=epoch == 1)
+    write_model(folder / "model_final.pt")
+    (folder / "training_loss.csv").write_text(
+        "step,loss,learning_rate,held_out_loss\n1,0.5,0.1,\n2,0.25,0.1,0.75\n")
+    return folder
+
+
+def sampled(checkpoint, count=3, **settings):
+    model, diffusion, _ = load_model(checkpoint)
+    return diffusion.sample(model, 8, count, y=torch.arange(count) % 3, **settings)
+
+
+# ---- Schedules
+
+def test_the_printed_table_has_the_known_numbers(tmp_path, capsys):
+    figures.main(["--figure", "schedules", "--output_dir", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {int(line.split()[0]): [float(word) for word in line.split()[1:5]] for line in lines[1:8]}
+    assert list(rows) == list(FACTS)
+    for t, want in FACTS.items():
+        assert rows[t] == [pytest.approx(want[0], rel=0.02), pytest.approx(want[1], abs=0.006),
+                           pytest.approx(want[2], rel=0.02), pytest.approx(want[3], abs=0.006)]
+    assert "linear t = 259, cosine t = 496, sigmoid t = 499" in lines[8]
+    assert Image.open(tmp_path / "schedules.png").width > 1000
+
+
+# ---- Solvers against the exact flow
+
+def test_the_exact_flow_of_one_gaussian_is_the_closed_form():
+    x_T, ((_, mean, std),), ab = even_noise(200), MIXTURES["one Gaussian"], 0.3
+    want = mean + std * (x_T - math.sqrt(ab) * mean) / math.sqrt(std**2 * ab + 1 - ab)
+    torch.testing.assert_close(exact_flow(MIXTURES["one Gaussian"], x_T, ab), want, atol=1e-12, rtol=0)
+
+
+def test_the_exact_flow_of_two_gaussians_is_what_runge_and_kutta_find():
+    """The probability-flow equation for y = x / sqrt(alpha_bar) at noise s is dy / ds = -s grad log p (Karras et
+    al. 2022, eq. 1); here along u = log s, in 600 steps of fourth order, the gradient taken by autograd."""
+    mixture, ab = LOPSIDED, 0.01
+
+    def slope(y, u):
+        y = y.detach().requires_grad_()
+        logs = [math.log(w) - 0.5 * math.log(s**2 + math.exp(2 * u)) - (y - m)**2 / (2 * (s**2 + math.exp(2 * u)))
+                for w, m, s in mixture]
+        grad, = torch.autograd.grad(torch.logsumexp(torch.stack(logs), 0).sum(), y)
+        return -math.exp(2 * u) * grad
+
+    x_T = even_noise(40)
+    first, last, steps = 0.5 * math.log((1 - ab) / ab), math.log(1e-4), 600
+    y, h = x_T / math.sqrt(ab), (last - first) / steps
+    for k in range(steps):
+        u = first + k * h
+        a = slope(y, u)
+        b = slope(y + h / 2 * a, u + h / 2)
+        c = slope(y + h / 2 * b, u + h / 2)
+        y = y + h / 6 * (a + 2 * b + 2 * c + slope(y + h * c, u + h))
+    torch.testing.assert_close(exact_flow(mixture, x_T, ab), y, atol=1e-6, rtol=0)      # what is left: s = 1e-4
+
+
+def test_the_exact_denoiser_is_the_mean_of_what_could_have_been():
+    """E[x_0 | x_t] by Bayes' rule, summed over a fine grid of x_0."""
+    mixture, diffusion = LOPSIDED, DiffusionProcess(1000, objective="x0")
+    grid = np.linspace(-3, 3, 20001)
+    prior = sum(w / s * np.exp(-(grid - m)**2 / (2 * s**2)) for w, m, s in mixture)
+    for t in (5, 200, 600, 999):
+        ab = float(diffusion.alpha_bar[t])
+        for x_t in (-1.5, 0.1, 0.9):
+            weight = prior * np.exp(-(x_t - math.sqrt(ab) * grid)**2 / (2 * (1 - ab)))
+            x = torch.tensor([[[[x_t]]]], dtype=torch.float64)
+            got = exact_denoiser(mixture, diffusion)(x, torch.tensor([t]))
+            assert float(got) == pytest.approx((weight * grid).sum() / weight.sum(), abs=1e-9)
+
+
+def test_errors_fall_with_the_order_of_the_sampler():
+    """On the Gaussian with its closed flow: DDIM halves from 10 to 20 to 40 to 80 (FACTS), 2M does better."""
+    errors = solver_errors(MIXTURES["one Gaussian"], solvers=("ddim", "dpmpp_2m"), spacings=("log_snr",),
+                           evaluations=(10, 20, 40, 80), count=100)
+    ddim, fast = errors["ddim", "log_snr"], errors["dpmpp_2m", "log_snr"]
+    assert all(1.7 < a / b < 2.3 for a, b in zip(ddim, ddim[1:])), ddim
+    assert all(a < b / 5 for a, b in zip(fast, ddim))
+
+
+@pytest.mark.parametrize("spacing", sorted(SPACINGS))
+def test_an_error_is_the_distance_of_a_plain_loop_of_ddim(spacing):
+    """Song et al. 2021, eq. 12, on the Gaussian, with its denoiser and its flow written out."""
+    diffusion, ((_, mean, std),) = DiffusionProcess(), MIXTURES["one Gaussian"]
+    ab, x = diffusion.alpha_bar.numpy(), even_noise(50).numpy()
+    want = mean + std * (x - math.sqrt(ab[-1]) * mean) / math.sqrt(std**2 * ab[-1] + 1 - ab[-1])
+    levels = diffusion.timesteps(7, spacing)
+    for a, b in zip(ab[levels[:-1]], [*ab[levels[1:-1]], 1.0]):
+        eps = math.sqrt(1 - a) * (x - math.sqrt(a) * mean) / (std**2 * a + 1 - a)
+        x = math.sqrt(b / a) * (x - math.sqrt(1 - a) * eps) + math.sqrt(1 - b) * eps
+    errors = solver_errors(MIXTURES["one Gaussian"], solvers=("ddim",), spacings=(spacing,),
+                           evaluations=(7,), count=50)
+    assert errors["ddim", spacing] == [pytest.approx(np.abs(x - want).mean(), rel=1e-6)]
+
+
+def test_the_solvers_table_has_a_row_for_each_sampler_and_spacing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "EVALUATIONS", (5, 10))
+    figures.main(["--figure", "solvers", "--num_timesteps", "60", "--output_dir", str(tmp_path)])
+    said = capsys.readouterr().out
+    want = solver_errors(MIXTURES["two Gaussians"], 60, solvers=("ipndm",), evaluations=(5, 10))
+    for spacing in SPACINGS:
+        for sampler in convergence.SOLVERS:
+            assert said.count(f"\n{sampler:10}{spacing:10}") == 2
+        assert f"ipndm     {spacing:10}" + "".join(f"{e:>9.1e}" for e in want["ipndm", spacing]) in said
+    assert Image.open(tmp_path / "solvers.png").height > 800
+
+
+# ---- Figures of a model
+
+def test_the_reverse_figure_has_the_loops_own_levels_and_ends_with_the_sample(checkpoint, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(figures, "save_generation_strip", lambda frames, *args, **settings: seen.extend(frames))
+    figures.main(["--figure", "reverse", "--checkpoint", str(checkpoint), "--steps", "10", "--seed", "5",
+                  "--num_images", "3", "--timesteps", "39", "30", "12", "0", "--output_dir", str(tmp_path)])
+    assert [t for t, _, _ in seen] == [39, 31, 11, 3, -1]       # ddim in 10 steps visits 39, 35, 31, ... 3
+    assert torch.equal(seen[-1][1], sampled(checkpoint, seed=5, sampler="ddim", steps=10))
+    assert torch.equal(seen[0][1], seeded_noise(5, range(3), 0, (1, 8, 8)))
+    with Image.open(tmp_path / "reverse_process.gif") as gif:
+        assert gif.n_frames == 5
+
+
+def test_the_step_explained_is_equation_7_of_ho_and_the_step_that_the_loop_makes(checkpoint):
+    """The mean from betas and products in numpy, as the paper has them."""
+    model, diffusion, _ = load_model(checkpoint)
+    step = figures.explain_step(model, diffusion, 25, image_size=8, seed=3, y=torch.tensor([1]))
+    betas = np.linspace(1e-4 * 25, 0.02 * 25, 40)
+    ab = np.cumprod(1 - betas)
+    assert (step["t"], step["t_prev"]) == (25, 24)
+    eps = model(step["x_t"][None], torch.tensor([25]), torch.tensor([1]))[0]
+    torch.testing.assert_close(step["eps"], eps, atol=1e-4, rtol=1e-4)
+    x_0 = ((step["x_t"] - math.sqrt(1 - ab[25]) * eps) / math.sqrt(ab[25])).clamp(-1, 1)
+    mean = (math.sqrt(ab[24]) * betas[25] / (1 - ab[25]) * x_0
+            + math.sqrt(1 - betas[25]) * (1 - ab[24]) / (1 - ab[25]) * step["x_t"])
+    torch.testing.assert_close(step["mean"], mean, atol=1e-5, rtol=0)
+    assert step["sigma"] == pytest.approx(math.sqrt((1 - ab[24]) / (1 - ab[25]) * betas[25]))
+    torch.testing.assert_close(step["x_prev"], mean + step["sigma"] * step["noise"], atol=1e-5, rtol=0)
+    assert 0.7 < float(step["noise"].std()) < 1.3
+
+
+def test_the_numbers_printed_for_one_pixel_add_up(checkpoint, tmp_path, capsys):
+    figures.main(["--figure", "one_step", "--checkpoint", str(checkpoint), "--timesteps", "20", "--label", "c",
+                  "--output_dir", str(tmp_path)])
+    sums = [line.split("  ")[-1].split(" = ") for line in capsys.readouterr().out.splitlines() if " * " in line]
+    assert len(sums) == 3
+    for how, value in sums:
+        assert eval(how) == pytest.approx(float(value), abs=5e-4)           # of numbers with four digits
+    assert Image.open(tmp_path / "one_step.png").height > 1000
+
+
+def test_steps_are_compared_from_the_same_noise(checkpoint, tmp_path, drawn, capsys):
+    figures.main(["--figure", "steps", "--checkpoint", str(checkpoint), "--steps_list", "4", "20", "40",
+                  "--seed", "2", "--num_images", "3", "--output_dir", str(tmp_path)])
+    found = torch.stack(list(drawn["rows"]), dim=1)
+    for steps, images, label in zip((4, 20, 40), found, drawn["labels"], strict=True):
+        assert torch.equal(images, sampled(checkpoint, seed=2, sampler="ddim", steps=steps))
+        assert label.startswith(f"{steps} steps\n") and label.endswith(" s")
+    said = capsys.readouterr().out
+    assert "64 calls of the model on 3 images" in said and "0.0000 (root mean square)" in said
+
+
+def test_default_steps_end_with_all_that_the_process_has(tmp_path, drawn):
+    path = write_model(tmp_path / "t.pt", T=60)
+    figures.main(["--figure", "steps", "--checkpoint", str(path), "--num_images", "1", "--output_dir", str(tmp_path)])
+    assert [label.split()[0] for label in drawn["labels"]] == ["50", "60"]
+
+
+def test_a_seed_gives_the_same_pictures_twice_and_other_seeds_give_others(checkpoint, tmp_path, drawn, capsys):
+    figures.main(["--figure", "seeds", "--checkpoint", str(checkpoint), "--seeds", "7", "8", "--steps", "5",
+                  "--num_images", "3", "--output_dir", str(tmp_path)])
+    a, again, b, _ = drawn["rows"]
+    assert torch.equal(a, again) and torch.equal(b, sampled(checkpoint, seed=8, sampler="ddim", steps=5))
+    assert drawn["row_labels"] == ["seed 7", "again: equal", "seed 8", "again: equal"]
+    apart = math.sqrt(float(((a - b)**2).mean()))
+    assert apart > 0.1 and f"seeds 7 and 8 are nearest, {apart:.4f}" in capsys.readouterr().out
+
+
+def test_a_seed_that_gives_other_pictures_the_second_time_is_told(checkpoint, tmp_path, drawn, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "generate", lambda *args, **settings: (torch.randn(8, 1, 8, 8), []))
+    figures.main(["--figure", "seeds", "--checkpoint", str(checkpoint), "--output_dir", str(tmp_path)])
+    assert "again: NOT equal" in drawn["row_labels"] and "NOT equal" in capsys.readouterr().out
+
+
+def test_explore_writes_the_four_explorations(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 12)
+    out = tmp_path / "out"
+    figures.main(["--figure", "explore", "--checkpoint", str(checkpoint), "--steps_list", "2", "4", "--steps", "4",
+                  "--num_images", "2", "--output_dir", str(out)])
+    names = ["forward_diffusion.png", "reverse_process.gif", "reverse_process.png", "seeds_compared.png",
+             "steps_compared.png"]
+    said = capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert all(f"wrote {out / name}\n" in said for name in names)
+
+
+# ---- Figures of data and of a run
+
+def test_the_dataset_figure_has_a_row_for_each_class(tmp_path, drawn):
+    images = torch.arange(30).view(30, 1, 1, 1).expand(30, 1, 4, 4).to(torch.uint8)
+    figures.dataset_figure(images, torch.arange(30) % 3, ["a", "b", "c"], tmp_path / "x.png", columns=11)
+    assert drawn["row_labels"] == ["a", "b", "c"]
+    for k, row in enumerate(drawn["rows"]):
+        shades = to_uint8(row)[:, 0, 0, 0].tolist()
+        assert sorted(shades[:10]) == list(range(k, 30, 3)) and shades[10] == 255       # a class of ten: one blank
+    figures.dataset_figure(images, None, None, tmp_path / "x.png", columns=4)
+    assert len(drawn["rows"]) == 8 and drawn["row_labels"] is None
+
+
+def test_the_epochs_figure_shows_the_pixels_of_the_runs_own_sheets(run, tmp_path, drawn):
+    figures.main(["--figure", "epochs", "--run", str(run), "--num_images", "3", "--output_dir", str(tmp_path)])
+    assert drawn["labels"] == ["epoch 1", "epoch 2", "epoch 10"] and len(drawn["rows"]) == 3
+    for i, row in enumerate(drawn["rows"]):
+        for epoch, image in zip((1, 2, 10), row):
+            want = round((torch.linspace(-1, 0.8, 9)[i].item() + epoch / 100 + 1) * 127.5)
+            assert image.shape == (3, 8, 8) and set(to_uint8(image).flatten().tolist()) == {want}
+
+
+def test_many_sheets_are_thinned_out_towards_the_end():
+    assert figures.spread_out(list(range(5)), 8) == [0, 1, 2, 3, 4]
+    few = figures.spread_out(list(range(100)), 8)
+    assert len(few) <= 8 and few[0] == 0 and few[-1] == 99 and few == sorted(few) and few[2] < 10
+
+
+def test_the_loss_figure_reads_what_train_wrote(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(figures, "plot_losses", lambda *args: seen.extend(args))
+    figures.main(["--figure", "loss", "--run", str(run), "--output_dir", str(tmp_path)])
+    assert seen == [[0.5, 0.25], tmp_path / "loss.png", {2: 0.75}]
+
+
+def test_a_model_that_predicts_no_noise_has_loss_one_at_every_level(run, tmp_path, monkeypatch):
+    """The target is unit Gaussian; and the other checkpoints' losses are those of a plain loop."""
+    seen = {}
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 200)
+    monkeypatch.setattr(figures, "timestep_loss_figure",
+                        lambda edges, losses, names, *rest: seen.update(edges=edges, losses=losses, names=names))
+    figures.main(["--figure", "loss_by_timestep", "--run", str(run), "--num_images", "130",
+                  "--output_dir", str(tmp_path)])
+    assert seen["edges"] == list(range(0, 41, 2)) and seen["names"] == ["epoch 1", "epoch 2", "epoch 10"]
+    assert seen["losses"][0] == pytest.approx([1.0] * 20, abs=0.08)         # 130 x 64 numbers: 0.016 and more
+    assert seen["losses"][1] == seen["losses"][2] != seen["losses"][0]
+    model, diffusion, _ = load_model(run / "model_final.pt")
+    random, x_0 = torch.Generator().manual_seed(9), torch.zeros(6, 1, 8, 8)
+    _, losses = figures.timestep_losses(model, diffusion, x_0, bins=2, seed=9)
+    for low, loss in zip((0, 20), losses):
+        noise, total = torch.randn(x_0.shape, generator=random), 0.0
+        for k, t in enumerate(np.round(np.linspace(low, low + 19, 6)).astype(int)):
+            x_t = math.sqrt(1 - float(diffusion.alpha_bar[t])) * noise[k:k + 1]
+            total += float(((model(x_t, torch.tensor([t])) - noise[k:k + 1])**2).mean()) / 6
+        assert loss == pytest.approx(total, rel=1e-4)
+
+
+def test_the_heat_map_is_drawn(tmp_path):
+    figures.timestep_loss_figure([0, 500, 1000], [[0.5, 0.1], [0.2, 0.01]], ["epoch 5", "epoch 10"],
+                                 tmp_path / "x.png", "a title")
+    assert Image.open(tmp_path / "x.png").width > 500
+
+
+# ---- Mistakes
+
+@pytest.mark.parametrize("argv, words", [
+    (["--figure", "heads"], "invalid choice: 'heads'"),
+    (["--timesteps", "1000"], "--timesteps 1000: there are 0 to 999"),
+    (["--timesteps", "5", "5"], "each once"), (["--timesteps", "-1"], "invalid whole number"),
+    (["--figure", "seeds", "--seeds", "1", "1"], "--seeds takes up to 20 numbers, each once; got 2: 1 1"),
+    (["--num_images", "65"], "at most 64"),
+    (["--figure", "solvers", "--num_timesteps", "4"], "fewest evaluations compared are 5"),
+    (["--figure", "reverse", "--checkpoint", "no.pt"], "no checkpoint at no.pt"),
+    (["--figure", "reverse", "--label", "7"], "unknown class '7'"),
+    (["--figure", "steps", "--steps_list", "41"], "from 1 to 40 (the number of timesteps), got 41"),
+    (["--figure", "one_step", "--steps", "1"], "--steps 2 or more"),
+    (["--figure", "explore", "--timesteps", "40"], "--timesteps 40: there are 0 to 39"),
+    (["--figure", "loss", "--run", "nowhere"], "no training_loss.csv in nowhere"),
+    (["--figure", "epochs", "--run", "nowhere"], "no model_final.pt or model_latest.pt in nowhere"),
+    (["--figure", "loss_by_timestep", "--run", "nowhere"], "no checkpoints/model_epoch_*.pt in nowhere")])
+def test_what_cannot_be_drawn_is_one_line(argv, words, checkpoint, tmp_path, capsys):
+    flags = ["--checkpoint", checkpoint, "--output_dir", tmp_path / "out", "--dataset", "synthetic_digits"]
+    assert words in fails(capsys, figures.main, *flags, *argv)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_named_by_a_checkpoint_is_not_followed(tmp_path, capsys):
+    path = write_model(tmp_path / "model.pt", name=str(tmp_path))
+    error = fails(capsys, figures.main, "--figure", "explore", "--checkpoint", path, "--output_dir", tmp_path / "o")
+    assert "name the images to show with --dataset" in error
+
+
+def test_a_foreign_table_or_sheet_is_one_line(run, tmp_path, capsys):
+    (run / "training_loss.csv").write_text("a,b\n1,2\n")
+    assert "not a table that train.py wrote" in fails(capsys, figures.main, "--figure", "loss", "--run", run,
+                                                      "--output_dir", tmp_path)
+    Image.new("RGB", (500, 300)).save(run / "samples" / "epoch_002.png")
+    assert "is no sheet of 8x8 images" in fails(capsys, figures.main, "--figure", "epochs", "--run", run,
+                                                "--output_dir", tmp_path)

@@ -1,0 +1,67 @@
+"""Muon against singular values computed by LAPACK, and torch's own AdamW for what is not a matrix."""
+
+import pytest
+import torch
+
+from muon import Muon, is_inner, orthogonalized
+
+
+@pytest.mark.parametrize("shape", [(48, 200), (200, 48), (64, 64)])
+def test_singular_values_come_near_one_and_vectors_stay(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    ours = orthogonalized(matrix)
+    turned = left.T @ ours @ right.T                        # diagonal, if the vectors are the same
+    spread = torch.diag(turned)[values > 0.05 * values.max()]
+    assert 0.6 < spread.min() and spread.max() < 1.3
+    assert (turned - torch.diag(torch.diag(turned))).abs().max() < 0.1                  # bfloat16
+
+
+def test_a_tiny_gradient_gives_as_long_a_step_as_a_large_one():
+    matrix = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(orthogonalized(1e-4 * matrix), orthogonalized(1e4 * matrix), atol=0.05)
+
+
+def test_what_is_no_matrix_steps_as_adamw():
+    """Norms, biases, and the first and last layers: equal to torch.optim.AdamW over ten steps."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((7,), (64, 4, 3, 3), (10, 64))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings = dict(lr=1e-2, betas=(0.8, 0.95), weight_decay=0.1)
+    optimizers = Muon(ours, **settings), torch.optim.AdamW(theirs, **settings)
+    for _ in range(10):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert not any(map(is_inner, ours))
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(ours, theirs))
+
+
+def test_a_step_of_a_convolution_has_adams_size():
+    p = torch.nn.Parameter(torch.zeros(64, 64, 3, 3))
+    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    Muon([p], lr=0.01).step()
+    assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.15)
+
+
+def test_a_resumed_muon_is_the_one_that_never_stopped():
+    torch.manual_seed(0)
+    start, grads = torch.randn(32, 32), torch.randn(6, 32, 32)
+
+    def run(p, optimizer, some):
+        for grad in some:
+            p.grad = grad.clone()
+            optimizer.step()
+
+    p = torch.nn.Parameter(start.clone())
+    whole = Muon([p], lr=0.1)
+    run(p, whole, grads)
+    q = torch.nn.Parameter(start.clone())
+    first = Muon([q], lr=0.1)
+    run(q, first, grads[:3])
+    second = Muon([q], lr=0.1)
+    second.load_state_dict(first.state_dict())
+    run(q, second, grads[3:])
+    assert torch.equal(p, q)
