@@ -103,8 +103,8 @@ def _check_pickle(path, container, member):
         raise ValueError(f"{path}: damaged, it cannot be read ({type(error).__name__})") from error
 
 
-def load_checkpoint(path):
-    """Read what save_checkpoint wrote; the tensors are on the CPU.
+def read_container(path):
+    """What torch.save wrote into a file, whoever wrote it; the tensors are on the CPU.
 
     A checkpoint from a stranger must not be able to run code or fill the memory: it is read with
     weights_only=True, and its container is looked at before anything is unpacked.
@@ -137,6 +137,24 @@ def load_checkpoint(path):
         raise
     except Exception as error:  # the unpickler meets damaged bytes in many ways; all mean the same
         raise ValueError(f"{path}: damaged, it cannot be read ({type(error).__name__})") from error
+    return entries
+
+
+def digest_of(path, entries):
+    """A hash over the entries of a file. Raises ValueError for more tensors than the file can hold."""
+    try:
+        return _digest(entries, Path(path).stat().st_size)
+    except ValueError as error:
+        raise ValueError(f"{path}: refused, it holds {error}") from error
+
+
+def load_checkpoint(path, entries=None):
+    """Read what save_checkpoint wrote: its entries, with their digest.
+
+    entries: what read_container found there, if it has been read already.  Raises as read_container does, and
+    ValueError for a foreign, newer or altered file.
+    """
+    entries = read_container(path) if entries is None else entries
     if not isinstance(entries, dict) or entries.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: a foreign checkpoint, not written by this project")
     version, digest = entries.get("version"), entries.pop("digest", None)
@@ -144,11 +162,7 @@ def load_checkpoint(path):
         newer = type(version) is int and version > CHECKPOINT_VERSION
         raise ValueError(f"{path}: {'written by a newer version of this project: ' * newer}format version "
                          f"{str(version)[:40]}, this code reads {CHECKPOINT_VERSION}")
-    try:
-        intact = isinstance(digest, str) and digest == _digest(entries, path.stat().st_size)
-    except ValueError as error:
-        raise ValueError(f"{path}: refused, it holds {error}") from error
-    if not intact:
+    if digest_of(path, entries) != digest:
         raise ValueError(f"{path}: altered or damaged since it was written (its digest does not match)")
     return {**entries, "digest": digest}
 

@@ -19,7 +19,8 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from checkpoint import check_weights, load_checkpoint
+import interop
+from checkpoint import check_weights, load_checkpoint, read_container
 from diffusion import SAMPLERS, SPACINGS, DiffusionProcess, seeded_noise
 from models import create_model
 from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
@@ -52,15 +53,23 @@ def find_model(checkpoint=OWN, dataset=None):
     return checkpoint
 
 
-def load_model(path, device="cpu", ema=True):
+def load_model(path, device="cpu", ema=True, image_size=None):
     """A model ready to sample from, out of a checkpoint alone.
 
     ema: take the averaged weights (better pictures), not those of the last step.
+    image_size: of a foreign checkpoint that does not tell it (interop.py).
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
     name, image_size, channels, classes, and the checkpoint's digest). Raises FileNotFoundError, or
     ValueError for an unusable file.
     """
-    entries = load_checkpoint(path)
+    entries = None if Path(path).is_dir() else read_container(path)
+    if entries is None or interop.is_trainer(entries):
+        model, diffusion, data = (interop.load_pipeline(path) if entries is None else
+                                  interop.load_trainer(path, entries, image_size or interop.UNKNOWN_SIZE))
+        return model.to(device), diffusion, data
+    if image_size:
+        raise ValueError(f"--image_size {image_size}: {path} tells its own")
+    entries = load_checkpoint(path, entries)
     try:
         # On "meta" a network has shapes but no memory, so a config that does not match its weights
         # (or asks for a monstrous network) fails here at no cost.
@@ -266,6 +275,8 @@ def main(argv=None):
     add = parser.add
     add("--checkpoint", "a file written by train.py; as long as there is none, weights that are shipped are used", OWN)
     add("--dataset", "draw with the shipped weights of this data set", metavar="NAME")
+    add("--image_size", "in pixels, for a checkpoint of denoising-diffusion-pytorch: those do not tell it (default: "
+        f"{interop.UNKNOWN_SIZE})", type=positive_int)
     add("--num_images", "how many", 64, type=positive_int)
     add("--first_index", "begin with this image of the seed", 0, type=whole_number)
     add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42, type=seed_number)
@@ -307,7 +318,7 @@ def main(argv=None):
         raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: give one of them")
     args.checkpoint = find_model(args.checkpoint, args.dataset)
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
-    model, diffusion, data = load_model(args.checkpoint, device)
+    model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
     if again and again["checkpoint"] != data["digest"]:
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with the checkpoint of digest "
                          f"{str(again['checkpoint'])[:12]}..., not {data['digest'][:12]}...")

@@ -293,11 +293,17 @@ def test_imports_run_one_way():
     allowed = {
         "diffusion": set(), "models": set(), "synthetic": {"utils"}, "utils": set(), "distributed": {"utils"},
         "plan": {"utils"}, "folders": {"utils"}, "data": {"synthetic", "folders", "utils"},
-        "checkpoint": {"utils"}, "benchmark": {"diffusion", "models", "train", "utils"},
-        "train": {"diffusion", "models", "data", "folders", "checkpoint", "distributed", "plan", "utils"},
-        "sample": {"diffusion", "models", "checkpoint", "utils"},
+        "muon": set(), "measures": set(), "convergence": {"diffusion"},
+        "checkpoint": {"muon", "utils"}, "interop": {"checkpoint", "diffusion"},
+        "benchmark": {"diffusion", "models", "train", "utils"},
+        "train": {"diffusion", "models", "data", "folders", "checkpoint", "distributed", "muon", "plan", "utils"},
+        "sample": {"diffusion", "models", "checkpoint", "interop", "utils"}, "export": {"checkpoint", "utils"},
+        "classifier": {"data", "checkpoint", "utils"},
         "interpolate": {"diffusion", "folders", "sample", "utils"},
-        "visualize_diffusion": {"diffusion", "data", "sample", "utils"}}
+        "edit": {"diffusion", "data", "folders", "interpolate", "sample", "utils"},
+        "evaluate": {"diffusion", "data", "classifier", "measures", "sample", "utils"},
+        "visualize_diffusion": {"diffusion", "data", "sample", "convergence", "utils"},
+        "visualize_model": {"diffusion", "models", "data", "sample", "visualize_diffusion", "utils"}}
     for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py")]:
         name = path.stem if path.parent == ROOT else "models"
         found = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)) & set(allowed)

@@ -1,0 +1,219 @@
+"""Fill holes, sharpen, colour: pictures completed by a model that was only ever trained to draw new ones.
+
+    python edit.py                                         # the lower half of 16 test images, drawn anew
+    python edit.py --images a.png b.png --mask hole.png    # of your own; white in the mask is what stays
+    python edit.py --task upscale --factor 4               # 28x28 out of 7x7
+    python edit.py --task deblur
+
+Something was measured of an image, A x = y: some of its pixels, the means of its blocks, a blurred version. Many images
+have that measurement. The model knows which of them look real, so it samples as always, but each of its estimates of
+x_0 is corrected where it contradicts the measurement, and nowhere else (DDNM, Wang et al. 2023, algorithm 1):
+
+    x_0  <-  x_0 + A+ (y - A x_0)           A+ gives back an image with the measurement that it is given
+
+Because a correction may fit badly to the rest of the picture, every step is taken `travel` times, going back up to
+its noise level in between (RePaint, Lugmayr et al. 2022, algorithm 1). No training and no gradients.
+
+Writes outputs/edited.png: the originals, what was given of them, the plain answer and ours; prints their PSNR.
+"""
+
+import math
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from data import DATASETS, get_dataset
+from diffusion import seeded_noise
+from interpolate import load_pictures, psnr
+from sample import OWN, choose_labels, find_model, load_model, seconds_for
+from utils import (Parser, command, describe_device, format_seconds, fraction, get_device, make_output_dir,
+                   positive_int, save_images, save_strip, seed_number, to_signed)
+
+
+# ---- What was measured, and back
+
+class Operator(NamedTuple):
+    measure: Callable  # A: images [B, C, H, W] -> what is known of them
+    back: Callable  # A+: a measurement -> images that have it.  A A+ A = A
+    plain: Callable  # a measurement -> what one would show without a model, [B, C, H, W]
+
+
+def inpaint(size, mask):
+    """Known are the pixels where mask [H, W] is True."""
+    known = mask.float()
+    return Operator(lambda x: x * known, lambda y: y * known, lambda y: y)
+
+
+def upscale(size, factor):
+    """Known is the mean of each block of factor x factor pixels."""
+    if factor < 2 or size % factor:
+        raise ValueError(f"--factor {factor} must divide the model's image size {size}, and be at least 2")
+    return Operator(lambda x: F.avg_pool2d(x, factor),
+                    lambda y: y.repeat_interleave(factor, -2).repeat_interleave(factor, -1),
+                    lambda y: F.interpolate(y, scale_factor=factor, mode="bicubic").clamp(-1, 1))
+
+
+def deblur(size, width=1.5, keep=0.1):
+    """Known is the image blurred by a Gaussian of `width` pixels, as far as it can be told from nothing: of the
+    blur's singular values, those below `keep` times the largest count as lost."""
+    place = torch.arange(size, dtype=torch.float64)
+    blur = torch.exp(-((place[:, None] - place[None]) / width) ** 2 / 2)
+    left, values, right = torch.linalg.svd(blur / blur.sum(1, keepdim=True))
+    kept = values > keep * values[0]
+    there = (left[:, kept] * values[kept] @ right[kept]).float()
+    back = (right[kept].T / values[kept] @ left[:, kept].T).float()
+    return Operator(*(lambda x, m=m: m.to(x.device) @ x @ m.T.to(x.device) for m in (there, back)),
+                    lambda y: y.clamp(-1, 1))
+
+
+def colourise(size):
+    """Known is the mean of red, green and blue."""
+    return Operator(lambda x: x.mean(1, keepdim=True), lambda y: y.expand(-1, 3, -1, -1),
+                    lambda y: y.expand(-1, 3, -1, -1))
+
+
+TASKS = {"inpaint": inpaint, "upscale": upscale, "deblur": deblur, "colourise": colourise}
+SIDES = ("lower", "upper", "left", "right", "box")
+
+
+def read_mask(text, size):
+    """What --mask names: a bool [H, W], True where the picture is known.
+
+    text: the half, or the box in the middle, that is to be drawn anew; or a picture, white where it stays.
+    """
+    mask, half, quarter = torch.ones(size, size, dtype=torch.bool), size // 2, size // 4
+    whole = slice(None)
+    holes = {"lower": (slice(half, None), whole), "upper": (slice(0, half), whole),
+             "left": (whole, slice(0, half)), "right": (whole, slice(half, None)),
+             "box": (slice(quarter, size - quarter), slice(quarter, size - quarter))}
+    if text in holes:
+        mask[holes[text]] = False
+        return mask
+    if not Path(text).is_file():
+        raise ValueError(f"unknown mask {text!r}; choose from {', '.join(SIDES)}, or name a picture file")
+    try:
+        with Image.open(text) as picture:
+            if picture.size[0] * picture.size[1] > 10**8:
+                raise ValueError(f"{text}: too many pixels for a mask")
+            pixels = torch.tensor(list(picture.convert("L").resize((size, size), Image.NEAREST).tobytes()))
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"{text} is no picture") from error
+    mask = pixels.view(size, size) > 127
+    if mask.all() or not mask.any():
+        raise ValueError(f"{text} is {'white' if mask.all() else 'black'} all over: nothing to draw, or nothing to go by")
+    return mask
+
+
+# ---- The rule
+
+@torch.no_grad()
+def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1.0, seed=0, first_index=0, y=None,
+          device="cpu", progress=lambda: None):
+    """Draw images that have the measurement `given` and that the model finds likely.
+
+    shape: (B, C, H, W).  steps, travel: steps x travel calls of the model.  eta: fresh noise in each step.
+    y: [B] classes or None.  Image i depends on (seed, i) alone.  Returns [B, C, H, W], within [-1, 1] as far as
+    the measurement is.
+    """
+    indices = range(first_index, first_index + shape[0])
+    noises = iter(range(10**9))                            # each draw has a number of its own
+
+    def noise():
+        return seeded_noise(seed, indices, next(noises), shape[1:]).to(device)
+
+    levels = diffusion.timesteps(steps)
+    x = noise()
+    for t, t_prev in zip(levels, levels[1:]):
+        for again in reversed(range(travel)):
+            x_0 = diffusion.predict_x0(model, x, t, y)
+            x_0 = x_0 + operator.back(given - operator.measure(x_0))
+            x_prev = diffusion._step(x, x_0, t, t_prev, eta, "posterior", noise())
+            progress()
+            if again and t_prev >= 0:                      # back up, by fresh noise: another draw of the same step
+                kept = float(diffusion.alpha_bar[t]) / float(diffusion.alpha_bar[t_prev])
+                x = math.sqrt(kept) * x_prev + math.sqrt(1 - kept) * noise()
+        x = x_prev
+    return x
+
+
+def load_originals(args, data, channels):
+    """The pictures to spoil and to mend: those of --images, or of a test set. [N, C, S, S] in [-1, 1]."""
+    size = data["image_size"]
+    if args.images:
+        return load_pictures(args.images, size, channels)
+    name = args.dataset or data["name"]
+    if name not in DATASETS:
+        raise ValueError(f"the model was trained on {name!r}, which has no test set: name pictures with --images, or a "
+                         f"--dataset of {', '.join(DATASETS)}")
+    images, _ = get_dataset(name, args.data_dir, train=False, image_size=size, channels=channels)
+    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:args.count]
+    return to_signed(images[pick])
+
+
+@command
+def main(argv=None):
+    parser = Parser(description="Complete pictures with a model as the judge of what looks real.")
+    add = parser.add
+    add("--checkpoint", "a file written by train.py", OWN)
+    add("--images", "pictures of your own, cut to the central square and to the model's size", nargs="+", metavar="FILE")
+    add("--dataset", "take test images of this set; default: the one the model was trained on", metavar="NAME")
+    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--count", "how many test images", 16, type=positive_int)
+    add("--task", "what to undo", "inpaint", choices=list(TASKS))
+    add("--mask", f"inpaint: what to draw anew, of {', '.join(SIDES)}, or a picture that is white where all stays", "lower")
+    add("--factor", "upscale: from blocks of so many by so many pixels", 4, type=positive_int)
+    add("--label", "the class to draw, as a number or name; default: none")
+    add("--steps", "steps from noise to picture", 50, type=positive_int)
+    add("--travel", "how often each step is taken; each is a call of the model", 5, type=positive_int)
+    add("--eta", "fresh noise in each step, 0 to 1", 1.0, type=fraction)
+    add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ", 1, type=positive_int)
+    add("--seed", "another seed, another answer", 0, type=seed_number)
+    add("--output_dir", "where the pictures go", "outputs")
+    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    args = parser.parse_args(argv)
+
+    device = get_device(args.device)
+    path = find_model(args.checkpoint)
+    output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")
+    model, diffusion, data = load_model(path, device)
+    size, channels, classes = data["image_size"], model.image_channels, data["classes"]
+    if args.task == "colourise" and channels != 3:
+        raise ValueError("--task colourise needs a model of colour pictures, this one is grey")
+    settings = {"inpaint": lambda: [read_mask(args.mask, size).to(device)], "upscale": lambda: [args.factor]}
+    operator = TASKS[args.task](size, *settings.get(args.task, list)())
+    originals = load_originals(args, data, channels).to(device)
+    y, _ = choose_labels(args.label or ("none" if classes else None), classes, len(originals))
+    print(f"device: {describe_device(device, args.device)}")
+    calls = args.steps * args.travel * args.average
+    seconds = seconds_for(model, diffusion, len(originals), size, len(originals), calls, device)
+    print(f"cost: {len(originals)} pictures, {calls} calls of the model for each, about {format_seconds(seconds)} here",
+          flush=True)
+
+    given = operator.measure(originals)
+    answers = []
+    with tqdm(total=calls, desc=args.task, unit="call") as bar:
+        for k in range(args.average):
+            answers.append(solve(model, diffusion, given, operator, originals.shape, steps=args.steps, travel=args.travel,
+                                 eta=args.eta, seed=args.seed, first_index=k * len(originals),
+                                 y=None if y is None else y[:len(originals)].to(device), device=device, progress=bar.update))
+    ours = torch.stack(answers).mean(0).clamp(-1, 1)
+    plain = operator.plain(given)
+    for name, pictures in (("the plain answer", plain), ("the model", ours)):
+        print(f"PSNR of {name}: {psnr(pictures, originals):.2f} dB")
+
+    count = min(len(originals), 16)
+    rows = {"original": originals, "given": operator.back(given), "bicubic": plain, "the model": ours}
+    if args.task != "upscale":
+        del rows["bicubic"]
+    save_strip([pictures[:count].cpu() for pictures in rows.values()], [""] * count, output_dir / "edited.png",
+               row_labels=list(rows))
+    save_images(ours.cpu(), output_dir / "edited_only.png", note={"made_from": f"{args.task} of real pictures"})
+    print(f"wrote {output_dir / 'edited.png'}\nwrote {output_dir / 'edited_only.png'}")
+
+
+if __name__ == "__main__":
+    main()
