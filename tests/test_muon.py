@@ -43,7 +43,7 @@ def test_a_step_of_a_convolution_has_adams_size():
     p = torch.nn.Parameter(torch.zeros(64, 64, 3, 3))
     p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     Muon([p], lr=0.01).step()
-    assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.15)
+    assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.3)      # singular values of 0.7 to 1.2
 
 
 def test_a_resumed_muon_is_the_one_that_never_stopped():
