@@ -30,7 +30,8 @@ from tqdm import tqdm
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
 from data import DATASET_HELP, DATASETS, class_names, get_dataset, get_default_dataset
 from diffusion import SAMPLERS, SCHEDULES, SPACINGS, DiffusionProcess, seeded_noise
-from sample import choose_labels, draw_frame, generate, load_model, save_generation_strip, seconds_for
+from sample import (OWN, choose_labels, draw_frame, find_model, generate, load_model, save_generation_strip,
+                    seconds_for)
 from utils import (Parser, command, describe_device, format_seconds, get_device, image_grid, make_output_dir,
                    plot_losses, positive_int, save_figure, save_gif, save_strip, seed_number, to_signed,
                    to_uint8, whole_number)
@@ -526,11 +527,9 @@ def draw_from_run(name, args, path, device):
 
 def load(args, device):
     """(model, process, facts about its data, device), of --checkpoint."""
-    if not Path(args.checkpoint).exists():
-        raise ValueError(f"no checkpoint at {args.checkpoint}; make one with python train.py, or name one "
-                         "with --checkpoint (model_latest.pt is that of a run that was stopped)")
-    print(f"device: {describe_device(device, args.device)}; model: {args.checkpoint}")
-    return *load_model(args.checkpoint, device), device
+    path = find_model(args.checkpoint)
+    print(f"device: {describe_device(device, args.device)}; model: {path}")
+    return *load_model(path, device), device
 
 
 @command
@@ -551,7 +550,7 @@ def main(argv=None):
     add("--image_size", "resize to this many pixels", type=positive_int)
     add("--schedule", "how alpha_bar falls, in forward and solvers", "linear", choices=sorted(SCHEDULES))
     add("--num_timesteps", "T in forward, schedules and solvers", 1000, type=positive_int)
-    add("--checkpoint", "the model of reverse, one_step, steps, seeds and explore", "outputs/model_final.pt")
+    add("--checkpoint", "the model of reverse, one_step, steps, seeds and explore", OWN)
     add("--sampler", "how to step down; one_step takes ddpm", "ddim", choices=sorted(SAMPLERS))
     add("--steps", "model calls; default: the sampler's own number", type=positive_int)
     add("--label", "the class to draw, as in sample.py; default: each class in turn, if the model knows any")
