@@ -128,7 +128,7 @@ def get_classifier(name, images, labels, num_classes, folder):
     path = make_output_dir(folder) / "classifier.pt"
     save_classifier(path, classifier, data=fingerprint, trained_to=what)
     print(f"wrote {path}")
-    return classifier, f"{path.name} ({what})"
+    return load_classifier(path)[0], f"{path.name} ({what})"     # in the file's half precision, as next time
 
 
 @command

@@ -64,8 +64,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     """
     entries = None if Path(path).is_dir() else read_container(path)
     if entries is None or interop.is_trainer(entries):
-        model, diffusion, data = (interop.load_pipeline(path) if entries is None else
-                                  interop.load_trainer(path, entries, image_size or interop.UNKNOWN_SIZE))
+        model, diffusion, data = interop.load_foreign(path, entries, image_size)
         return model.to(device), diffusion, data
     if image_size:
         raise ValueError(f"--image_size {image_size}: {path} tells its own")
@@ -233,13 +232,15 @@ def make_note(args, diffusion, digest, device):
     note["steps"] = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
     note["eta"] = row.eta if args.eta is None else args.eta
     note["spacing"] = args.spacing or row.spacing
+    if args.image_size:
+        note["image_size"] = args.image_size
     note["command"] = shlex.join(["sample.py", *as_flags(note)])
     return {**note, "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "checkpoint": digest}
 
 
 def as_flags(note):
-    return [f"--{name}={note[name]}" for name in RECIPE if note[name] is not None]
+    return [f"--{name}={note[name]}" for name in (*RECIPE, "image_size") if note.get(name) is not None]
 
 
 def read_recipe(path):

@@ -203,8 +203,8 @@ def make_bad(kind, good, path):
         entries["data"] = {}
     if kind == "a huge size":
         entries["data"]["image_size"] = 10**9
-    if kind == "half precision":
-        entries["ema"] = {k: v.half() for k, v in entries["ema"].items()}
+    if kind == "double precision":
+        entries["ema"] = {k: v.double() for k, v in entries["ema"].items()}
     if kind == "not a number":
         entries["ema"]["conv_in.bias"] = entries["ema"]["conv_in.bias"] * float("nan")
     if kind == "endless chain":
@@ -216,7 +216,7 @@ def make_bad(kind, good, path):
 @pytest.mark.parametrize("kind", [
     "missing", "a folder", "empty", "truncated", "altered", "text", "bare weights", "old pickle", "malicious",
     "zip bomb", "newer", "another network", "monstrous network", "unknown network", "no weights", "no size",
-    "a huge size", "half precision", "not a number", "endless chain"])
+    "a huge size", "double precision", "not a number", "endless chain"])
 def test_a_bad_checkpoint_is_named_for_what_it_is(kind, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "bad.pt"

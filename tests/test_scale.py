@@ -278,7 +278,7 @@ def test_an_odd_number_of_steps_is_not_reported_on_at_every_one():
 def test_every_preset_is_what_its_flags_say(settings_of, tmp_path):
     for name, row in PRESETS.items():
         row = {k: v for k, v in row.items() if k != "without_gpu"}
-        if row["dataset"] is None:
+        if row.setdefault("dataset", "mnist") is None:
             row["dataset"] = str(tmp_path)
         by_flags = settings_of(*as_flags(row).split(), "--device", "cpu")
         by_name = settings_of("--preset", name, "--dataset", row["dataset"], "--device", "cpu")

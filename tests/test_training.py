@@ -66,7 +66,7 @@ def test_training_on_one_batch_drives_the_loss_down():
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for epoch in range(2):
         train_epoch(model, loader, optimizer, DiffusionProcess(), "cpu", seed=epoch, losses=losses)
-    assert losses[0] > 0.6 and sum(losses[-20:]) / 20 < 0.45 * losses[0]
+    assert losses[0] > 0.5 and sum(losses[-20:]) / 20 < 0.45 * losses[0]
 
 
 def test_train_epoch_returns_the_mean_and_the_loss_of_each_step(tiny_model):
