@@ -302,6 +302,7 @@ def test_imports_run_one_way():
         "interpolate": {"diffusion", "folders", "sample", "utils"},
         "edit": {"diffusion", "data", "folders", "interpolate", "sample", "utils"},
         "evaluate": {"diffusion", "data", "classifier", "measures", "sample", "utils"},
+        "diagnose": {"checkpoint", "diffusion", "evaluate", "measures", "sample", "utils"},
         "visualize_diffusion": {"diffusion", "data", "sample", "convergence", "utils"},
         "visualize_model": {"diffusion", "models", "data", "sample", "visualize_diffusion", "utils"}}
     for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py")]:

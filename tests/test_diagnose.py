@@ -1,0 +1,150 @@
+"""The diagnosis against networks whose fault is known, because they are formulas. tests/broken.py trains real ones."""
+
+import math
+
+import pytest
+import torch
+
+import diagnose as d
+from diffusion import DiffusionProcess
+from test_commands import fails
+
+SPREAD = 0.15  # of the pixels, which know nothing of each other
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Grey static: independent Gaussian pixels, uint8 [400, 1, 8, 8]."""
+    x = SPREAD * torch.randn(400, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def exact(signal, noise, objective="eps", mean=0.0, spread=SPREAD):
+    """The best network for such images, where x_t = signal[t] x_0 + noise[t] eps."""
+    def model(x_t, t, y=None):
+        a, b = signal[t].float().view(-1, 1, 1, 1), noise[t].float().view(-1, 1, 1, 1)
+        x_0 = mean + spread**2 * a * (x_t - a * mean) / (spread**2 * a**2 + b**2)
+        return {"eps": (x_t - a * x_0) / b, "x0": x_0, "v": (a * x_t - x_0) / b}[objective]
+    model.num_classes, model.image_channels = None, 1
+    return model
+
+
+def roots(process):
+    return process.alpha_bar.sqrt(), (1 - process.alpha_bar).sqrt()
+
+
+def test_the_linear_error_of_static_is_the_closed_form():
+    power = torch.full((1, 8, 8), SPREAD**2, dtype=torch.float64)
+    assert d.linear_error(power, 0.6, 0.8) == pytest.approx(0.0225 * 0.64 / (0.36 * 0.0225 + 0.64))
+
+
+def test_the_linear_error_is_that_of_a_filter_applied():
+    """Images with a spectrum of their own; the filter is applied to them as a matrix, in the plain way."""
+    random = torch.Generator().manual_seed(0)
+    blur = torch.zeros(16, 16, dtype=torch.float64)
+    for i in range(16):
+        for k, weight in ((-1, 0.25), (0, 0.5), (1, 0.25)):
+            blur[i, (i + k) % 16] = weight
+    x = torch.randn(4000, 16, generator=random, dtype=torch.float64) @ blur.T       # covariance: blur blur^T
+    a, b = 0.7, 0.5
+    noisy = a * x + b * torch.randn(x.shape, generator=random, dtype=torch.float64)
+    covariance = blur @ blur.T
+    best = a * covariance @ torch.linalg.inv(a**2 * covariance + b**2 * torch.eye(16, dtype=torch.float64))
+    error = float((noisy @ best.T - x).square().mean())
+    power = torch.fft.fft(x, norm="ortho").abs().square().mean(0)
+    assert d.linear_error(power, a, b) == pytest.approx(error, rel=0.02)
+
+
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+def test_the_best_network_for_static_scores_one_and_is_not_blamed(objective, images):
+    process = DiffusionProcess(objective=objective)
+    power, model = d.spectrum(images), exact(*roots(process), objective)
+    ratios = {r.name: d.errors(model, r, images[:100], power) for r in d.readings(process)}
+    assert next(iter(ratios.values())) == pytest.approx([1] * 6, abs=0.06)
+    assert not d.check_readings(ratios) and not d.check_time(model, process, images[:20])
+
+
+@pytest.mark.parametrize("words, trained_with", [
+    ("linear schedule", lambda process: exact(*roots(DiffusionProcess()))),
+    ("objective v", lambda process: exact(*roots(process), "v")),
+    ("objective x0", lambda process: exact(*roots(process), "x0")),
+    ("[0, 1]", lambda process: exact(*roots(process), mean=0.5, spread=SPREAD / 2)),
+    ("square roots", lambda process: exact(process.alpha_bar, 1 - process.alpha_bar))])
+def test_a_network_of_another_assumption_is_recognised(words, trained_with, images):
+    process = DiffusionProcess(schedule="cosine")
+    power = d.spectrum(images)
+    ratios = {r.name: d.errors(trained_with(process), r, images[:100], power) for r in d.readings(process)}
+    found = d.check_readings(ratios)
+    assert len(found) == 1 and words in found[0].what
+
+
+def test_a_deaf_network_is_found(images):
+    process = DiffusionProcess()
+    hearing = exact(*roots(process))
+    assert d.check_time(lambda x_t, t, y=None: hearing(x_t, torch.full_like(t, 300), y), process, images[:20])
+
+
+def test_classes_are_missed_where_they_say_nothing():
+    """Dark and bright images; one network draws the shade of the class, the other forgets which is which."""
+    process, labels = DiffusionProcess(objective="x0"), torch.arange(64) % 2
+    images = (40 + 175 * labels).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+
+    def model(x_t, t, y):
+        return (y * 2.0 - 1).view(-1, 1, 1, 1).expand_as(x_t) * 0.7
+
+    model.num_classes = 2
+    assert not d.check_labels(model, process, images, labels)
+    assert d.check_labels(model, process, images, labels[torch.randperm(64, generator=torch.Generator().manual_seed(0))])
+
+
+def test_a_schedule_that_keeps_the_image_is_named():
+    assert "0.132" in d.check_schedule(DiffusionProcess(200, beta_start=1e-4, beta_end=0.02))[0].evidence
+    assert not d.check_schedule(DiffusionProcess(200))
+
+
+@pytest.mark.parametrize("losses, diverged", [
+    ([1 / (k + 1) + 0.02 for k in range(500)], False), ([0.05] * 300 + [math.nan], True),
+    ([0.05] * 300 + [2.0] * 200, True), ([1.0] * 20, False)])
+def test_a_loss_that_rises_again_is_a_divergence(losses, diverged):
+    assert bool(d.check_divergence({}, losses)) == diverged
+
+
+def test_weights_that_are_no_numbers_are_a_divergence():
+    assert d.check_divergence({"w": torch.tensor([math.nan])}, [])
+
+
+def test_an_average_that_lags_is_named():
+    assert d.check_average(0.9, 0.3) and not d.check_average(0.3, 0.31) and not d.check_average(0.3, None)
+
+
+def test_copies_and_tints_are_seen(images):
+    training, held = images[:200], images[200:]
+    assert not d.check_samples(held[:64], training, held[100:])
+    assert "heart" in d.check_samples(training[:64], training, held)[0].what
+    assert "colour" in d.check_samples((held[:64] * 0.7).to(torch.uint8), training, held)[-1].what
+
+
+def test_a_perfect_network_is_not_accused_by_the_whole_of_it(images):
+    process = DiffusionProcess()
+    causes, ratios = d.diagnose(exact(*roots(process)), None, process, images[:200], images[200:])
+    assert causes == [] and len(ratios) > 5
+
+
+def test_the_command_says_what_to_do_next(two_shades, tmp_path, capsys, monkeypatch):
+    """The stored process of a good checkpoint is changed, as happens to people who write their own sampling."""
+    from checkpoint import load_checkpoint, save_checkpoint
+    entries = load_checkpoint(two_shades)
+    entries.pop("digest")
+    entries["diffusion_config"] = DiffusionProcess(50, objective="eps").config          # it was x0
+    save_checkpoint(tmp_path / "model.pt", entries)
+    shades = torch.cat([torch.full((32, 1, 8, 8), 40), torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
+    monkeypatch.setattr(d, "load_reference", lambda *args: (shades, shades, (torch.arange(64) // 32,) * 2, "images"))
+    d.main(["--checkpoint", str(tmp_path / "model.pt"), "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "1. it was trained with another assumption: the objective x0" in out and "next: " in out
+
+
+def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
+    assert "no checkpoint" in fails(capsys, d.main, "--checkpoint", tmp_path / "none.pt")
+
+
