@@ -130,7 +130,8 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
     for t, t_prev in zip(levels, levels[1:]):
         for again in reversed(range(travel)):
             x_0 = diffusion.predict_x0(model, x, t, y)
-            x_0 = x_0 + operator.back(given - operator.measure(x_0))
+            # In this order known pixels come out bit for bit: what is taken away is all there was.
+            x_0 = x_0 - operator.back(operator.measure(x_0)) + operator.back(given)
             x_prev = diffusion._step(x, x_0, t, t_prev, eta, "posterior", noise())
             progress()
             if again and t_prev >= 0:                      # back up, by fresh noise: another draw of the same step

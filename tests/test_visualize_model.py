@@ -47,6 +47,21 @@ def test_the_table_has_all_parameters_of_any_model(attentive):
         assert sum(level.parameters for level in levels) == sum(p.numel() for p in model.parameters())
 
 
+def test_a_part_that_is_called_twice_is_counted_once():
+    class Twice(torch.nn.Module):
+        image_channels = 1
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Conv2d(1, 1, 3, padding=1), torch.nn.Conv2d(1, 1, 1)
+
+        def forward(self, x, t=None, y=None):
+            return self.last(self.first(self.first(x)))
+
+    levels, _ = figures.model_table(Twice(), 8)
+    assert [(level.name, level.parameters) for level in levels] == [("first", 10), ("first", 0), ("last", 2)]
+
+
 def test_what_training_keeps_is_near_what_torch_saves():
     """Independently: the bytes that autograd's own hook sees saved, each storage once, parameters left out."""
     model, saved = create_model(base_channels=16, add_input=False).train(), {}
