@@ -1,18 +1,18 @@
-"""Why are my samples bad? Checks a checkpoint in under a minute and names the likely causes, worst first.
+"""Why are my samples bad? Checks a checkpoint in under a minute and names likely causes, worst first.
 
     python diagnose.py                                            # outputs/model_final.pt
     python diagnose.py --checkpoint my.pt --dataset path/to/photos
 
-The main instrument is a comparison. For every noise level there is a best linear denoiser, a filter whose error
-follows from the spectrum of the images alone (Wiener 1949). A trained network beats it. If this one does not, it is
-asked under other assumptions: other schedules, another meaning of its output, images in [0, 1]. Where one of them
-suits it much better, the network was trained with that one, and is asked for something else now.
+The main instrument is a comparison. For every noise level there is a best linear denoiser, a filter
+whose error follows from the spectrum of the images alone (Wiener 1949). A trained network beats it. If
+this one does not, it is asked under other assumptions: other schedules, another meaning of its output,
+images in [0, 1]. Where one of them suits it much better, the network was trained with that one, and is
+asked for something else now.
 Prints a table, then the causes with what to do next. Exit code 0, also if there are some.
 """
 
 import math
 import statistics
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,16 +27,58 @@ from utils import Parser, command, describe_device, get_device, to_signed, to_ui
 DECIBELS = (10, 5, 0, -5, -10, -15)  # signal over noise: the levels at which a network is asked
 IMAGES = 32
 
+# Every cause that can be found: what it is, and what to do next. The first make the later ones
+# meaningless, so this is the order in which they are told.
+CAUSES = {
+    "diverged": ("the training diverged", "python train.py --lr 1e-4 --grad_clip 1"),
+    "cold average": (
+        "the averaged weights (EMA) lag far behind the trained ones",
+        "train longer, or average over fewer steps: python train.py --ema_decay 0.99 (an average of a "
+        "fixed decay still holds the random start; utils.EMA warms up)"),
+    "assumption": (
+        "it was trained with another assumption",
+        "sample with the schedule and objective of the training, which a checkpoint of train.py holds; "
+        "images in [-1, 1] (data.to_signed); x_t from DiffusionProcess.forward_diffusion"),
+    "no noise at the end": (
+        "the schedule does not end in noise",
+        "python train.py without betas of your own: by default they are scaled with --timesteps"),
+    "deaf": (
+        "the network does not listen to the time",
+        "pass t to the network, in training too, and see that it reaches every block "
+        "(models/unet.py: DownBlock)"),
+    "labels": (
+        "the classes say nothing to it",
+        "look whether images and labels still belong together where they are loaded: "
+        "python visualize_diffusion.py --figure dataset"),
+    "rate": ("the learning rate is too high", "python train.py --lr 2e-4 --grad_clip 1"),
+    "few steps": (
+        "it is not trained enough",
+        "more --epochs or --steps; with a constant rate, --resume goes on with the run"),
+    "copies": (
+        "it has learnt training images by heart",
+        "fewer steps, more images, --flip, --dropout 0.1; python evaluate.py shows the copies"),
+    "tint": (
+        "brightness, colour or contrast is not that of the data",
+        "often a consequence of other causes; else train longer, or python sample.py --sampler ddpm"),
+}
+
 
 class Cause(NamedTuple):
-    rank: int  # the highest stands first: what makes the other findings meaningless
-    what: str
-    evidence: str
-    advice: str
+    key: str  # of CAUSES
+    evidence: str  # what was seen
+    which: str = ""  # more exactly
+
+    @property
+    def what(self):
+        return CAUSES[self.key][0] + (f": {self.which}" if self.which else "")
+
+    @property
+    def advice(self):
+        return CAUSES[self.key][1]
 
 
 class Reading(NamedTuple):
-    """A way to make noisy images, and to understand the answer: what a network may have been trained with."""
+    """A way to make noisy images and to understand the answer; a network was trained with one of them."""
     name: str
     signal: torch.Tensor  # weight of the image in x_t, float64 [T]
     noise: torch.Tensor  # weight of the noise
@@ -47,14 +89,14 @@ class Reading(NamedTuple):
 # ---- The yardstick
 
 def spectrum(images):
-    """The mean power of uint8 [N, C, H, W], as [-1, 1] and without their mean, at each frequency: [C, H, W]."""
+    """The mean power at each frequency, [C, H, W], of uint8 [N, C, H, W] as [-1, 1] without their mean."""
     x = to_signed(images).double()
     return torch.fft.fft2(x - x.mean(dim=0), norm="ortho").abs().square().mean(dim=0)
 
 
 def linear_error(power, signal, noise):
-    """The mean squared error in x_0 of the best linear filter: per frequency P b^2 / (a^2 P + b^2), where P is the
-    power of the images, a and b the weights of image and noise."""
+    """The mean squared error in x_0 of the best linear filter: P b^2 / (a^2 P + b^2) at each frequency, where
+    P is the power of the images, a and b the weights of image and noise."""
     return float((power * noise**2 / (signal**2 * power + noise**2)).mean())
 
 
@@ -70,13 +112,13 @@ def estimate(reading, out, x_t, t):
 
 @torch.no_grad()
 def errors(model, reading, images, power, y=None, device="cpu"):
-    """The network's squared error in x_0 over that of the best linear filter, at the levels DECIBELS: a list.
+    """The network's squared error in x_0 over that of the best linear filter, at each of DECIBELS: a list.
 
     images: uint8 [N, C, H, W], which it was not trained on.  power: what `spectrum` returns.
     """
-    x_0, scale = to_signed(images), 1.0
+    x_0 = to_signed(images)
     if reading.zero_to_one:
-        x_0, scale = (x_0 + 1) / 2, 0.25
+        x_0, power = (x_0 + 1) / 2, power / 4
     noise, ratios = seeded_noise(0, range(len(x_0)), 0, x_0.shape[1:]), []
     for decibel in DECIBELS:
         wanted = 10 ** (decibel / 20)
@@ -85,7 +127,7 @@ def errors(model, reading, images, power, y=None, device="cpu"):
         x_t = a * x_0 + b * noise
         out = model(x_t.to(device), torch.full((len(x_t),), t, device=device), y).float().cpu()
         wrong = float((estimate(reading, out, x_t, t) - x_0).square().mean())
-        ratios.append(wrong / linear_error(scale * power, a, b))
+        ratios.append(wrong / linear_error(power, a, b))
     return ratios
 
 
@@ -102,11 +144,12 @@ def readings(diffusion):
     own, T = diffusion.alpha_bar, diffusion.num_timesteps
     found = [reading("as the checkpoint says", own)]
     curves = {f"the {name} schedule": schedule(T) for name, schedule in SCHEDULES.items()}
-    curves["the linear schedule with betas 1e-4 to 0.02, whatever T is"] = linear_alpha_bar(T, 1e-4, 0.02)
+    curves["the linear schedule, betas not scaled with T"] = linear_alpha_bar(T, 1e-4, 0.02)
     for name, curve in curves.items():
         if all(float((curve - other.signal**2).abs().max()) > 0.05 for other in found):
             found.append(reading(name, curve))
-    found += [reading(f"the objective {other}", own, other) for other in OBJECTIVES if other != diffusion.objective]
+    others = [objective for objective in OBJECTIVES if objective != diffusion.objective]
+    found += [reading(f"the objective {objective}", own, objective) for objective in others]
     found.append(reading("images in [0, 1]", own, zero_to_one=True))
     found.append(Reading("alpha_bar without its square roots", own, 1 - own, diffusion.objective))
     return found
@@ -118,66 +161,55 @@ def check_schedule(diffusion):
     last = float(diffusion.alpha_bar[-1])
     if last < 0.005:
         return []
-    return [Cause(90, "the schedule does not end in noise",
-                  f"alpha_bar of the last level is {last:.3f}: {math.sqrt(last):.0%} of the image's amplitude is still "
-                  "there, and sampling starts without it",
-                  f"python train.py --timesteps {diffusion.num_timesteps} (without betas of your own: they are scaled)")]
+    return [Cause("no noise at the end",
+                  f"alpha_bar of the last level is {last:.3f}: {math.sqrt(last):.0%} of the image's amplitude "
+                  "is still there, and sampling starts without it")]
 
 
 def check_divergence(weights, losses):
-    if weights and not all(value.isfinite().all() for value in weights.values()):
-        return [Cause(100, "the training diverged", "some weights are not finite numbers",
-                      "python train.py --lr 1e-4 --grad_clip 1")]
+    if not all(value.isfinite().all() for value in weights.values()):
+        return [Cause("diverged", "some weights are not finite numbers")]
     if len(losses) < 50:
         return []
     tenth = max(10, len(losses) // 10)
-    best = min(statistics.fmean(losses[k:k + tenth]) for k in range(0, len(losses) - tenth + 1, max(1, tenth // 2)))
+    means = [statistics.fmean(losses[k:k + tenth]) for k in range(0, len(losses) - tenth + 1, tenth // 2)]
     last = statistics.fmean(losses[-tenth:])
-    if not math.isfinite(last) or last > 2 * best and last > 0.15:
-        return [Cause(100, "the training diverged", f"the loss fell to {best:.3f} and ended at {last:.3f}",
-                      "python train.py --lr 1e-4 --grad_clip 1")]
-    return []
+    if math.isfinite(last) and last < max(2 * min(means), 0.15):
+        return []
+    return [Cause("diverged", f"the loss fell to {min(means):.3f} and ended at {last:.3f}")]
 
 
 def check_average(ratio_average, ratio_raw):
     if ratio_raw is None or ratio_average < 1.5 * ratio_raw:
         return []
-    return [Cause(95, "the averaged weights (EMA) lag far behind the trained ones",
-                  f"their error is {ratio_average:.2f} times the linear filter's, that of the last weights {ratio_raw:.2f}",
-                  "train longer, or average over fewer steps: python train.py --ema_decay 0.99 (a decay that is fixed "
-                  "from the first step on still holds the random start; utils.EMA warms up)")]
+    return [Cause("cold average", f"their error is {ratio_average:.2f} times the linear filter's, that of "
+                                  f"the last weights {ratio_raw:.2f}")]
 
 
 def check_readings(ratios):
     """ratios: {name: list of ratios}, what the checkpoint says first."""
-    (own_name, own), *others = ratios.items()
+    (_, own), *others = ratios.items()
     name, best = min(others, key=lambda item: typical(item[1]))
     if typical(own) < 1.3 * typical(best) or typical(own) < 0.5:
         return []
-    return [Cause(94, f"it was trained with another assumption: {name}",
-                  f"so understood, its error is {typical(best):.2f} times the linear filter's; {own_name}, {typical(own):.2f}",
-                  {"images in [0, 1]": "give train_epoch images in [-1, 1]: data.to_signed does that",
-                   "alpha_bar without its square roots": "x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise: take "
-                                                         "DiffusionProcess.forward_diffusion"}.get(
-                       name, "sample with the schedule and objective of the training: a checkpoint of train.py holds them"))]
+    return [Cause("assumption", f"so understood, its error is {typical(best):.2f} times the linear filter's; "
+                                f"as the checkpoint says, {typical(own):.2f}", name)]
 
 
 @torch.no_grad()
 def check_time(model, diffusion, images, device="cpu"):
     """Does the answer depend on t? Asked for the same noisy images, told the right t and wrong ones."""
-    x_0, T = to_signed(images).to(device), diffusion.num_timesteps
+    x_0 = to_signed(images).to(device)
     levels = [int((diffusion.alpha_bar - share).abs().argmin()) for share in (0.9, 0.5, 0.1)]
-    noise = seeded_noise(0, range(len(x_0)), 0, x_0.shape[1:]).to(device)
-    changes = []
+    noise, changes = seeded_noise(0, range(len(x_0)), 0, x_0.shape[1:]).to(device), []
     for t, wrong in zip(levels, levels[1:] + levels[:1]):
-        x_t, _ = diffusion.forward_diffusion(x_0, torch.full((len(x_0),), t, device=device), noise)
-        right, other = (model(x_t, torch.full((len(x_0),), s, device=device), None).float() for s in (t, wrong))
+        right_t, wrong_t = (torch.full((len(x_0),), level, device=device) for level in (t, wrong))
+        x_t, _ = diffusion.forward_diffusion(x_0, right_t, noise)
+        right, other = model(x_t, right_t, None).float(), model(x_t, wrong_t, None).float()
         changes.append(float((right - other).square().mean() / right.square().mean()))
-    if max(changes) > 0.003 or T < 3:
+    if max(changes) > 0.003:
         return []
-    return [Cause(85, "the network does not listen to the time",
-                  f"told a wrong t, its answer changes by {math.sqrt(max(changes)):.1%}",
-                  "pass t to the network, in training too, and see that it reaches every block (models/unet.py: DownBlock)")]
+    return [Cause("deaf", f"told a wrong t, its answer changes by {math.sqrt(max(changes)):.1%}")]
 
 
 @torch.no_grad()
@@ -186,44 +218,35 @@ def check_labels(model, diffusion, images, labels, device="cpu"):
     if labels is None:
         return []
     x_0, y = to_signed(images).to(device), labels.to(device)
-    noise = seeded_noise(0, range(len(x_0)), 1, x_0.shape[1:]).to(device)
-    gains = []
+    shift = 1 + torch.arange(len(y), device=device) % (model.num_classes - 1)
+    noise, gains = seeded_noise(0, range(len(x_0)), 1, x_0.shape[1:]).to(device), []
     for share in (0.3, 0.1, 0.03):
-        t = torch.full((len(x_0),), int((diffusion.alpha_bar - share).abs().argmin()), device=device)
+        level = int((diffusion.alpha_bar - share).abs().argmin())
+        t = torch.full((len(x_0),), level, device=device)
         x_t, _ = diffusion.forward_diffusion(x_0, t, noise)
         own, other = ((diffusion.predict_x0(model, x_t, t, told) - x_0).square().mean((1, 2, 3))
-                      for told in (y, (y + 1 + torch.arange(len(y), device=device) % (model.num_classes - 1))
-                                   % model.num_classes))
-        gains.append((other - own) / (own + other))
+                      for told in (y, (y + shift) % model.num_classes))
+        gains.append(2 * (other - own) / (own + other))
     gains = torch.stack(gains).mean(0)
-    error = float(gains.std() / len(gains)**0.5)
-    if float(gains.mean()) > max(0.01, 3 * error):
+    gain, error = float(gains.mean()), float(gains.std() / len(gains)**0.5)
+    if gain > max(0.02, 3 * error):
         return []
-    return [Cause(70, "the classes say nothing to it",
-                  f"told the right class instead of a wrong one, its error falls by {float(2 * gains.mean()):.1%} "
-                  f"+- {2 * error:.1%}",
-                  "look whether images and labels still belong together where they are loaded: "
-                  "python visualize_diffusion.py --figure dataset")]
+    return [Cause("labels", f"told the right class instead of a wrong one, its error falls by {gain:.1%} "
+                            f"+- {error:.1%}")]
 
 
 def check_training(ratio, losses, settings):
     """Did it learn enough, and if not, for want of steps or because the steps were too large?"""
-    if ratio < 0.75 or len(losses) < 2:
+    if ratio < 0.75 or len(losses) < 4:
         return []
-    half = losses[len(losses) // 2:]
-    quarter = max(1, len(half) // 2)
-    early, late = statistics.fmean(half[:quarter]), statistics.fmean(half[quarter:])
-    rate, steps = settings.get("learning_rate") or 0.0, len(losses)
-    falling = (early - late) / early
-    evidence = (f"its error is {ratio:.2f} times that of the best linear filter (a trained network reaches half of it); "
-                f"{steps} steps at a rate of {rate:g}; over the second half the loss fell by {falling:.0%}")
-    usual = 1e-2 if settings.get("optimizer") == "muon" else 2e-3
-    too_high = rate > usual or falling < 0.02 and rate >= 0.5 * usual
-    high = Cause(60 if too_high else 40, "the learning rate is too high", evidence,
-                 f"python train.py --lr {min(rate / 5, 1e-3):.1g} --grad_clip 1")
-    few = Cause(50, "it is not trained enough", evidence, f"python train.py --steps {4 * steps}"
-                + (" --resume, with the other flags as before" if settings.get("lr_schedule") == "constant" else ""))
-    return [high, few] if too_high else [few]
+    third, fourth = (statistics.fmean(part) for part in torch.tensor(losses).tensor_split(4)[2:])
+    rate, usual = settings.get("learning_rate") or 0.0, 1e-2 if settings.get("optimizer") == "muon" else 2e-3
+    falling = (third - fourth) / third
+    seen = (f"its error is {ratio:.2f} times that of the best linear filter (a trained network reaches half "
+            f"of it) after {len(losses)} steps at a rate of {rate:g}; in their last quarter the loss was "
+            f"{falling:.0%} lower than in the one before")
+    few = [Cause("few steps", seen)]
+    return [Cause("rate", seen), *few] if rate > usual or falling < 0.02 and rate >= usual / 2 else few
 
 
 def check_samples(samples, images, held):
@@ -233,18 +256,14 @@ def check_samples(samples, images, held):
     # Where all images are equally far from each other, the second condition is the one that tells.
     copied = copied_share(near, usual) if float(near.median() / usual.median()) < 0.8 else 0.0
     if copied > 0.15:
-        found.append(Cause(30, "it has learnt training images by heart",
-                           f"{copied:.0%} of {len(samples)} samples are closer to a training image than nearly all "
-                           "held-out images are", "fewer steps, more images, --flip, --dropout 0.1; see evaluate.py"))
-    means, spreads = ([float(v) for v in stat] for stat in (
-        to_signed(samples).mean((0, 2, 3)) - to_signed(held).mean((0, 2, 3)),
-        to_signed(samples).std((0, 2, 3)) / to_signed(held).std((0, 2, 3)).clamp(min=1e-3)))
+        found.append(Cause("copies", f"{copied:.0%} of {len(samples)} samples are closer to a training image "
+                                     "than nearly all held-out images are"))
+    drawn, real = to_signed(samples), to_signed(held)
+    means = (drawn.mean((0, 2, 3)) - real.mean((0, 2, 3))).tolist()
+    spreads = (drawn.std((0, 2, 3)) / real.std((0, 2, 3)).clamp(min=1e-3)).tolist()
     if max(map(abs, means)) > 0.15 or not 0.75 < min(spreads) <= max(spreads) < 1.3:
-        found.append(Cause(20, "brightness, colour or contrast is not that of the data",
-                           "means off by " + ", ".join(f"{mean:+.2f}" for mean in means) + "; contrast "
-                           + ", ".join(f"{spread:.0%}" for spread in spreads) + " of the data's, by channel",
-                           "often a consequence of the causes above; else train longer, or python sample.py "
-                           "--sampler ddpm"))
+        found.append(Cause("tint", "means off by " + ", ".join(f"{mean:+.2f}" for mean in means) + ", contrast "
+                           + ", ".join(f"{spread:.0%}" for spread in spreads) + " of the data's, by channel"))
     return found
 
 
@@ -258,27 +277,26 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
     losses: of each step.  settings: of the training.
     """
     weights = average.state_dict() if hasattr(average, "state_dict") else {}
-    causes = check_schedule(diffusion) + check_divergence(weights, list(losses))
-    power, some = spectrum(images[:2000]), held[:IMAGES]
+    losses, power, some = list(losses), spectrum(images[:2000]), held[:IMAGES]
     y = None if labels is None else labels[:IMAGES].to(device)
     own, *others = readings(diffusion)
-    ratios = {own.name: errors(average, own, some, power, y, device)}
-    raw_ratio = None if raw is None else typical(errors(raw, own, some, power, y, device))
-    causes += check_average(typical(ratios[own.name]), raw_ratio)
-    # What a cold average hides is seen in the last weights.
-    best = raw if causes and causes[-1].rank == 95 else average
-    if best is raw:
-        ratios[own.name] = errors(raw, own, some, power, y, device)
-    for reading in others:
-        ratios[reading.name] = errors(best, reading, some, power, y, device)
-    causes += check_readings(ratios)
-    causes += check_time(best, diffusion, some, device)
-    causes += check_labels(best, diffusion, held[:8 * IMAGES], None if labels is None else labels[:8 * IMAGES], device)
-    causes += check_training(typical(ratios[own.name]), list(losses), settings or {})
+    best, ratio = average, errors(average, own, some, power, y, device)
+    causes = check_schedule(diffusion) + check_divergence(weights, losses)
+    if raw is not None:
+        ratio_raw = errors(raw, own, some, power, y, device)
+        lag = check_average(typical(ratio), typical(ratio_raw))
+        if lag:                         # what a cold average hides is seen in the last weights
+            causes, best, ratio = causes + lag, raw, ratio_raw
+    ratios = {own.name: ratio}
+    ratios.update((other.name, errors(best, other, some, power, y, device)) for other in others)
+    causes += check_readings(ratios) + check_time(best, diffusion, some, device)
+    many = 8 * IMAGES
+    causes += check_labels(best, diffusion, held[:many], None if labels is None else labels[:many], device)
+    causes += check_training(typical(ratio), losses, settings or {})
     y = torch.arange(64) % average.num_classes if getattr(average, "num_classes", None) else None
     samples, _ = generate(average, diffusion, 64, held.shape[-1], y=y, device=device)
     causes += check_samples(to_uint8(samples), images[:20_000], held[:500])
-    return sorted(causes, key=lambda cause: -cause.rank), ratios
+    return sorted(causes, key=lambda cause: list(CAUSES).index(cause.key)), ratios
 
 
 @command
@@ -296,15 +314,16 @@ def main(argv=None):
     raw = load_model(path, device, ema=False)[0] if "model" in entries else None
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     labels = labels[1] if labels and data["classes"] and average.num_classes else None
-    print(f"device: {describe_device(device, args.device)}; model: {path}; data: {args.dataset or data['name']}, "
-          f"{len(images)} images and {len(held)} {held_name}", flush=True)
+    print(f"device: {describe_device(device, args.device)}; model: {path}")
+    print(f"data: {args.dataset or data['name']}, {len(images)} images and {len(held)} {held_name}", flush=True)
     losses = entries["losses"].tolist() if torch.is_tensor(entries.get("losses")) else []
-    causes, ratios = diagnose(average, raw, diffusion, images, held, labels, losses, entries.get("settings"), device)
+    causes, ratios = diagnose(average, raw, diffusion, images, held, labels, losses,
+                              entries.get("settings"), device)
 
     print("squared error over that of the best linear filter, at a signal-to-noise ratio of")
-    print(" " * 66 + "".join(f"{decibel:>8} dB" for decibel in DECIBELS))
+    print(" " * 47 + "".join(f"{decibel:>6} dB" for decibel in DECIBELS))
     for name, row in ratios.items():
-        print(f"  {name:<64}" + "".join(f"{ratio:>11.2f}" for ratio in row))
+        print(f"  {name:<45}" + "".join(f"{ratio:>9.2f}" for ratio in row))
     if not causes:
         print("found nothing wrong: look at python evaluate.py for how good the pictures are")
     for k, cause in enumerate(causes, start=1):

@@ -3,7 +3,8 @@
     python tests/broken.py                                           # on digits that the code draws
     python tests/broken.py --dataset fashion_mnist --data_dir path/to/data --seed 1
 
-Prints a table: what was broken, what the diagnosis names first and second. About a minute for each on two cores.
+Prints a table: what was broken, what the diagnosis names first and second. A minute for each on two
+cores.
 """
 
 import copy

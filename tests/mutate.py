@@ -180,7 +180,7 @@ EDITS = [
          "return (a * x_t - b * out) / (a**2 + b**2)", "return (x_t - b * out) / a", "diagnose"),
     Edit("every assumption fits", "diagnose.py", "typical(own) < 1.3 * typical(best)", "typical(own) < 99 * typical(best)",
          "diagnose"),
-    Edit("a wrong class is the right one", "diagnose.py", "(y + 1 + torch.arange", "(y + 0 * torch.arange", "diagnose"),
+    Edit("a wrong class is the right one", "diagnose.py", "shift = 1 + torch.arange", "shift = 0 * torch.arange", "diagnose"),
     Edit("attention of the wrong row", "models/attention_unet.py",
          "* q.shape[-1] ** -0.5).softmax(-1)", "* q.shape[-1] ** -0.5).softmax(-2)", "visualize_model"),
     Edit("a table that counts shared parameters twice", "visualize_model.py",
