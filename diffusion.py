@@ -89,9 +89,9 @@ SAMPLERS = {
     "ddpm":         Sampler(1.0, 1, "x0",  "posterior", None, "uniform"),
     "ddpm_beta":    Sampler(1.0, 1, "x0",  "beta",      None, "uniform"),
     "ddim":         Sampler(0.0, 1, "x0",  "posterior", 50,   "uniform"),
-    "dpmpp_2m":     Sampler(0.0, 2, "x0",  "posterior", 10,   "log_snr"),   # Lu et al. 2022, algorithm 2
-    "dpmpp_2m_sde": Sampler(1.0, 2, "x0",  "posterior", 20,   "log_snr"),   # the same with noise
-    "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10,   "log_snr"),   # Zhang & Chen 2023
+    "dpmpp_2m":     Sampler(0.0, 2, "x0",  "posterior", 10,   "uniform"),   # Lu et al. 2022, algorithm 2
+    "dpmpp_2m_sde": Sampler(1.0, 2, "x0",  "posterior", 20,   "uniform"),   # the same with noise
+    "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10,   "uniform"),   # Zhang & Chen 2023
 }
 
 # The Adams-Bashforth weights of order 1 to 4, for the newest estimate first.

@@ -233,8 +233,9 @@ def seed_step(seed, step):
 def get_timesteps(batch_size, num_timesteps, device):
     """Random timesteps: [batch_size] integers in 0..num_timesteps-1, spread evenly over a batch.
 
-    Each alone is uniform; together they are one comb with a random start, so that no batch has many early and
-    few late ones, and the loss jumps about less (Kingma et al. 2021, appendix I.1).
+    One comb with a random start, so that no batch has many early and few late ones, and the loss jumps about
+    less (Kingma et al. 2021, appendix I.1). Each place in the batch keeps to its own stretch of the levels: the
+    images have to be shuffled, so that all of them meet all levels.
     """
     comb = (torch.arange(batch_size, device=device) + torch.rand((), device=device)) / batch_size
     return (comb * num_timesteps).long().clamp(max=num_timesteps - 1)       # the clamp: 0.9999999 may round up
