@@ -292,7 +292,8 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
     causes += check_readings(ratios) + check_time(best, diffusion, some, device)
     many = 8 * IMAGES
     causes += check_labels(best, diffusion, held[:many], None if labels is None else labels[:many], device)
-    causes += check_training(typical(ratio), losses, settings or {})
+    # How well it has learnt what it was trained for, be that what is asked of it now or not.
+    causes += check_training(min(map(typical, ratios.values())), losses, settings or {})
     y = torch.arange(64) % average.num_classes if getattr(average, "num_classes", None) else None
     samples, _ = generate(average, diffusion, 64, held.shape[-1], y=y, device=device)
     causes += check_samples(to_uint8(samples), images[:20_000], held[:500])
