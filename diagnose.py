@@ -215,8 +215,6 @@ def check_time(model, diffusion, images, device="cpu"):
 @torch.no_grad()
 def check_labels(model, diffusion, images, labels, device="cpu"):
     """With its own class an image should be easier to guess than with another one."""
-    if labels is None:
-        return []
     x_0, y = to_signed(images).to(device), labels.to(device)
     shift = 1 + torch.arange(len(y), device=device) % (model.num_classes - 1)
     noise, gains = seeded_noise(0, range(len(x_0)), 1, x_0.shape[1:]).to(device), []
@@ -290,10 +288,11 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
     ratios = {own.name: ratio}
     ratios.update((other.name, errors(best, other, some, power, y, device)) for other in others)
     causes += check_readings(ratios) + check_time(best, diffusion, some, device)
-    many = 8 * IMAGES
-    causes += check_labels(best, diffusion, held[:many], None if labels is None else labels[:many], device)
     # How well it has learnt what it was trained for, be that what is asked of it now or not.
-    causes += check_training(min(map(typical, ratios.values())), losses, settings or {})
+    unlearnt = check_training(min(map(typical, ratios.values())), losses, settings or {})
+    causes += unlearnt
+    if labels is not None and not unlearnt:     # one that has learnt little has not learnt the classes either
+        causes += check_labels(best, diffusion, held[:8 * IMAGES], labels[:8 * IMAGES], device)
     y = torch.arange(64) % average.num_classes if getattr(average, "num_classes", None) else None
     samples, _ = generate(average, diffusion, 64, held.shape[-1], y=y, device=device)
     causes += check_samples(to_uint8(samples), images[:20_000], held[:500])
