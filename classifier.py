@@ -103,7 +103,12 @@ def load_classifier(path):
                    for name, value in entries["classifier"].items()}
         check_weights(path, weights, classifier)
         classifier.load_state_dict(weights)
-        return classifier.eval().requires_grad_(False), entries["card"]
+        card = {"accuracy": 0.0, **entries["card"]}
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise RuntimeError("not all weights are finite numbers")
+        if not (isinstance(card["data"], str) and isinstance(card["trained_to"], str) and type(card["accuracy"]) is float):
+            raise TypeError("its card is damaged")
+        return classifier.eval().requires_grad_(False), card
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no classifier of this project") from error
 
@@ -119,9 +124,9 @@ def get_classifier(name, images, labels, num_classes, folder):
     for path in (shipped, Path(folder) / "classifier.pt"):
         if path.is_file():
             classifier, card = load_classifier(path)
-            if card.get("data") == fingerprint:
-                return classifier, f"{path.name} ({card['trained_to']}, test accuracy {card['accuracy']:.2%})" \
-                    if card.get("accuracy") else f"{path.name} ({card['trained_to']})"
+            if card["data"] == fingerprint and classifier.settings["image_channels"] == images.shape[1]:
+                accuracy = f", test accuracy {card['accuracy']:.2%}" if card["accuracy"] else ""
+                return classifier, f"{path.name} ({card['trained_to']}{accuracy})"
     what = "tell classes" if labels is not None else "tell how a picture was turned"
     print(f"no classifier for these images yet: training one to {what}, a minute or two on two cores", flush=True)
     classifier = train_classifier(images, labels, num_classes)

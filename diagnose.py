@@ -238,8 +238,10 @@ def check_training(ratio, losses, settings):
     if ratio < 0.75 or len(losses) < 4:
         return []
     third, fourth = (statistics.fmean(part) for part in torch.tensor(losses).tensor_split(4)[2:])
-    rate, usual = settings.get("learning_rate") or 0.0, 1e-2 if settings.get("optimizer") == "muon" else 2e-3
-    falling = (third - fourth) / third
+    usual = 1e-2 if settings.get("optimizer") == "muon" else 2e-3
+    rate = settings.get("learning_rate")
+    rate = rate if isinstance(rate, float) else 0.0
+    falling = (third - fourth) / max(third, 1e-9)
     seen = (f"its error is {ratio:.2f} times that of the best linear filter (a trained network reaches half "
             f"of it) after {len(losses)} steps at a rate of {rate:g}; in their last quarter the loss was "
             f"{falling:.0%} lower than in the one before")
@@ -316,9 +318,10 @@ def main(argv=None):
     labels = labels[1] if labels and data["classes"] and average.num_classes else None
     print(f"device: {describe_device(device, args.device)}; model: {path}")
     print(f"data: {args.dataset or data['name']}, {len(images)} images and {len(held)} {held_name}", flush=True)
-    losses = entries["losses"].tolist() if torch.is_tensor(entries.get("losses")) else []
-    causes, ratios = diagnose(average, raw, diffusion, images, held, labels, losses,
-                              entries.get("settings"), device)
+    losses, settings = entries.get("losses"), entries.get("settings")
+    losses = losses.tolist() if torch.is_tensor(losses) and losses.ndim == 1 else []   # else a stranger's
+    settings = settings if isinstance(settings, dict) else {}
+    causes, ratios = diagnose(average, raw, diffusion, images, held, labels, losses, settings, device)
 
     print("squared error over that of the best linear filter, at a signal-to-noise ratio of")
     print(" " * 47 + "".join(f"{decibel:>6} dB" for decibel in DECIBELS))

@@ -28,6 +28,7 @@ from utils import (PRECISIONS, Parser, command, describe_device, format_seconds,
 
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
+MAX_IMAGES = 200_000
 RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
         "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
 
@@ -48,8 +49,10 @@ def load_reference(data, data_dir, name=None):
         held, held_labels = get_dataset(name, data_dir, train=False, **like)
         return images, held, (labels, held_labels), "test images"
     images, labels = get_dataset(name, data_dir, with_labels=bool(class_names(name, True)), **like)
-    share = data.get("val_fraction") or 0
-    kept, held = split_held_out(len(images), share or 0.1, data.get("seed", 0))
+    share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
+    if type(share) not in (int, float) or type(seed) is not int or seed < 0:
+        raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, seed {seed!r:.40}")
+    kept, held = split_held_out(len(images), share or 0.1, seed)
     return (images[kept], images[held], None if labels is None else (labels[kept], labels[held]),
             "held-out images" if share else "images that it was trained on: nothing was held out")
 
@@ -200,11 +203,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.num_images < 100:
         raise ValueError(f"--num_images {args.num_images}: fewer than 100 say nothing about a distribution")
+    if args.num_images > MAX_IMAGES:
+        raise ValueError(f"--num_images {args.num_images}: at most {MAX_IMAGES}")
 
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint)
-    output_dir = make_output_dir(args.output_dir, "evaluation.json", "race.json", "nearest.png", "race.png")
+    output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "race.json", "nearest.png", "race.png")
     model, diffusion, data = load_model(args.checkpoint, device)
+    if args.guidance not in (0, 1) and (not data["classes"] or args.label == "none"):
+        raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards")
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and {len(held)} "

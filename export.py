@@ -7,7 +7,6 @@ model was trained and what evaluate.py found: print it with python export.py --c
 """
 
 import json
-import sys
 from pathlib import Path
 
 from checkpoint import load_checkpoint, save_checkpoint
@@ -21,19 +20,36 @@ def export(checkpoint, output, evaluation=None, **card):
 
     Raises ValueError if the evaluation is another checkpoint's.
     """
+    if Path(output).exists() and Path(output).samefile(checkpoint):
+        raise ValueError(f"{output} is the checkpoint itself: give another --output")
     entries = load_checkpoint(checkpoint)
-    card = {**card, "settings": {name: value for name, value in entries["settings"].items() if value is not None},
-            "steps": entries["step"]}
+    try:
+        settings = {name: value for name, value in entries["settings"].items() if value is not None}
+        card = {**card, "settings": settings, "training_steps": entries["step"]}
+        weights = {name: value.half() if value.is_floating_point() else value
+                   for name, value in entries["ema"].items()}
+        kept = {name: entries[name] for name in KEPT}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{checkpoint} is not what train.py writes (an exported file is small already)") from error
     if evaluation:
-        found = json.loads(Path(evaluation).read_text())
-        if found.get("digest") != entries["digest"]:
-            raise ValueError(f"{evaluation} measures another checkpoint than {checkpoint}")
-        samples = found["samples"]
-        card.update({"fd": samples["fd"], "fd_error": samples["fd_error"], "fd_floor": found["floor"]["fd"],
-                     "agreement": samples.get("agreement"), "copied": found["copies"]["copied"],
-                     **{name: found[name] for name in ("num_images", "held_out", "sampler", "steps", "guidance", "seed")}})
-    weights = {name: value.half() if value.is_floating_point() else value for name, value in entries["ema"].items()}
-    save_checkpoint(output, {**{name: entries[name] for name in KEPT}, "ema": weights, "card": card})
+        card.update(read_evaluation(evaluation, checkpoint, entries["digest"]))
+    save_checkpoint(output, {**kept, "ema": weights, "card": card})
+
+
+def read_evaluation(path, checkpoint, digest):
+    """What a card tells of evaluate.py's results. ValueError for another checkpoint's, or another file."""
+    try:
+        found = json.loads(Path(path).read_text())
+        measured, samples = found["digest"], found["samples"]
+        facts = {"fd": samples["fd"], "fd_error": samples["fd_error"], "fd_floor": found["floor"]["fd"],
+                 "agreement": samples.get("agreement"), "copied": found["copies"]["copied"],
+                 **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance", "seed")},
+                 "sampler_steps": found["steps"]}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no evaluation.json of evaluate.py") from error
+    if measured != digest:
+        raise ValueError(f"{path} measures another checkpoint than {checkpoint}")
+    return facts
 
 
 @command
@@ -50,8 +66,7 @@ def main(argv=None):
         card = load_checkpoint(args.card).get("card")
         if not isinstance(card, dict):
             raise ValueError(f"{args.card} has no card: export.py did not write it")
-        json.dump(card, sys.stdout, indent=1)
-        print()
+        print(json.dumps(card, indent=1, default=str, skipkeys=True))
         return
     output = Path(args.output)
     make_output_dir(output.parent, output.name)

@@ -1,0 +1,55 @@
+"""Small files to share: what is in them, and what export.py refuses."""
+
+import json
+
+import pytest
+import torch
+
+import export
+from checkpoint import load_checkpoint
+from sample import load_model
+from test_commands import fails
+
+
+@pytest.fixture
+def evaluation(two_shades, tmp_path):
+    """What evaluate.py writes, as far as a card takes it."""
+    found = {"digest": load_checkpoint(two_shades)["digest"], "num_images": 100, "held_out": "test images",
+             "sampler": "ddim", "steps": None, "guidance": 1.0, "seed": 0, "copies": {"copied": 0.0},
+             "samples": {"fd": 2.0, "fd_error": 0.1, "agreement": 0.9}, "floor": {"fd": 1.0}}
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_an_exported_model_answers_like_the_averaged_one(two_shades, evaluation, tmp_path, capsys):
+    small = tmp_path / "small.pt"
+    export.main(["--checkpoint", str(two_shades), "--evaluation", str(evaluation), "--output", str(small)])
+    assert small.stat().st_size < two_shades.stat().st_size / 4
+    x_t, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 30])
+    full, half = (load_model(path)[0](x_t, t, torch.tensor([0, 1])) for path in (two_shades, small))
+    assert torch.allclose(full, half, atol=0.02)                        # float16
+    card = load_checkpoint(small)["card"]
+    assert card["training_steps"] == load_checkpoint(two_shades)["step"] and card["fd"] == 2.0
+    capsys.readouterr()
+    export.main(["--card", str(small)])
+    assert json.loads(capsys.readouterr().out)["fd_floor"] == 1.0
+
+
+def test_what_cannot_be_exported_is_one_line_and_changes_nothing(two_shades, evaluation, tmp_path, capsys):
+    def refused(*argv):
+        return fails(capsys, export.main, *argv)
+
+    before = two_shades.read_bytes()
+    assert "itself" in refused("--checkpoint", two_shades, "--output", two_shades)
+    assert two_shades.read_bytes() == before
+    small = tmp_path / "small.pt"
+    export.main(["--checkpoint", str(two_shades), "--output", str(small)])
+    assert "small already" in refused("--checkpoint", small, "--output", tmp_path / "x.pt")
+    assert "no card" in refused("--card", two_shades)
+    found = json.loads(evaluation.read_text())
+    for text, words in ((json.dumps({**found, "digest": "0"}), "another checkpoint"), ("[]", "no evaluation.json"),
+                        ("[" * 100_000, "no evaluation.json"), (json.dumps({"digest": found["digest"]}), "no evaluation")):
+        evaluation.write_text(text)
+        assert words in refused("--checkpoint", two_shades, "--evaluation", evaluation, "--output", tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
