@@ -413,7 +413,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             return rate_at(step, plan.total_steps, learning_rate, lr_schedule, warmup)
 
         def save(name):
-            save_state(output_dir / name, state, facts, len(batches))
+            with signals.held():        # torch.save turns an exception in its midst into one of its own
+                save_state(output_dir / name, state, facts, len(batches))
 
         def look(seconds):
             report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size,
@@ -428,7 +429,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
                 save(FINAL)
         except (Stopped, OSError) as stop:
             if rank == 0 and state.losses:
-                save(LATEST)
+                save_state(output_dir / LATEST, state, facts, len(batches))
                 print(f"{stop} after step {len(state.losses)} of {plan.total_steps}: saved to {output_dir / LATEST}, "
                       "which sample.py can draw from; the same command with --resume goes on")
             raise

@@ -311,6 +311,25 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, tmp_path):
         pass                                                    # the folder is free again
 
 
+def test_a_signal_waits_until_a_save_is_done(tmp_path, monkeypatch):
+    """It used to be raised inside torch.save, which sometimes made a RuntimeError of it: exit code 1, a traceback."""
+    done, whole = [], train_module.save_checkpoint
+
+    def interrupted(path, entries):
+        if not done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole(path, entries)
+        done.append(path.name)
+
+    monkeypatch.setattr(train_module, "save_checkpoint", interrupted)
+    images = torch.zeros(32, 1, 8, 8, dtype=torch.uint8)
+    monkeypatch.setattr(train_module, "get_dataset", lambda *args, **settings: (images, None))
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        train("synthetic_digits", batch_size=8, num_epochs=3, base_channels=8, labels=False, device="cpu",
+                    precision="float32", num_samples=1, output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 4 and len(done) == 2    # after the epoch; and on stopping
+
+
 def test_kill_9_leaves_a_whole_checkpoint_and_no_lock(tmp_path):
     process = start(tmp_path)
     wait_for(tmp_path / LATEST, process)
