@@ -418,7 +418,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
 
         def look(seconds):
             report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size,
-                   device, precision)
+                   device, precision, signals.held)
 
         start = time.perf_counter()
         try:
@@ -473,7 +473,7 @@ def follow(plan, state, save, look, network, batches, diffusion, device, *, leg,
 
 
 def report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size, device,
-           precision):
+           precision, held):
     """After an epoch, or when pictures or a checkpoint are due: the held-out loss, pictures, tables."""
     step = len(state.losses)
     text = f"{plan.title(step)}: mean loss {statistics.fmean(state.losses[plan.previous_report(step):]):.4f}, "
@@ -489,7 +489,8 @@ def report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, nu
         save_images(sample_images(state.ema.model, diffusion, device, num_samples, image_size), path)
         text += f"; wrote {path}"
     print(text, flush=True)
-    write_losses(output_dir, state, rate)
+    with held():
+        write_losses(output_dir, state, rate)
     if best:
         save(BEST)
     if step % plan.save_every == 0:

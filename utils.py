@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.backends.backend_agg  # noqa: F401: else at the first plot, where a signal may break it
 import numpy as np
 import torch
 from matplotlib.figure import Figure
