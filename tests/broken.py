@@ -88,7 +88,7 @@ def train_one(kind, images, labels, num_classes, seed, steps):
     if kind == "rate too high":
         settings["learning_rate"] = 2e-2
     elif kind == "diverged":
-        settings["learning_rate"] = 1.0
+        settings["learning_rate"] = 3.0
     if kind == "too little training":
         steps = 60
     average = ColdAverage(model, 0.9995) if kind == "cold average" else EMA(model, 0.995)
@@ -99,8 +99,6 @@ def train_one(kind, images, labels, num_classes, seed, steps):
     if kind == "diverged":                          # a good start, then steps that are far too large
         good = torch.optim.Adam(model.parameters(), lr=1e-3)
         train_epoch(model, stream, good, process, "cpu", ema=average, seed=seed, steps=steps // 2, losses=losses)
-        for group in optimizer.param_groups:
-            group["lr"] = 3.0
     try:
         train_epoch(model, stream, optimizer, process, "cpu", ema=average, seed=seed, first_step=len(losses),
                     steps=steps - len(losses), losses=losses, label_drop=0.1 if num_classes else 0.0, title=kind)
