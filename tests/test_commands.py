@@ -226,6 +226,22 @@ def test_a_bad_checkpoint_is_named_for_what_it_is(kind, checkpoint, tmp_path, ca
     assert not (tmp_path / "pwned.txt").exists()
 
 
+def test_a_malicious_checkpoint_that_passes_for_tensors_runs_no_code(tmp_path, monkeypatch):
+    """Two locks on one door: with the first one open, the second must hold."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("checkpoint._check_pickle", lambda *given: None)
+    torch.save({"model": Evil()}, "bad.pt")
+    with pytest.raises(ValueError, match="refused"):
+        load_checkpoint("bad.pt")
+    assert not (tmp_path / "pwned.txt").exists()
+
+
+@pytest.mark.parametrize("tool", ["torture", "mutate", "broken"])
+def test_the_tools_beside_the_tests_say_what_they_take(tool):
+    run = subprocess.run([sys.executable, ROOT / "tests" / f"{tool}.py", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("usage"), run.stderr
+
+
 # ---- Folders and disks
 
 @pytest.mark.parametrize("name", ["model_final.pt", "training_loss.png"])

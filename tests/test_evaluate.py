@@ -87,11 +87,12 @@ def test_planted_copies_are_counted_also_those_moved_by_a_pixel():
     images, _ = digits(3000, seed=5)
     training, held, others = images[:2000], images[2000:2500], images[2500:].clone()
     others[:25] = training[100:125]
-    others[25:50] = torch.roll(training[200:225], 1, dims=-1)
+    others[25:38] = torch.roll(training[200:213], 1, dims=-1)
+    others[38:50] = torch.roll(training[213:225], 1, dims=-2)
     limit, _ = nearest_images(held, training)
     distances, index = nearest_images(others, training)
     assert 0.08 <= copied_share(distances, limit) <= 0.12
-    assert index[:25].tolist() == list(range(100, 125))
+    assert index[:50].tolist() == [*range(100, 125), *range(200, 225)] and distances[:50].max() < 1e-3
     assert copied_share(distances[50:], limit) <= 0.02
 
 

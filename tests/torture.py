@@ -513,7 +513,7 @@ ROWS = {  # flag: (what is done, number of tries by default, function, what its 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag, (title, default, *_) in ROWS.items():
-        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{title} (default: {default})")
+        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{title} (default: {default})".replace("%", "%%"))
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/torture"))
     parser.add_argument("--data_dir", default=os.environ.get("DIFFUSION_DATA", "data"))
     args = parser.parse_args(argv)
