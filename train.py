@@ -155,8 +155,7 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
 
 def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1,
                 precision=torch.float32, grad_clip=None, accumulate=1, label_drop=0.0, min_snr=None, rate=None,
-                seed=None, first_step=0, steps=None, losses=None, title="training", place=None,
-                held=contextlib.nullcontext):
+                seed=None, first_step=0, steps=None, losses=None, bar=None, held=contextlib.nullcontext):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
     dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
@@ -165,18 +164,17 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
     first_step:  how many steps the run has behind it.   steps: how many to do, if not one pass.
     losses:      a list that the loss of each step is appended to, also if the training is stopped.
-    place:       (steps before these, all steps) for the bar.   held: a context that each step is taken in.
+    bar:         a tqdm to go on with, if not one of its own.   held: a context that each step is taken in.
     """
     model.train()
     losses = [] if losses is None else losses
     before, steps = len(losses), len(dataloader) if steps is None else steps
-    done, total = place or (0, steps)
+    own_bar = tqdm(total=steps, desc="training", unit="step", disable=not speaks()) if bar is None else None
+    bar = own_bar if bar is None else bar
     world = distributed.place()[1]
     start = shown = time.perf_counter()
-    bar = tqdm(itertools.islice(dataloader, steps), initial=done, total=total, desc=title, unit="step",
-               leave=done + steps >= total, disable=not speaks())
     try:
-        for k, (x_0, y) in enumerate(bar):
+        for k, (x_0, y) in enumerate(itertools.islice(dataloader, steps)):
             step = first_step + k
             if seed is not None:
                 seed_step(seed, step)
@@ -189,6 +187,7 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
                 if ema is not None and (step + 1) % ema_every == 0:
                     ema.update(model)
                 losses.append(loss)  # still on the device; its place counts the step
+            bar.update()
             now = time.perf_counter()
             last = k == steps - 1       # there all processes look, lest one should leave the others waiting
             if last or now - shown > 1 and world == 1:
@@ -203,7 +202,8 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
         raise ValueError(f"{error}, in step {step}: try a lower --lr, --grad_clip 1 or "
                          "--precision float32; earlier checkpoints are untouched") from error
     finally:
-        bar.close()
+        if own_bar is not None:
+            own_bar.close()
         if len(losses) > before:
             losses[before:] = torch.stack(losses[before:]).tolist()
     return statistics.fmean(losses[before:])
@@ -458,18 +458,20 @@ def follow(plan, state, save, look, network, batches, diffusion, device, *, leg,
         if step >= plan.total_steps:
             return
         first, last = plan.previous_report(step + 1), plan.next_report(step)
-        epoch_end = (step // len(batches) + 1) * len(batches)
-        end = min(step + leg, epoch_end, last)
-        train_epoch(network, stream, state.optimizer, diffusion, device, ema=state.ema, first_step=step,
-                    steps=end - step, losses=state.losses, title=plan.title(last),
-                    place=(step - first, last - first), **settings)
-        # After each epoch, as long as that costs under a percent of the time.
-        since = time.perf_counter() - saved
-        if rank == 0 and (since > SAVE_SECONDS or end == epoch_end and since > 100 * save_seconds):
-            start = time.perf_counter()
-            save(LATEST)
-            saved = time.perf_counter()
-            save_seconds = saved - start
+        with tqdm(initial=step - first, total=last - first, desc=plan.title(last), unit="step",
+                  disable=not speaks()) as bar:
+            while (step := len(state.losses)) < last:
+                epoch_end = (step // len(batches) + 1) * len(batches)
+                end = min(step + leg, epoch_end, last)
+                train_epoch(network, stream, state.optimizer, diffusion, device, ema=state.ema, first_step=step,
+                            steps=end - step, losses=state.losses, bar=bar, **settings)
+                # After each epoch, as long as that costs under a percent of the time.
+                since = time.perf_counter() - saved
+                if rank == 0 and (since > SAVE_SECONDS or end == epoch_end and since > 100 * save_seconds):
+                    start = time.perf_counter()
+                    save(LATEST)
+                    saved = time.perf_counter()
+                    save_seconds = saved - start
 
 
 def report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size, device,
