@@ -190,7 +190,7 @@ def main(argv=None):
     add("--num_images", "samples, and real images for the floor", 2000, type=positive_int)
     add("--race", "all samplers from the same noises, instead of one", False, action="store_true")
     add("--seed", "of the samples", 0, type=seed_number)
-    add("--sampler", "how to step down", "ddim", choices=sorted(SAMPLERS))
+    add("--sampler", "how to step down; default: as sample.py", choices=sorted(SAMPLERS))
     add("--steps", "model calls; default: the sampler's own", type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
@@ -210,6 +210,9 @@ def main(argv=None):
     args.checkpoint = find_model(args.checkpoint)
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "race.json", "nearest.png", "race.png")
     model, diffusion, data = load_model(args.checkpoint, device)
+    if not args.race:
+        args.sampler = args.sampler or data["sampler"]
+        args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
     if args.guidance not in (0, 1) and (not data["classes"] or args.label == "none"):
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards")
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
@@ -220,7 +223,7 @@ def main(argv=None):
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
     entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts] if args.race else [
-        (args.sampler, len(diffusion.sampling_levels(args.sampler, args.steps)) - 1)]
+        (args.sampler, args.steps)]
     calls = sum(steps for _, steps in entrants) * (1 if args.guidance in (0, 1) else 2)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
                           PRECISIONS[args.precision])

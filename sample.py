@@ -1,6 +1,6 @@
 """Make new pictures from noise with a trained model.
 
-    python sample.py                                      # 64 images, DDIM in 50 steps
+    python sample.py                                      # 64 images; DDIM in 50 steps for a model of your own
     python sample.py --show_intermediate                  # also how they came out of the noise
     python sample.py --sampler dpmpp_2m                   # 10 steps
     python sample.py --sampler ddpm                       # the paper's full chain, about 20 times longer
@@ -59,13 +59,14 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     ema: take the averaged weights (better pictures), not those of the last step.
     image_size: of a foreign checkpoint that does not tell it (interop.py).
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
-    name, image_size, channels, classes, and the checkpoint's digest). Raises FileNotFoundError, or
+    name, image_size, channels, classes, the checkpoint's digest, and the sampler to take if none is
+    named: that of its card (export.py), or ddim). Raises FileNotFoundError, or
     ValueError for an unusable file.
     """
     entries = None if Path(path).is_dir() else read_container(path)
     if entries is None or interop.is_trainer(entries):
         model, diffusion, data = interop.load_foreign(path, entries, image_size)
-        return model.to(device), diffusion, data
+        return model.to(device), diffusion, {**data, "sampler": "ddim"}
     if image_size:
         raise ValueError(f"--image_size {image_size}: {path} tells its own")
     entries = load_checkpoint(path, entries)
@@ -80,6 +81,10 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
         data = {"classes": None, **entries["data"], "digest": entries["digest"]}
+        card = entries.get("card")
+        data["sampler"] = str(card.get("sampler")) if isinstance(card, dict) else None
+        if data["sampler"] not in SAMPLERS:
+            data["sampler"] = "ddim"
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
         if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_IMAGE_SIZE:
@@ -281,7 +286,8 @@ def main(argv=None):
     add("--num_images", "how many", 64, type=positive_int)
     add("--first_index", "begin with this image of the seed", 0, type=whole_number)
     add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42, type=seed_number)
-    add("--sampler", "how to step down", "ddim", choices=sorted(SAMPLERS))
+    add("--sampler", "how to step down; default: the one that shipped weights were measured with, ddim for others",
+        choices=sorted(SAMPLERS))
     add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
@@ -323,6 +329,7 @@ def main(argv=None):
     if again and again["checkpoint"] != data["digest"]:
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with the checkpoint of digest "
                          f"{str(again['checkpoint'])[:12]}..., not {data['digest'][:12]}...")
+    args.sampler = args.sampler or data["sampler"]
     size, classes = data["image_size"], data["classes"]
     y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
     args.num_images = args.num_images if y is None else len(y)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import export
-from checkpoint import load_checkpoint
+import sample
+from checkpoint import load_checkpoint, save_checkpoint
 from sample import load_model
 from test_commands import fails
+from utils import read_note
 
 
 @pytest.fixture
@@ -53,3 +55,17 @@ def test_what_cannot_be_exported_is_one_line_and_changes_nothing(two_shades, eva
         evaluation.write_text(text)
         assert words in refused("--checkpoint", two_shades, "--evaluation", evaluation, "--output", tmp_path / "x.pt")
     assert not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.parametrize("named, flags, taken", [
+    ("ipndm", [], "ipndm"), ("ipndm", ["--sampler", "ddpm"], "ddpm"), ("no such rule", [], "ddim")])
+def test_sampling_takes_the_sampler_of_the_card(named, flags, taken, two_shades, evaluation, tmp_path):
+    """A model is drawn from as it was measured; a flag goes before it, and ddim is for all others."""
+    small = tmp_path / "small.pt"
+    export.export(two_shades, small, evaluation)
+    entries = load_checkpoint(small)
+    entries["card"]["sampler"] = named
+    save_checkpoint(small, entries)
+    sample.main(["--checkpoint", str(small), "--num_images", "2", "--steps", "2", "--output_dir", str(tmp_path),
+                 "--device", "cpu", *flags])
+    assert read_note(tmp_path / "generated_samples.png")["sampler"] == taken
