@@ -23,11 +23,11 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from data import DATASETS, get_dataset
 from diffusion import seeded_noise
+from folders import read_picture
 from interpolate import load_pictures, psnr
 from sample import OWN, choose_labels, find_model, load_model, seconds_for
 from utils import (Parser, command, describe_device, format_seconds, fraction, get_device, make_output_dir,
@@ -95,14 +95,10 @@ def read_mask(text, size):
         return mask
     if not Path(text).is_file():
         raise ValueError(f"unknown mask {text!r}; choose from {', '.join(SIDES)}, or name a picture file")
-    try:
-        with Image.open(text) as picture:
-            if picture.size[0] * picture.size[1] > 10**8:
-                raise ValueError(f"{text}: too many pixels for a mask")
-            pixels = torch.tensor(list(picture.convert("L").resize((size, size), Image.NEAREST).tobytes()))
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"{text} is no picture") from error
-    mask = pixels.view(size, size) > 127
+    picture = read_picture(Path(text), text, size, fit="stretch", channels=1)
+    if picture.problem:
+        raise ValueError(f"--mask {text}: {picture.problem}")
+    mask = torch.from_numpy(picture.pixels.copy()).view(size, size) > 127
     if mask.all() or not mask.any():
         raise ValueError(f"{text} is {'white' if mask.all() else 'black'} all over: nothing to draw, or nothing to go by")
     return mask
@@ -148,8 +144,8 @@ def load_originals(args, data, channels):
         return load_pictures(args.images, size, channels)
     name = args.dataset or data["name"]
     if name not in DATASETS:
-        raise ValueError(f"the model was trained on {name!r}, which has no test set: name pictures with --images, or a "
-                         f"--dataset of {', '.join(DATASETS)}")
+        what = f"--dataset {name}" if args.dataset else f"the model was trained on {name!r}, which"
+        raise ValueError(f"{what} has no test set: name pictures with --images, or a --dataset of {', '.join(DATASETS)}")
     images, _ = get_dataset(name, args.data_dir, train=False, image_size=size, channels=channels)
     pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:args.count]
     return to_signed(images[pick])
@@ -165,8 +161,9 @@ def main(argv=None):
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--count", "how many test images", 16, type=positive_int)
     add("--task", "what to undo", "inpaint", choices=list(TASKS))
-    add("--mask", f"inpaint: what to draw anew, of {', '.join(SIDES)}, or a picture that is white where all stays", "lower")
-    add("--factor", "upscale: from blocks of so many by so many pixels", 4, type=positive_int)
+    add("--mask", f"inpaint: what to draw anew, of {', '.join(SIDES)}, or a picture that is white where all stays; "
+        "default: lower")
+    add("--factor", "upscale: from blocks of so many by so many pixels; default: 4", type=positive_int)
     add("--label", "the class to draw, as a number or name; default: none")
     add("--steps", "steps from noise to picture", 50, type=positive_int)
     add("--travel", "how often each step is taken; each is a call of the model", 5, type=positive_int)
@@ -176,6 +173,11 @@ def main(argv=None):
     add("--output_dir", "where the pictures go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     args = parser.parse_args(argv)
+    for flag, task in (("mask", "inpaint"), ("factor", "upscale")):
+        if getattr(args, flag) is not None and args.task != task:
+            raise ValueError(f"--{flag} belongs to --task {task}, not to {args.task}")
+    if args.images and args.dataset:
+        raise ValueError("--images and --dataset: give one of them")
 
     device = get_device(args.device)
     path = find_model(args.checkpoint)
@@ -184,7 +186,7 @@ def main(argv=None):
     size, channels, classes = data["image_size"], model.image_channels, data["classes"]
     if args.task == "colourise" and channels != 3:
         raise ValueError("--task colourise needs a model of colour pictures, this one is grey")
-    settings = {"inpaint": lambda: [read_mask(args.mask, size).to(device)], "upscale": lambda: [args.factor]}
+    settings = {"inpaint": lambda: [read_mask(args.mask or "lower", size).to(device)], "upscale": lambda: [args.factor or 4]}
     operator = TASKS[args.task](size, *settings.get(args.task, list)())
     originals = load_originals(args, data, channels).to(device)
     y, _ = choose_labels(args.label or ("none" if classes else None), classes, len(originals))

@@ -222,6 +222,7 @@ def main(argv=None):
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
+    choose_labels(args.label, data["classes"], args.num_images)     # a class that is not there is refused now
     entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts] if args.race else [
         (args.sampler, args.steps)]
     calls = sum(steps for _, steps in entrants) * (1 if args.guidance in (0, 1) else 2)

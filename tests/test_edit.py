@@ -137,7 +137,10 @@ def test_known_pixels_stay_as_they_are(two_shades, tmp_path, capsys):
     (["--task", "upscale", "--factor", "3"], "--factor 3 must divide"),
     (["--task", "colourise"], "this one is grey"),
     ([], "trained on 'shades'"),
-    (["--dataset", "nothing"], "trained on 'shades'|nothing"),
+    (["--dataset", "nothing"], "--dataset nothing has no test set"),
+    (["--task", "deblur", "--mask", "left"], "--mask belongs to --task inpaint"),
+    (["--images", "a.png", "--dataset", "mnist"], "give one of them"),
+    (["--mask", __file__], "--mask .*test_edit.py: "),
 ])
 def test_what_cannot_be_done_is_one_line(two_shades, tmp_path, capsys, flags, message):
     import re
