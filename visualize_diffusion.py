@@ -23,7 +23,7 @@ import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 from tqdm import tqdm
 
@@ -404,7 +404,9 @@ def timestep_loss_figure(edges, losses, names, path, title=None):
     axes.grid(False)
     axes.set_ylabel("timestep t")
     axes.set_title(title, fontsize=10.5)
-    figure.colorbar(mesh, label="loss (mean squared error)", format=StrMethodFormatter("{x:g}"))
+    bar = figure.colorbar(mesh, label="loss (mean squared error)", format=StrMethodFormatter("{x:g}"))
+    lowest, highest = mesh.get_clim()
+    bar.ax.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if highest < 10 * lowest else NullFormatter())
     save_figure(figure, path)
 
 
