@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from classifier import get_classifier, look
 from data import DATASETS, class_names, get_dataset, split_held_out
-from diffusion import SAMPLERS, SPACINGS, seeded_noise
+from diffusion import SAMPLERS, SPACINGS
 from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images, precision_recall)
 from sample import OWN, choose_labels, find_model, generate, load_model, seconds_for
 from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
@@ -95,19 +95,22 @@ def copies(images, features, training, reference, held, held_features, mirrored=
 
 
 @torch.no_grad()
-def loss_by_timestep(model, diffusion, images, labels=None, bins=BINS, device="cpu"):
-    """The loss in equal ranges of t, each from all images with fixed noise, so that models compare: [bins]."""
-    T = diffusion.num_timesteps
-    bins = min(bins, T)
-    x_0 = to_signed(images).to(device)
-    y = None if labels is None else labels.to(device)
-    losses = []
-    for k in range(bins):
-        share = (torch.arange(len(images)) + 0.5) / len(images)
-        t = ((k + share) * T / bins).long().to(device)
-        noise = seeded_noise(0, range(len(images)), k, images.shape[1:]).to(device)
-        losses.append(float(diffusion.training_loss(model, x_0, y, t, noise)))
-    return losses
+def loss_by_timestep(model, diffusion, x_0, y=None, bins=BINS, seed=0):
+    """The mean loss in each of `bins` equal ranges of t, for every model at the same noise and the same t.
+
+    x_0: [N, C, H, W] in [-1, 1].  Returns (the edges of the ranges, from 0 to T, and a loss for each range).
+    """
+    random, T = torch.Generator().manual_seed(seed), diffusion.num_timesteps
+    edges, losses = torch.linspace(0, T, min(bins, T) + 1).round().int().tolist(), []
+    for low, high in zip(edges, edges[1:]):
+        t = torch.linspace(low, high - 1, len(x_0)).round().long().to(x_0.device)
+        noise = torch.randn(x_0.shape, generator=random).to(x_0.device)
+        total = 0.0
+        for k in torch.arange(len(x_0), device=x_0.device).split(64):
+            labels = None if y is None else y[k]
+            total += len(k) * diffusion.training_loss(model, x_0[k], labels, t[k], noise[k]).item()
+        losses.append(total / len(x_0))
+    return edges, losses
 
 
 # ---- Tables and pictures
@@ -154,7 +157,8 @@ def evaluate(model, diffusion, data, images, held, labels, held_name, classifier
     found = quality(probabilities, features, reference, known)
     floor = quality(held_probabilities, held_features, reference, held_y)
     copied, index = copies(drawn[:2000], features[:2000], images, reference, held[:2000], held_features[:2000])
-    losses = loss_by_timestep(model, diffusion, held[:256], held_y[:256] if known is not None else None, device=device)
+    _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
+                                 held_y[:256].to(device) if known is not None else None)
     return {"samples": found, "floor": floor, "held_out": held_name, "copies": copied, "loss_by_timestep": losses,
             "num_images": len(drawn), "num_held_out": len(held)}, drawn, index
 

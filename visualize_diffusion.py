@@ -30,6 +30,7 @@ from tqdm import tqdm
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
 from data import DATASET_HELP, DATASETS, class_names, get_dataset, get_default_dataset
 from diffusion import SAMPLERS, SCHEDULES, SPACINGS, DiffusionProcess, seeded_noise
+from evaluate import loss_by_timestep
 from sample import (OWN, choose_labels, draw_frame, find_model, generate, load_model, save_generation_strip,
                     seconds_for)
 from utils import (Parser, command, describe_device, format_seconds, get_device, image_grid, make_output_dir,
@@ -372,25 +373,6 @@ def loss_figure(run, path):
     plot_losses(losses, path, held_out)
 
 
-@torch.no_grad()
-def timestep_losses(model, diffusion, x_0, y=None, bins=TIMESTEP_BINS, seed=0):
-    """The mean loss in each of `bins` equal ranges of t, for every model at the same noise and the same t.
-
-    x_0: [N, C, H, W] in [-1, 1].  Returns (the edges of the ranges, from 0 to T, and a loss for each range).
-    """
-    random, T = torch.Generator().manual_seed(seed), diffusion.num_timesteps
-    edges, losses = torch.linspace(0, T, min(bins, T) + 1).round().int().tolist(), []
-    for low, high in zip(edges, edges[1:]):
-        t = torch.linspace(low, high - 1, len(x_0)).round().long().to(x_0.device)
-        noise = torch.randn(x_0.shape, generator=random).to(x_0.device)
-        total = 0.0
-        for k in torch.arange(len(x_0), device=x_0.device).split(64):
-            labels = None if y is None else y[k]
-            total += len(k) * diffusion.training_loss(model, x_0[k], labels, t[k], noise[k]).item()
-        losses.append(total / len(x_0))
-    return edges, losses
-
-
 def timestep_loss_figure(edges, losses, names, path, title=None):
     """A heat map: how far a training has come (columns) at each noise level (rows).
 
@@ -519,7 +501,7 @@ def draw_from_run(name, args, path, device):
     losses = []
     for file in tqdm(files, desc="checkpoints"):
         model, diffusion, _ = load_model(file, device)
-        edges, column = timestep_losses(model, diffusion, x_0, y, seed=args.seed)
+        edges, column = loss_by_timestep(model, diffusion, x_0, y, TIMESTEP_BINS, args.seed)
         losses.append(column)
     kind = "test images" if dataset in DATASETS else "images"
     timestep_loss_figure(edges, losses, [when(file) for file in files], path,
