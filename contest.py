@@ -1,0 +1,205 @@
+"""So many minutes of our quick preset against as many of other libraries' own recipes, on the same images.
+
+    pip install denoising-diffusion-pytorch diffusers
+    python contest.py --minutes 5                         # three trainings of five minutes, and their pictures
+
+Each library trains its own network with the loss, optimizer, batch, rate and average that its own training code takes by
+default, from images in memory, so that none waits for a disk; all run in bf16 where the device has it. Every one
+then draws as many pictures by its own DDIM in 50 steps (of its averaged weights), and evaluate.py's distance tells how
+far they are from real ones. Prints a table; writes contest.json and contest.png (the first ten of each).
+"""
+
+import importlib.util
+import json
+import tempfile
+import time
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from benchmark import PEERS, ours, time_network
+from classifier import get_classifier, look
+from data import get_dataset
+from measures import frechet_distance
+from sample import generate, load_model
+from train import PRESETS, train
+from utils import (Parser, command, count_parameters, describe_device, format_seconds, get_device, get_precision,
+                   make_output_dir, positive_float, positive_int, save_strip, seed_number, to_signed, to_uint8, write_file)
+
+STEPS = 50  # of DDIM, for all
+
+
+class Entry(NamedTuple):
+    """What became of one training."""
+    parameters: int
+    images: int  # that it looked at
+    seconds: float
+    samples: torch.Tensor  # [N, C, H, W] in [-1, 1]
+
+
+def train_for(seconds, batch_size, images, device, precision, title, step):
+    """Call step(a batch in [-1, 1]) on random images until the time is up. Returns (images seen, seconds)."""
+    seen, start = 0, time.perf_counter()
+    with tqdm(desc=title, unit="image") as bar:
+        while time.perf_counter() - start < seconds:
+            x_0 = to_signed(images[torch.randint(len(images), (batch_size,))]).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+                loss = step(x_0)
+            seen += len(x_0)
+            bar.update(len(x_0))
+            if seen % (50 * batch_size) == 0:
+                bar.set_postfix_str(f"loss {float(loss):.4f}")
+    return seen, time.perf_counter() - start
+
+
+def quick(args, images, device, precision):
+    """Ours: train.py with --preset quick, and as many steps as fit, since its rate falls to zero at the last one."""
+    size, build = ours("quick")
+    row = PRESETS["quick"]
+    step_seconds, _, _ = time_network(build, size, row["batch_size"], device, precision, False, False)
+    steps = int(60 * args.minutes / step_seconds / 1.1)     # Muon takes a little longer than what was timed
+    names = {"lr": "learning_rate", "model": "model_name"}
+    settings = {names.get(name, name): value for name, value in row.items() if name != "epochs"}
+    steps = max(row["warmup"] + 1, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        train(args.dataset, steps=steps, sample_every=steps, save_every=steps, seed=args.seed, data_dir=args.data_dir,
+              output_dir=folder, device=args.device, **settings)
+        seconds = time.perf_counter() - start
+        model, diffusion, data = load_model(f"{folder}/model_final.pt", device)
+    y = torch.arange(args.num_images) % len(data["classes"]) if data["classes"] else None
+    samples, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed, sampler="ddim",
+                          steps=STEPS, y=y, batch_size=100, device=device, precision=precision)
+    return Entry(count_parameters(model), steps * row["batch_size"], seconds, samples.cpu())
+
+
+def ddpm_pytorch(args, images, device, precision):
+    """denoising-diffusion-pytorch with its Trainer's recipe: Adam 1e-4 (0.9, 0.99), EMA 0.995 every tenth
+    step, clipping at 1, and the batch of 32 of its README; v objective and sigmoid schedule are GaussianDiffusion's."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+    unet = Unet(dim=32, dim_mults=(1, 2, 4), channels=images.shape[1])
+    diffusion = GaussianDiffusion(unet, image_size=images.shape[-1], sampling_timesteps=STEPS).to(device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    ema = EMA(diffusion, beta=0.995, update_every=10)
+
+    def step(x_0):
+        loss = diffusion(x_0 / 2 + 0.5)             # it takes [0, 1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+        return loss
+
+    seen, seconds = train_for(60 * args.minutes, 32, images, device, precision, "denoising-diffusion-pytorch", step)
+    samples = sample_in_batches(lambda count: ema.ema_model.sample(batch_size=count) * 2 - 1, args.num_images, device,
+                                precision)
+    return Entry(count_parameters(unet), seen, seconds, samples)
+
+
+def diffusers(args, images, device, precision):
+    """diffusers with the recipe of its example train_unconditional.py: batch 16, AdamW 1e-4 (0.95, 0.999), weight
+    decay 1e-6, 500 steps of warm-up, EMA, clipping at 1; eps objective, linear schedule."""
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers.training_utils import EMAModel
+    unet = UNet2DModel(sample_size=images.shape[-1], in_channels=images.shape[1], out_channels=images.shape[1],
+                       block_out_channels=(32, 64, 128),
+                       down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+                       up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")).to(device)
+    schedule = DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / 500))
+    ema = EMAModel(unet.parameters(), use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+
+    def step(x_0):
+        noise = torch.randn_like(x_0)
+        t = torch.randint(1000, (len(x_0),), device=device)
+        loss = torch.nn.functional.mse_loss(unet(schedule.add_noise(x_0, noise, t), t).sample.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+        return loss
+
+    seen, seconds = train_for(60 * args.minutes, 16, images, device, precision, "diffusers", step)
+    ema.copy_to(unet.parameters())
+    ddim = DDIMScheduler.from_config(schedule.config)
+
+    def draw(count):
+        ddim.set_timesteps(STEPS)
+        x = torch.randn(count, *images.shape[1:], device=device)
+        for t in ddim.timesteps:
+            x = ddim.step(unet(x, t.to(device)).sample.float(), t, x).prev_sample
+        return x
+
+    samples = sample_in_batches(draw, args.num_images, device, precision)
+    return Entry(count_parameters(unet), seen, seconds, samples)
+
+
+@torch.no_grad()
+def sample_in_batches(draw, num_images, device, precision, batch_size=100):
+    counts = [min(batch_size, num_images - first) for first in range(0, num_images, batch_size)]
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        return torch.cat([draw(count).float().cpu() for count in tqdm(counts, desc="sampling", unit="batch")])
+
+
+ENTRANTS = {"quick": quick, "ddpm_pytorch": ddpm_pytorch, "diffusers": diffusers}
+
+
+@command
+def main(argv=None):
+    parser = Parser(description="Train our quick preset and other libraries' recipes for equal times, and compare.")
+    add = parser.add
+    add("--entrants", f"which: {', '.join(ENTRANTS)}", list(ENTRANTS), nargs="+", choices=list(ENTRANTS), metavar="NAME")
+    add("--minutes", "of training for each", 5.0, type=positive_float)
+    add("--dataset", "mnist or fashion_mnist", "mnist", choices=("mnist", "fashion_mnist"))
+    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--num_images", "that each draws at the end", 1000, type=positive_int)
+    add("--seed", "of all of them", 0, type=seed_number)
+    add("--output_dir", "where contest.json and contest.png go", "outputs")
+    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    args = parser.parse_args(argv)
+    if args.num_images < 100:
+        raise ValueError(f"--num_images {args.num_images}: fewer than 100 say nothing about a distribution")
+    for name in args.entrants:
+        if name in PEERS and not importlib.util.find_spec(PEERS[name]):
+            raise ValueError(f"--entrants {name} needs another library: pip install {PEERS[name]}")
+    device = get_device(args.device)
+    precision, _ = get_precision("auto", device)
+    output_dir = make_output_dir(args.output_dir, "contest.json", "contest.png")
+    images, labels = get_dataset(args.dataset, args.data_dir)
+    held, _ = get_dataset(args.dataset, args.data_dir, train=False)
+    classifier, name = get_classifier(args.dataset, images, labels, 10, output_dir)
+    print(f"device: {describe_device(device, args.device)}; features: {name}")
+    print(f"cost: {format_seconds(60 * args.minutes * len(args.entrants))} of training, and then {args.num_images} pictures "
+          f"each in {STEPS} calls, which may take as long again", flush=True)
+    _, reference = look(classifier, images)
+    floor, floor_error = frechet_distance(look(classifier, held[:args.num_images])[1], reference)
+
+    rows, pictures = [], []
+    for name in args.entrants:
+        torch.manual_seed(args.seed)
+        entry = ENTRANTS[name](args, images, device, precision)
+        distance, error = frechet_distance(look(classifier, to_uint8(entry.samples))[1], reference)
+        rows.append({"name": name, "parameters": entry.parameters, "images": entry.images, "seconds": entry.seconds,
+                     "fd": distance, "fd_error": error})
+        pictures.append(entry.samples[:10])
+        write_file(output_dir / "contest.json", json.dumps(
+            {"rows": rows, "floor": floor, "minutes": args.minutes, "num_images": args.num_images, "seed": args.seed,
+             "dataset": args.dataset, "threads": torch.get_num_threads(), "torch": torch.__version__}, indent=1).encode())
+    print(f"{'':16}{'parameters':>12}{'images seen':>13}{'seconds':>9}{'FD':>18}{'in floors':>11}")
+    for row in rows:
+        print(f"{row['name']:16}{row['parameters']:>12,}{row['images']:>13,}{row['seconds']:>9.0f}"
+              f"{row['fd']:>10.2f} +- {row['fd_error']:<5.2f}{row['fd'] / floor:>10.1f}")
+    print(f"floor: {floor:.2f} +- {floor_error:.2f}, {len(held[:args.num_images])} test images")
+    save_strip(pictures, [""] * 10, output_dir / "contest.png", row_labels=[row["name"] for row in rows],
+               title=f"after {args.minutes:g} minutes of training each")
+    print(f"wrote {output_dir / 'contest.json'}\nwrote {output_dir / 'contest.png'}")
+
+
+if __name__ == "__main__":
+    main()
