@@ -312,6 +312,7 @@ def test_imports_run_one_way():
         "muon": set(), "measures": set(), "convergence": {"diffusion"},
         "checkpoint": {"muon", "utils"}, "interop": {"checkpoint", "diffusion"},
         "benchmark": {"diffusion", "models", "train", "utils"},
+        "contest": {"benchmark", "classifier", "data", "diffusion", "measures", "models", "sample", "train", "utils"},
         "train": {"diffusion", "models", "data", "folders", "checkpoint", "distributed", "muon", "plan", "utils"},
         "sample": {"diffusion", "models", "checkpoint", "interop", "utils"}, "export": {"checkpoint", "utils"},
         "classifier": {"data", "checkpoint", "utils"},
@@ -319,7 +320,7 @@ def test_imports_run_one_way():
         "edit": {"diffusion", "data", "folders", "interpolate", "sample", "utils"},
         "evaluate": {"diffusion", "data", "classifier", "measures", "sample", "utils"},
         "diagnose": {"checkpoint", "diffusion", "evaluate", "measures", "sample", "utils"},
-        "visualize_diffusion": {"diffusion", "data", "sample", "convergence", "utils"},
+        "visualize_diffusion": {"diffusion", "data", "evaluate", "sample", "convergence", "utils"},
         "visualize_model": {"diffusion", "models", "data", "sample", "visualize_diffusion", "utils"}}
     for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py")]:
         name = path.stem if path.parent == ROOT else "models"
