@@ -21,7 +21,7 @@ from checkpoint import load_checkpoint
 from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess, linear_alpha_bar, seeded_noise
 from evaluate import load_reference
 from measures import copied_share, nearest_images
-from sample import OWN, find_model, generate, load_model
+from sample import CHECKPOINT_HELP, find_model, generate, load_model
 from utils import Parser, command, describe_device, get_device, to_signed, to_uint8
 
 DECIBELS = (10, 5, 0, -5, -10, -15)  # signal over noise: the levels at which a network is asked
@@ -56,7 +56,7 @@ CAUSES = {
         "more --epochs or --steps; with a constant rate, --resume goes on with the run"),
     "copies": (
         "it has learnt training images by heart",
-        "fewer steps, more images, --flip, --dropout 0.1; python evaluate.py shows the copies"),
+        "fewer steps, more images, --flip, or --dropout 0.1 with --model attention; python evaluate.py shows the copies"),
     "tint": (
         "brightness, colour or contrast is not that of the data",
         "often a consequence of other causes; else train longer, or python sample.py --sampler ddpm"),
@@ -216,7 +216,7 @@ def check_time(model, diffusion, images, device="cpu"):
 def check_labels(model, diffusion, images, labels, device="cpu"):
     """With its own class an image should be easier to guess than with another one."""
     x_0, y = to_signed(images).to(device), labels.to(device)
-    shift = 1 + torch.arange(len(y), device=device) % (model.num_classes - 1)
+    shift = 1 + torch.arange(len(y), device=device) % max(1, model.num_classes - 1)
     noise, gains = seeded_noise(0, range(len(x_0)), 1, x_0.shape[1:]).to(device), []
     for share in (0.3, 0.1, 0.03):
         level = int((diffusion.alpha_bar - share).abs().argmin())
@@ -305,7 +305,7 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
 def main(argv=None):
     parser = Parser(description="Why are my samples bad? Looks for causes, worst first.")
     add = parser.add
-    add("--checkpoint", "a file written by train.py", OWN)
+    add("--checkpoint", CHECKPOINT_HELP)
     add("--dataset", "images like those it was trained on; default: those themselves", metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
@@ -315,7 +315,7 @@ def main(argv=None):
     average, diffusion, data = load_model(path, device)
     raw = load_model(path, device, ema=False)[0] if "model" in entries else None
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
-    labels = labels[1] if labels and data["classes"] and average.num_classes else None
+    labels = labels[1] if labels and (average.num_classes or 0) > int(labels[1].max()) else None
     print(f"device: {describe_device(device, args.device)}; model: {path}")
     print(f"data: {args.dataset or data['name']}, {len(images)} images and {len(held)} {held_name}", flush=True)
     losses, settings = entries.get("losses"), entries.get("settings")

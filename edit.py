@@ -29,7 +29,7 @@ from data import DATASETS, get_dataset
 from diffusion import seeded_noise
 from folders import read_picture
 from interpolate import load_pictures, psnr
-from sample import OWN, choose_labels, find_model, load_model, seconds_for
+from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model, seconds_for
 from utils import (Parser, command, describe_device, format_seconds, fraction, get_device, make_output_dir,
                    positive_int, save_images, save_strip, seed_number, to_signed)
 
@@ -155,7 +155,7 @@ def load_originals(args, data, channels):
 def main(argv=None):
     parser = Parser(description="Complete pictures with a model as the judge of what looks real.")
     add = parser.add
-    add("--checkpoint", "a file written by train.py", OWN)
+    add("--checkpoint", CHECKPOINT_HELP)
     add("--images", "pictures of your own, cut to the central square and to the model's size", nargs="+", metavar="FILE")
     add("--dataset", "take test images of this set; default: the one the model was trained on", metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
@@ -209,9 +209,10 @@ def main(argv=None):
         print(f"PSNR of {name}: {psnr(pictures, originals):.2f} dB")
 
     count = min(len(originals), 16)
-    rows = {"original": originals, "given": operator.back(given), "bicubic": plain, "the model": ours}
-    if args.task != "upscale":
-        del rows["bicubic"]
+    # The plain answer to most tasks is what was given; of blocks it is a bicubic enlargement.
+    rows = {"original": originals, "given": plain, "the model": ours}
+    if args.task == "upscale":
+        rows = {"original": originals, "given": operator.back(given), "bicubic": plain, "the model": ours}
     save_strip([pictures[:count].cpu() for pictures in rows.values()], [""] * count, output_dir / "edited.png",
                row_labels=list(rows))
     save_images(ours.cpu(), output_dir / "edited_only.png", note={"made_from": f"{args.task} of real pictures"})

@@ -21,7 +21,7 @@ from classifier import get_classifier, look
 from data import DATASETS, class_names, get_dataset, split_held_out
 from diffusion import SAMPLERS, SPACINGS
 from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images, precision_recall)
-from sample import OWN, choose_labels, find_model, generate, load_model, seconds_for
+from sample import CHECKPOINT_HELP, choose_labels, find_model, generate, load_model, seconds_for
 from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
                    guidance_number, make_output_dir, positive_int, save_strip, seed_number, to_signed, to_uint8,
                    write_file)
@@ -48,7 +48,8 @@ def load_reference(data, data_dir, name=None):
         images, labels = get_dataset(name, data_dir, **like)
         held, held_labels = get_dataset(name, data_dir, train=False, **like)
         return images, held, (labels, held_labels), "test images"
-    images, labels = get_dataset(name, data_dir, with_labels=bool(class_names(name, True)), **like)
+    images, labels = get_dataset(name, data_dir, with_labels=bool(data["classes"] and class_names(name, True)),
+                                 fit="stretch" if data.get("fit") == "stretch" else "crop", **like)
     share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
     if type(share) not in (int, float) or type(seed) is not int or seed < 0:
         raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, seed {seed!r:.40}")
@@ -115,7 +116,7 @@ def loss_by_timestep(model, diffusion, x_0, y=None, bins=BINS, seed=0):
 
 # ---- Tables and pictures
 
-def print_quality(found, floor, count, held_name):
+def print_quality(found, floor, count, held_count, held_name):
     def line(title, value, limit):
         print(f"  {title:<38}{value:>20}{limit:>20}")
 
@@ -130,7 +131,8 @@ def print_quality(found, floor, count, held_name):
         if key in found:
             line(title, f"{found[key]:.1%}", f"{floor[key]:.1%}" if key in floor else "")
     line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
-    print(f"  floor: as many {held_name}, measured in the same way")
+    print(f"  floor: {held_count} {held_name}, measured in the same way"
+          + f"; distances, precision and recall are those of {held_count} samples" * (held_count < count))
 
 
 def save_nearest(images, training, index, path, count=10):
@@ -144,6 +146,7 @@ def evaluate(model, diffusion, data, images, held, labels, held_name, classifier
     """Draw samples and measure all that this file knows. Returns (a dict of plain numbers, samples, indices)."""
     classes = data["classes"]
     y, _ = choose_labels(args.label, classes, args.num_images)
+    y = None if y is None else y[:args.num_images]              # several labels come in full rows
     drawn, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed, sampler=args.sampler,
                         steps=args.steps, eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance,
                         batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision])
@@ -155,8 +158,13 @@ def evaluate(model, diffusion, data, images, held, labels, held_name, classifier
     probabilities, features = look(classifier, drawn)
     known = y if classes and labels and len(classes) == probabilities.shape[1] else None
     found = quality(probabilities, features, reference, known)
+    count = min(len(drawn), len(held))
+    if count < len(drawn):                  # only of equal numbers do distances compare
+        equal = quality(probabilities[:count], features[:count], reference)
+        found.update({key: equal[key] for key in ("fd", "fd_error", "kid", "kid_error", "precision", "recall")})
     floor = quality(held_probabilities, held_features, reference, held_y)
-    copied, index = copies(drawn[:2000], features[:2000], images, reference, held[:2000], held_features[:2000])
+    copied, index = copies(drawn[:2000], features[:2000], images, reference, held[:2000], held_features[:2000],
+                           mirrored=data.get("flip") is True)
     _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
                                  held_y[:256].to(device) if known is not None else None)
     return {"samples": found, "floor": floor, "held_out": held_name, "copies": copied, "loss_by_timestep": losses,
@@ -167,6 +175,7 @@ def race(model, diffusion, data, images, classifier, args, device, entrants=RACE
     """Every sampler with several numbers of calls, from the same noises. Returns (rows, one picture row each)."""
     _, reference = look(classifier, images)
     y, _ = choose_labels(args.label, data["classes"], args.num_images)
+    y = None if y is None else y[:args.num_images]
     rows, pictures = [], []
     for sampler, counts in entrants.items():
         for steps in (count for count in counts if count <= diffusion.num_timesteps):
@@ -188,7 +197,7 @@ def race(model, diffusion, data, images, classifier, args, device, entrants=RACE
 def main(argv=None):
     parser = Parser(description="Measure a checkpoint's pictures beside real ones.")
     add = parser.add
-    add("--checkpoint", "a file written by train.py", OWN)
+    add("--checkpoint", CHECKPOINT_HELP)
     add("--dataset", "what to compare with; default: what the model was trained on", metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--num_images", "samples, and real images for the floor", 2000, type=positive_int)
@@ -207,6 +216,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.num_images < 100:
         raise ValueError(f"--num_images {args.num_images}: fewer than 100 say nothing about a distribution")
+    if args.race and (args.sampler or args.steps or args.eta is not None):
+        raise ValueError("--race takes every sampler as it is: leave out --sampler, --steps and --eta")
     if args.num_images > MAX_IMAGES:
         raise ValueError(f"--num_images {args.num_images}: at most {MAX_IMAGES}")
 
@@ -215,10 +226,12 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "race.json", "nearest.png", "race.png")
     model, diffusion, data = load_model(args.checkpoint, device)
     if not args.race:
-        args.sampler = args.sampler or data["sampler"]
+        if args.sampler is None:
+            args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
         args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
     if args.guidance not in (0, 1) and (not data["classes"] or args.label == "none"):
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards")
+    choose_labels(args.label, data["classes"], args.num_images)     # a class that is not there is refused now
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and {len(held)} "
@@ -226,8 +239,8 @@ def main(argv=None):
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
-    choose_labels(args.label, data["classes"], args.num_images)     # a class that is not there is refused now
-    entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts] if args.race else [
+    entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
+                if steps <= diffusion.num_timesteps] if args.race else [
         (args.sampler, args.steps)]
     calls = sum(steps for _, steps in entrants) * (1 if args.guidance in (0, 1) else 2)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
@@ -247,7 +260,7 @@ def main(argv=None):
         print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
         return
     found, drawn, index = evaluate(model, diffusion, data, images, held, labels, held_name, classifier, args, device)
-    print_quality(found["samples"], found["floor"], len(drawn), held_name)
+    print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     copied = found["copies"]
     print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of the held-out "
           f"images are ({copied['copied_in_features']:.1%} in features)")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from diffusion import seeded_noise
 from folders import read_picture
-from sample import OWN, choose_labels, find_model, load_model
+from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model
 from utils import (Parser, command, describe_device, format_seconds, get_device, make_output_dir, positive_float,
                    positive_int, save_gif, save_images, save_strip, seed_number, to_signed, to_uint8)
 
@@ -86,7 +86,7 @@ def psnr(images, reference):
 def main(argv=None):
     parser = Parser(description="Walk from one picture to another through the noise they come from.")
     add = parser.add
-    add("--checkpoint", "a file written by train.py", OWN)
+    add("--checkpoint", CHECKPOINT_HELP)
     add("--seeds", "a key frame for each", [42, 123], type=seed_number, nargs="+")
     add("--images", "key frames from these picture files instead of seeds, two or more: cut to the central square "
         "and to the model's size", nargs="+", metavar="FILE")

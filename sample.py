@@ -30,12 +30,13 @@ from utils import (PRECISIONS, Parser, command, describe_device, format_seconds,
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 OWN = "outputs/model_final.pt"
+CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or weights that are shipped as long as there is none"
 
 
-def find_model(checkpoint=OWN, dataset=None):
+def find_model(checkpoint=None, dataset=None):
     """The path of the weights to draw from: your own, or as long as there are none those that are shipped.
 
-    checkpoint: a file, or OWN.  dataset: take the shipped weights of this data set.
+    checkpoint: a file, or None for OWN.  dataset: take the shipped weights of this data set.
     Raises ValueError where there is nothing.
     """
     shipped = sorted(path.stem for path in PRETRAINED.glob("*.pt") if not path.stem.startswith("classifier"))
@@ -44,9 +45,10 @@ def find_model(checkpoint=OWN, dataset=None):
             raise ValueError(f"no weights are shipped for {dataset!r}; choose from {', '.join(shipped)}, or train your own "
                              f"with python train.py --dataset {dataset}")
         return PRETRAINED / f"{dataset}.pt"
-    if checkpoint == OWN and not Path(OWN).exists() and "mnist" in shipped:
+    if checkpoint is None and not Path(OWN).exists() and "mnist" in shipped:
         print(f"no {OWN} yet: drawing with the weights that are shipped, pretrained/mnist.pt")
         return PRETRAINED / "mnist.pt"
+    checkpoint = checkpoint or OWN
     if not Path(checkpoint).exists():
         raise ValueError(f"no checkpoint at {checkpoint}; make one with python train.py, or name one "
                          "with --checkpoint (model_latest.pt is that of a run that was stopped)")
@@ -59,14 +61,14 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     ema: take the averaged weights (better pictures), not those of the last step.
     image_size: of a foreign checkpoint that does not tell it (interop.py).
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
-    name, image_size, channels, classes, the checkpoint's digest, and the sampler to take if none is
-    named: that of its card (export.py), or ddim). Raises FileNotFoundError, or
+    name, image_size, channels, classes, the checkpoint's digest, and the sampler and steps to take if no
+    sampler is named: those of its card (export.py), or ddim and its own). Raises FileNotFoundError, or
     ValueError for an unusable file.
     """
     entries = None if Path(path).is_dir() else read_container(path)
     if entries is None or interop.is_trainer(entries):
         model, diffusion, data = interop.load_foreign(path, entries, image_size)
-        return model.to(device), diffusion, {**data, "sampler": "ddim"}
+        return model.to(device), diffusion, {**data, "sampler": "ddim", "steps": None}
     if image_size:
         raise ValueError(f"--image_size {image_size}: {path} tells its own")
     entries = load_checkpoint(path, entries)
@@ -81,10 +83,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
         data = {"classes": None, **entries["data"], "digest": entries["digest"]}
-        card = entries.get("card")
-        data["sampler"] = str(card.get("sampler")) if isinstance(card, dict) else None
-        if data["sampler"] not in SAMPLERS:
-            data["sampler"] = "ddim"
+        data["sampler"], data["steps"] = read_sampler(entries.get("card"), diffusion.num_timesteps)
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
         if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_IMAGE_SIZE:
@@ -97,6 +96,15 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights and settings do not fit together ({reason})") from error
     return model.to(device).eval().requires_grad_(False), diffusion, data
+
+
+def read_sampler(card, T):
+    """(sampler, steps or None) with which a model was measured, as its card tells; ddim where it does not."""
+    card = card if isinstance(card, dict) else {}
+    sampler, steps = card.get("sampler"), card.get("sampler_steps")
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
+        return "ddim", None
+    return sampler, steps if type(steps) is int and 1 <= steps <= T else None
 
 
 @torch.no_grad()
@@ -279,7 +287,7 @@ def compare(picture, reference, note, again):
 def main(argv=None):
     parser = Parser(description="Make new pictures from noise with a trained model.")
     add = parser.add
-    add("--checkpoint", "a file written by train.py; as long as there is none, weights that are shipped are used", OWN)
+    add("--checkpoint", CHECKPOINT_HELP)
     add("--dataset", "draw with the shipped weights of this data set", metavar="NAME")
     add("--image_size", "in pixels, for a checkpoint of denoising-diffusion-pytorch: those do not tell it (default: "
         f"{interop.UNKNOWN_SIZE})", type=positive_int)
@@ -321,7 +329,7 @@ def main(argv=None):
         torch.set_num_threads(again["threads"])
 
     device = get_device(args.device)
-    if args.dataset and args.checkpoint != OWN:
+    if args.dataset and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: give one of them")
     args.checkpoint = find_model(args.checkpoint, args.dataset)
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
@@ -329,7 +337,8 @@ def main(argv=None):
     if again and again["checkpoint"] != data["digest"]:
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with the checkpoint of digest "
                          f"{str(again['checkpoint'])[:12]}..., not {data['digest'][:12]}...")
-    args.sampler = args.sampler or data["sampler"]
+    if args.sampler is None:
+        args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
     size, classes = data["image_size"], data["classes"]
     y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
     args.num_images = args.num_images if y is None else len(y)

@@ -382,7 +382,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         facts = {"model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
                  "settings": settings, "data": {
                      "name": str(dataset_name), "image_size": image_size, "channels": channels, "classes": classes,
-                     "val_fraction": 0.0 if val_dir else val_fraction, "seed": seed}}
+                     "fit": fit, "flip": flip, "val_fraction": 0.0 if val_dir else val_fraction, "seed": seed}}
 
         # ---- What is going to happen
         print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))

@@ -31,7 +31,7 @@ from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_li
 from data import DATASET_HELP, DATASETS, class_names, get_dataset, get_default_dataset
 from diffusion import SAMPLERS, SCHEDULES, SPACINGS, DiffusionProcess, seeded_noise
 from evaluate import loss_by_timestep
-from sample import (OWN, choose_labels, draw_frame, find_model, generate, load_model, save_generation_strip,
+from sample import (CHECKPOINT_HELP, choose_labels, draw_frame, find_model, generate, load_model, save_generation_strip,
                     seconds_for)
 from utils import (Parser, command, describe_device, format_seconds, get_device, image_grid, make_output_dir,
                    plot_losses, positive_int, save_figure, save_gif, save_strip, seed_number, to_signed,
@@ -534,7 +534,7 @@ def main(argv=None):
     add("--image_size", "resize to this many pixels", type=positive_int)
     add("--schedule", "how alpha_bar falls, in forward and solvers", "linear", choices=sorted(SCHEDULES))
     add("--num_timesteps", "T in forward, schedules and solvers", 1000, type=positive_int)
-    add("--checkpoint", "the model of reverse, one_step, steps, seeds and explore", OWN)
+    add("--checkpoint", f"the model of reverse, one_step, steps, seeds and explore: {CHECKPOINT_HELP}")
     add("--sampler", "how to step down; one_step takes ddpm", "ddim", choices=sorted(SAMPLERS))
     add("--steps", "model calls; default: the sampler's own number", type=positive_int)
     add("--label", "the class to draw, as in sample.py; default: each class in turn, if the model knows any")

@@ -32,7 +32,7 @@ from diffusion import SAMPLERS, seeded_noise
 from models import MODELS, create_model
 from models.attention_unet import SelfAttention
 from models.unet import TimeEmbedding
-from sample import OWN, choose_labels, find_model, load_model, seconds_for
+from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model, seconds_for
 from utils import (Parser, command, describe_device, format_seconds, get_device, image_grid, make_output_dir,
                    positive_int, save_figure, seed_number, to_signed, to_uint8, whole_number)
 from visualize_diffusion import COLOURS, choose_timesteps, images_of, nearest, new_figure
@@ -647,7 +647,7 @@ def main(argv=None):
         f"{name}: {row.help}" for name, row in FIGURES.items()))
     add = parser.add
     add("--figure", "what to draw", "activations", choices=list(FIGURES))
-    add("--checkpoint", "a file written by train.py; as long as there is none, weights that are shipped are used", OWN)
+    add("--checkpoint", CHECKPOINT_HELP)
     add("--timesteps", "the noise levels shown, 0 to T - 1 (activations: the first); default: each figure's own",
         type=whole_number, nargs="+", metavar="t")
     add("--seed", "picks the noise and the real pictures", 0, type=seed_number)

@@ -14,6 +14,7 @@ from data import get_dataset
 from measures import (copied_share, frechet_between, frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall)
 from synthetic import digits
+from test_commands import fails
 from utils import to_signed
 
 
@@ -183,3 +184,26 @@ def test_too_few_images_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["--num_images", "5"])
     assert stop.value.code == 2 and "100" in capsys.readouterr().err
+
+
+@pytest.fixture
+def command(two_shades, tmp_path, monkeypatch):
+    """evaluate.py on a tiny model, beside few digits."""
+    monkeypatch.setattr("data.SYNTHETIC_SIZE", 120)
+    return ["--checkpoint", two_shades, "--output_dir", tmp_path, "--dataset", "synthetic_digits", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--race", "--sampler", "ddim"], "--race takes every sampler"), (["--race", "--eta", "0"], "--race takes every"),
+    (["--label", "north"], "unknown class 'north'"), (["--steps", "5000"], "5000")])
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(argv, message, command, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", None)
+    assert message in fails(capsys, evaluate.main, *command, "--num_images", 100, *argv)
+
+
+def test_several_labels_and_more_samples_than_held_out_images(command, tmp_path, capsys):
+    """Labels come in full rows, 202 for 201 pictures; and distances are those of as many samples as real images."""
+    evaluate.main([*map(str, command), "--num_images", "201", "--label", "dark,bright", "--steps", "2"])
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    held = found["num_held_out"]
+    assert found["num_images"] == 201 and held < 201 and f"those of {held} samples" in capsys.readouterr().out

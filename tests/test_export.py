@@ -58,14 +58,16 @@ def test_what_cannot_be_exported_is_one_line_and_changes_nothing(two_shades, eva
 
 
 @pytest.mark.parametrize("named, flags, taken", [
-    ("ipndm", [], "ipndm"), ("ipndm", ["--sampler", "ddpm"], "ddpm"), ("no such rule", [], "ddim")])
+    (("ipndm", 7), [], ("ipndm", 7)), (("ipndm", None), [], ("ipndm", 10)), (("ipndm", 7), ["--steps", "3"], ("ipndm", 3)),
+    (("ipndm", 7), ["--sampler", "ddpm"], ("ddpm", 50)), (("ipndm", 10**9), [], ("ipndm", 10)),
+    (("no such rule", 7), [], ("ddim", 50)), (([], "x"), [], ("ddim", 50))])
 def test_sampling_takes_the_sampler_of_the_card(named, flags, taken, two_shades, evaluation, tmp_path):
     """A model is drawn from as it was measured; a flag goes before it, and ddim is for all others."""
     small = tmp_path / "small.pt"
     export.export(two_shades, small, evaluation)
     entries = load_checkpoint(small)
-    entries["card"]["sampler"] = named
+    entries["card"]["sampler"], entries["card"]["sampler_steps"] = named
     save_checkpoint(small, entries)
-    sample.main(["--checkpoint", str(small), "--num_images", "2", "--steps", "2", "--output_dir", str(tmp_path),
-                 "--device", "cpu", *flags])
-    assert read_note(tmp_path / "generated_samples.png")["sampler"] == taken
+    sample.main(["--checkpoint", str(small), "--num_images", "2", "--output_dir", str(tmp_path), "--device", "cpu", *flags])
+    note = read_note(tmp_path / "generated_samples.png")
+    assert (note["sampler"], note["steps"]) == taken
