@@ -101,7 +101,7 @@ def train_one(kind, images, labels, num_classes, seed, steps):
         train_epoch(model, stream, good, process, "cpu", ema=average, seed=seed, steps=steps // 2, losses=losses)
     try:
         train_epoch(model, stream, optimizer, process, "cpu", ema=average, seed=seed, first_step=len(losses),
-                    steps=steps - len(losses), losses=losses, label_drop=0.1 if num_classes else 0.0, title=kind)
+                    steps=steps - len(losses), losses=losses, label_drop=0.1 if num_classes else 0.0)
     except ValueError:
         if kind != "diverged":
             raise
