@@ -31,6 +31,8 @@ def export(checkpoint, output, evaluation=None, **card):
         kept = {name: entries[name] for name in KEPT}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint} is not what train.py writes (an exported file is small already)") from error
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError(f"{checkpoint}: not all weights are numbers that half precision can hold")
     if evaluation:
         card.update(read_evaluation(evaluation, checkpoint, entries["digest"]))
     save_checkpoint(output, {**kept, "ema": weights, "card": card})
