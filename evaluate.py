@@ -256,7 +256,7 @@ def main(argv=None):
         print(f"  floor: {floor:.2f} +- {error:.2f} ({min(args.num_images, len(held))} {held_name})")
         write_file(output_dir / "race.json", json.dumps({"rows": rows, "floor": floor, **settings}, indent=1).encode())
         save_strip(pictures, [""] * 10, output_dir / "race.png", title="the same ten noises, every sampler", row_labels=[
-            f"{row['sampler']} {row['steps']}\nFD {row['fd']:.1f}, {format_seconds(row['seconds'])}" for row in rows])
+            f"{row['sampler']} {row['steps']}\nFD {row['fd']:.2f}, {format_seconds(row['seconds'])}" for row in rows])
         print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
         return
     found, drawn, index = evaluate(model, diffusion, data, images, held, labels, held_name, classifier, args, device)
