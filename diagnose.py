@@ -246,7 +246,7 @@ def check_training(ratio, losses, settings):
             f"of it) after {len(losses)} steps at a rate of {rate:g}; in their last quarter the loss was "
             f"{falling:.0%} lower than in the one before")
     few = [Cause("few steps", seen)]
-    return [Cause("rate", seen), *few] if rate > usual or falling < 0.02 and rate >= usual / 2 else few
+    return [Cause("rate", seen), *few] if rate > usual or falling < 0.02 and rate > usual / 2 else few
 
 
 def check_samples(samples, images, held):
