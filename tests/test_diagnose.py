@@ -148,3 +148,13 @@ def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
     assert "no checkpoint" in fails(capsys, d.main, "--checkpoint", tmp_path / "none.pt")
 
 
+
+
+@pytest.mark.parametrize("rate, losses, causes", [
+    (1e-3, [0.3] * 400, ["few steps"]),                                 # an ordinary rate, data that stay hard
+    (1.5e-3, [0.3] * 400, ["rate", "few steps"]), (1.5e-3, [1 / (k + 1) for k in range(400)], ["few steps"]),
+    (2e-2, [1 / (k + 1) for k in range(400)], ["rate", "few steps"])])
+def test_the_rate_is_blamed_if_it_is_high_or_if_nothing_falls_any_more(rate, losses, causes):
+    settings = {"learning_rate": rate, "optimizer": "adam"}
+    assert [cause.key for cause in d.check_training(1.2, losses, settings)] == causes
+    assert d.check_training(0.5, losses, settings) == []
