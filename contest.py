@@ -1,14 +1,14 @@
 """So many minutes of our quick preset against as many of other libraries' own recipes, on the same images.
 
     pip install denoising-diffusion-pytorch diffusers
-    python contest.py --minutes 5                         # three trainings of five minutes, and their pictures
+    python contest.py --minutes 5                 # three trainings of five minutes, and their pictures
 
-Each library trains a network of its own, made about as large as ours, with the loss, optimizer, batch, rate and average
-of its own training code. What is not theirs: bf16 where the device has it, images from memory instead of a
-disk, no mirrored images (digits are none), and no classes, for nobody. To be known: our preset was tuned on MNIST, and
-by this measure. Every one then draws as many pictures by its own DDIM in 50 steps (of its averaged weights), and
-evaluate.py's distance tells how far they are from real ones. Prints a table; writes contest.json and contest.png (the
-first ten of each).
+Each library trains a network of its own, made about as large as ours, with the loss, optimizer, batch, rate
+and average of its own training code. What is not theirs: bf16 where the device has it, images from memory
+instead of a disk, no mirrored images (digits are none), and no classes, for nobody. To be known: our preset was
+tuned on MNIST, and by this measure. Every one then draws as many pictures by its own DDIM in 50 steps (of its
+averaged weights), and evaluate.py's distance tells how far they are from real ones. Prints a table; writes
+contest.json and contest.png (the first ten of each).
 """
 
 import importlib.util
@@ -23,16 +23,16 @@ import torch
 from tqdm import tqdm
 
 import benchmark
-from benchmark import PEERS
+from benchmark import PEERS, ours
 from classifier import get_classifier, look
 from data import Batches, get_dataset
 from diffusion import DiffusionProcess
 from measures import frechet_distance
-from models import create_model
 from sample import generate, load_model
-from train import MODEL_FLAGS, PRESETS, measure_seconds, train
-from utils import (EMA, Parser, command, count_parameters, describe_device, format_seconds, get_device, get_precision,
-                   make_output_dir, positive_float, positive_int, save_strip, seed_number, to_signed, to_uint8, write_file)
+from train import ARGUMENTS, PRESETS, measure_seconds, train
+from utils import (EMA, Parser, command, count_parameters, describe_device, format_seconds, get_device,
+                   get_precision, make_output_dir, positive_float, positive_int, save_strip, seed_number, to_signed,
+                   to_uint8, write_file)
 
 STEPS = 50  # of DDIM, for all
 
@@ -46,8 +46,8 @@ class Entry(NamedTuple):
 
 
 def train_for(seconds, batch_size, images, device, precision, title, step):
-    """Call step(a batch in [-1, 1], the share of the time that is over) until the time is up, epoch after epoch in
-    shuffled order. Returns (images seen, seconds)."""
+    """Call step(a batch in [-1, 1], the share of the time that is over) until the time is up, epoch after epoch
+    in shuffled order. Returns (images seen, seconds)."""
     seen, start = 0, time.perf_counter()
     with tqdm(desc=title, unit="image") as bar:
         for x_0, _ in Batches(images.to(device), None, batch_size).stream():
@@ -63,34 +63,34 @@ def train_for(seconds, batch_size, images, device, precision, title, step):
 
 
 def quick(args, images, device, precision):
-    """Ours: train.py with --preset quick --no-labels, and as many steps as fit, since its rate falls to zero at the
-    last one. Its seconds count all that train.py does, from reading the data to a sheet of pictures."""
-    row = PRESETS["quick"]
-    config = {flag: row[flag] for flag in MODEL_FLAGS if flag in row}
-    model = create_model(row["model"], **config, image_channels=images.shape[1]).to(device)
+    """Ours: train.py with --preset quick --no-labels, and as many steps as fit, since its rate falls to zero at
+    the last one. Its seconds count all that train.py does, from reading the data to a sheet of pictures."""
+    row, (_, build) = PRESETS["quick"], ours("quick")
+    model, diffusion = build().to(device), DiffusionProcess(1000, row["schedule"], row["objective"])
     x_0 = to_signed(images[:row["batch_size"]]).to(device)
-    step_seconds, _ = measure_seconds(
-        model, EMA(model), (x_0, torch.full((len(x_0),), -1, device=device)), DiffusionProcess(1000, row["schedule"],
-        row["objective"]), x_0.shape, row["optimizer"], precision=precision, grad_clip=row["grad_clip"])
+    no_class = torch.full((len(x_0),), -1, device=device)
+    step_seconds, _ = measure_seconds(model, EMA(model), (x_0, no_class), diffusion, x_0.shape, row["optimizer"],
+                                      precision=precision, grad_clip=row["grad_clip"])
     steps = int(60 * args.minutes / step_seconds)
     if steps <= row["warmup"]:
-        raise ValueError(f"--minutes {args.minutes:g} are {steps} steps here, fewer than the preset takes to warm up")
-    names = {"lr": "learning_rate", "model": "model_name"}
-    settings = {names.get(name, name): value for name, value in row.items() if name != "epochs"}
+        raise ValueError(f"--minutes {args.minutes:g} are {steps} steps here, "
+                         "fewer than the preset takes to warm up")
+    settings = {ARGUMENTS.get(flag, flag): value for flag, value in row.items() if flag != "epochs"}
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         train(args.dataset, steps=steps, sample_every=steps, save_every=steps, labels=False, seed=args.seed,
               data_dir=args.data_dir, output_dir=folder, device=args.device, **settings)
         seconds = time.perf_counter() - start
         model, diffusion, data = load_model(f"{folder}/model_final.pt", device)
-    samples, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed, sampler="ddim",
-                          steps=STEPS, batch_size=100, device=device, precision=precision)
-    return Entry(sum(p.numel() for p in model.parameters()), steps * row["batch_size"], seconds, samples.cpu())
+    samples, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed,
+                          sampler="ddim", steps=STEPS, batch_size=100, device=device, precision=precision)
+    parameters = sum(p.numel() for p in model.parameters())     # a loaded model asks for no gradients
+    return Entry(parameters, steps * row["batch_size"], seconds, samples.cpu())
 
 
 def ddpm_pytorch(args, images, device, precision):
-    """denoising-diffusion-pytorch, whose Trainer takes Adam 1e-4 (0.9, 0.99), EMA 0.995 every tenth step and clipping at
-    1; the batch of 32 is its README's; v objective and sigmoid schedule are GaussianDiffusion's."""
+    """denoising-diffusion-pytorch, whose Trainer takes Adam 1e-4 (0.9, 0.99), EMA 0.995 every tenth step and
+    clipping at 1; the batch of 32 is its README's; v objective and sigmoid schedule are GaussianDiffusion's."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA as Average
     unet = benchmark.ddpm_pytorch().network
@@ -107,15 +107,15 @@ def ddpm_pytorch(args, images, device, precision):
         ema.update()
         return loss
 
-    seen, seconds = train_for(60 * args.minutes, 32, images, device, precision, "denoising-diffusion-pytorch", step)
-    samples = sample_in_batches(lambda count: ema.ema_model.sample(batch_size=count) * 2 - 1, args.num_images, device,
-                                precision)
+    seen, seconds = train_for(60 * args.minutes, 32, images, device, precision, "ddpm_pytorch", step)
+    samples = sample_in_batches(lambda count: ema.ema_model.sample(batch_size=count) * 2 - 1, args.num_images,
+                                device, precision)
     return Entry(count_parameters(unet), seen, seconds, samples)
 
 
 def diffusers(args, images, device, precision):
-    """diffusers, with the recipe of its example train_unconditional.py: batch 16, AdamW 1e-4 (0.95, 0.999), weight
-    decay 1e-6, 500 steps of warm-up and a cosine to zero, EMA, clipping at 1; eps objective, linear schedule."""
+    """diffusers, with the recipe of its example train_unconditional.py: batch 16, AdamW 1e-4 (0.95, 0.999),
+    weight decay 1e-6, 500 steps of warm-up and a cosine to zero, EMA, clipping at 1; eps, linear schedule."""
     from diffusers import DDIMScheduler, DDPMScheduler
     from diffusers.training_utils import EMAModel
     unet = benchmark.diffusers().network.to(device)
@@ -130,7 +130,8 @@ def diffusers(args, images, device, precision):
         loss = torch.nn.functional.mse_loss(unet(schedule.add_noise(x_0, noise, t), t).sample.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = 1e-4 * min(1.0, next(taken) / 500) * (1 + math.cos(math.pi * share)) / 2
+        cosine = (1 + math.cos(math.pi * share)) / 2
+        optimizer.param_groups[0]["lr"] = 1e-4 * min(1.0, next(taken) / 500) * cosine
         optimizer.step()
         optimizer.zero_grad()
         ema.step(unet.parameters())
@@ -163,9 +164,10 @@ ENTRANTS = {"quick": quick, "ddpm_pytorch": ddpm_pytorch, "diffusers": diffusers
 
 @command
 def main(argv=None):
-    parser = Parser(description="Train our quick preset and other libraries' recipes for equal times, and compare.")
+    parser = Parser(description="Train our quick preset and other libraries' recipes for equal times.")
     add = parser.add
-    add("--entrants", f"which: {', '.join(ENTRANTS)}", list(ENTRANTS), nargs="+", choices=list(ENTRANTS), metavar="NAME")
+    add("--entrants", f"which: {', '.join(ENTRANTS)}", list(ENTRANTS), nargs="+", choices=list(ENTRANTS),
+        metavar="NAME")
     add("--minutes", "of training for each", 5.0, type=positive_float)
     add("--dataset", "mnist or fashion_mnist", "mnist", choices=("mnist", "fashion_mnist"))
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
@@ -186,22 +188,23 @@ def main(argv=None):
     held, _ = get_dataset(args.dataset, args.data_dir, train=False)
     classifier, name = get_classifier(args.dataset, images, labels, 10, output_dir)
     print(f"device: {describe_device(device, args.device)}; features: {name}")
-    print(f"cost: {format_seconds(60 * args.minutes * len(args.entrants))} of training, and then {args.num_images} pictures "
-          f"each in {STEPS} calls, which may take as long again", flush=True)
+    print(f"cost: {format_seconds(60 * args.minutes * len(args.entrants))} of training, and then "
+          f"{args.num_images} pictures each in {STEPS} calls, which may take as long again", flush=True)
     _, reference = look(classifier, images)
     floor, floor_error = frechet_distance(look(classifier, held[:args.num_images])[1], reference)
 
     rows, pictures = [], []
+    found = {"rows": rows, "floor": floor, "minutes": args.minutes, "num_images": args.num_images,
+             "seed": args.seed, "dataset": args.dataset, "threads": torch.get_num_threads(),
+             "torch": torch.__version__}
     for name in args.entrants:
         torch.manual_seed(args.seed)
         entry = ENTRANTS[name](args, images, device, precision)
         distance, error = frechet_distance(look(classifier, to_uint8(entry.samples))[1], reference)
-        rows.append({"name": name, "parameters": entry.parameters, "images": entry.images, "seconds": entry.seconds,
-                     "fd": distance, "fd_error": error})
+        rows.append({"name": name, "parameters": entry.parameters, "images": entry.images,
+                     "seconds": entry.seconds, "fd": distance, "fd_error": error})
         pictures.append(entry.samples[:10])
-        write_file(output_dir / "contest.json", json.dumps(
-            {"rows": rows, "floor": floor, "minutes": args.minutes, "num_images": args.num_images, "seed": args.seed,
-             "dataset": args.dataset, "threads": torch.get_num_threads(), "torch": torch.__version__}, indent=1).encode())
+        write_file(output_dir / "contest.json", json.dumps(found, indent=1).encode())
     print(f"{'':16}{'parameters':>12}{'images seen':>13}{'seconds':>9}{'FD':>18}{'in floors':>11}")
     for row in rows:
         print(f"{row['name']:16}{row['parameters']:>12,}{row['images']:>13,}{row['seconds']:>9.0f}"

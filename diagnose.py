@@ -56,7 +56,8 @@ CAUSES = {
         "more --epochs or --steps; with a constant rate, --resume goes on with the run"),
     "copies": (
         "it has learnt training images by heart",
-        "fewer steps, more images, --flip, or --dropout 0.1 with --model attention; python evaluate.py shows the copies"),
+        "fewer steps, more images, --flip, or --dropout 0.1 with --model attention; python evaluate.py shows "
+        "the copies"),
     "tint": (
         "brightness, colour or contrast is not that of the data",
         "often a consequence of other causes; else train longer, or python sample.py --sampler ddpm"),

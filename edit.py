@@ -145,7 +145,8 @@ def load_originals(args, data, channels):
     name = args.dataset or data["name"]
     if name not in DATASETS:
         what = f"--dataset {name}" if args.dataset else f"the model was trained on {name!r}, which"
-        raise ValueError(f"{what} has no test set: name pictures with --images, or a --dataset of {', '.join(DATASETS)}")
+        raise ValueError(f"{what} has no test set: name pictures with --images, or a --dataset of "
+                         f"{', '.join(DATASETS)}")
     images, _ = get_dataset(name, args.data_dir, train=False, image_size=size, channels=channels)
     pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:args.count]
     return to_signed(images[pick])
@@ -161,8 +162,8 @@ def main(argv=None):
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--count", "how many test images", 16, type=positive_int)
     add("--task", "what to undo", "inpaint", choices=list(TASKS))
-    add("--mask", f"inpaint: what to draw anew, of {', '.join(SIDES)}, or a picture that is white where all stays; "
-        "default: lower")
+    add("--mask", f"inpaint: what to draw anew, of {', '.join(SIDES)}, or a picture that is white where all "
+        "stays; default: lower")
     add("--factor", "upscale: from blocks of so many by so many pixels; default: 4", type=positive_int)
     add("--label", "the class to draw, as a number or name; default: none")
     add("--steps", "steps from noise to picture", 50, type=positive_int)
@@ -186,7 +187,8 @@ def main(argv=None):
     size, channels, classes = data["image_size"], model.image_channels, data["classes"]
     if args.task == "colourise" and channels != 3:
         raise ValueError("--task colourise needs a model of colour pictures, this one is grey")
-    settings = {"inpaint": lambda: [read_mask(args.mask or "lower", size).to(device)], "upscale": lambda: [args.factor or 4]}
+    settings = {"inpaint": lambda: [read_mask(args.mask or "lower", size).to(device)],
+                "upscale": lambda: [args.factor or 4]}
     operator = TASKS[args.task](size, *settings.get(args.task, list)())
     originals = load_originals(args, data, channels).to(device)
     y, _ = choose_labels(args.label or ("none" if classes else None), classes, len(originals))

@@ -142,11 +142,8 @@ def save_nearest(images, training, index, path, count=10):
 
 # ---- Commands
 
-def evaluate(model, diffusion, data, images, held, labels, held_name, classifier, args, device):
+def evaluate(model, diffusion, data, y, images, held, labels, held_name, classifier, args, device):
     """Draw samples and measure all that this file knows. Returns (a dict of plain numbers, samples, indices)."""
-    classes = data["classes"]
-    y, _ = choose_labels(args.label, classes, args.num_images)
-    y = None if y is None else y[:args.num_images]              # several labels come in full rows
     drawn, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed, sampler=args.sampler,
                         steps=args.steps, eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance,
                         batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision])
@@ -156,26 +153,24 @@ def evaluate(model, diffusion, data, images, held, labels, held_name, classifier
     held, held_y = held[:args.num_images], labels[1][:args.num_images] if labels else None
     held_probabilities, held_features = look(classifier, held)
     probabilities, features = look(classifier, drawn)
-    known = y if classes and labels and len(classes) == probabilities.shape[1] else None
+    known = y if y is not None and labels and len(data["classes"]) == probabilities.shape[1] else None
     found = quality(probabilities, features, reference, known)
     count = min(len(drawn), len(held))
     if count < len(drawn):                  # only of equal numbers do distances compare
         equal = quality(probabilities[:count], features[:count], reference)
         found.update({key: equal[key] for key in ("fd", "fd_error", "kid", "kid_error", "precision", "recall")})
     floor = quality(held_probabilities, held_features, reference, held_y)
-    copied, index = copies(drawn[:2000], features[:2000], images, reference, held[:2000], held_features[:2000],
-                           mirrored=data.get("flip") is True)
+    copied, index = copies(drawn[:2000], features[:2000], images, reference, held[:2000],
+                           held_features[:2000], mirrored=data.get("flip") is True)
     _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
                                  held_y[:256].to(device) if known is not None else None)
     return {"samples": found, "floor": floor, "held_out": held_name, "copies": copied, "loss_by_timestep": losses,
             "num_images": len(drawn), "num_held_out": len(held)}, drawn, index
 
 
-def race(model, diffusion, data, images, classifier, args, device, entrants=RACE):
+def race(model, diffusion, data, y, images, classifier, args, device, entrants=RACE):
     """Every sampler with several numbers of calls, from the same noises. Returns (rows, one picture row each)."""
     _, reference = look(classifier, images)
-    y, _ = choose_labels(args.label, data["classes"], args.num_images)
-    y = None if y is None else y[:args.num_images]
     rows, pictures = [], []
     for sampler, counts in entrants.items():
         for steps in (count for count in counts if count <= diffusion.num_timesteps):
@@ -231,7 +226,8 @@ def main(argv=None):
         args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
     if args.guidance not in (0, 1) and (not data["classes"] or args.label == "none"):
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards")
-    choose_labels(args.label, data["classes"], args.num_images)     # a class that is not there is refused now
+    y, _ = choose_labels(args.label, data["classes"], args.num_images)
+    y = None if y is None else y[:args.num_images]              # several labels come in full rows
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and {len(held)} "
@@ -251,7 +247,7 @@ def main(argv=None):
     settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "data_dir")}
     settings.update(digest=data["digest"], torch=torch.__version__, checkpoint=Path(args.checkpoint).name)
     if args.race:
-        rows, pictures = race(model, diffusion, data, images, classifier, args, device)
+        rows, pictures = race(model, diffusion, data, y, images, classifier, args, device)
         floor, error = frechet_distance(look(classifier, held[:args.num_images])[1], look(classifier, images)[1])
         print(f"  floor: {floor:.2f} +- {error:.2f} ({min(args.num_images, len(held))} {held_name})")
         write_file(output_dir / "race.json", json.dumps({"rows": rows, "floor": floor, **settings}, indent=1).encode())
@@ -259,7 +255,8 @@ def main(argv=None):
             f"{row['sampler']} {row['steps']}\nFD {row['fd']:.2f}, {format_seconds(row['seconds'])}" for row in rows])
         print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
         return
-    found, drawn, index = evaluate(model, diffusion, data, images, held, labels, held_name, classifier, args, device)
+    found, drawn, index = evaluate(model, diffusion, data, y, images, held, labels, held_name, classifier, args,
+                                   device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     copied = found["copies"]
     print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of the held-out "

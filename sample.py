@@ -30,7 +30,7 @@ from utils import (PRECISIONS, Parser, command, describe_device, format_seconds,
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 OWN = "outputs/model_final.pt"
-CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or weights that are shipped as long as there is none"
+CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
 
 
 def find_model(checkpoint=None, dataset=None):
@@ -294,7 +294,7 @@ def main(argv=None):
     add("--num_images", "how many", 64, type=positive_int)
     add("--first_index", "begin with this image of the seed", 0, type=whole_number)
     add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42, type=seed_number)
-    add("--sampler", "how to step down; default: the one that shipped weights were measured with, ddim for others",
+    add("--sampler", "how to step down; default: what shipped weights were measured with, ddim for others",
         choices=sorted(SAMPLERS))
     add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)

@@ -523,6 +523,8 @@ def restore(state, origin, facts, plan):
     print(f"going on from {origin}, after {len(state.losses)} of {plan.total_steps} steps")
 
 
+# Flags, and keys of PRESETS, that train() knows by a longer name.
+ARGUMENTS = dict(dataset="dataset_name", epochs="num_epochs", lr="learning_rate", model="model_name")
 # Flags that are handed on to create_model where they are given; a model has its own defaults.
 MODEL_FLAGS = ("base_channels", "multipliers", "num_blocks", "attention_levels", "heads", "groups",
                "time_emb_dim", "dropout", "activation", "patch_size")
@@ -614,8 +616,7 @@ def main(argv=None):
         sys.exit(0 if usable else 2)
     model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
     model_config = {flag: value for flag, value in model_config.items() if value is not None}
-    for flag, name in dict(dataset="dataset_name", epochs="num_epochs", lr="learning_rate",
-                           model="model_name").items():
+    for flag, name in ARGUMENTS.items():
         settings[name] = settings.pop(flag)
     try:
         train(**settings, **model_config)
