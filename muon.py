@@ -12,16 +12,21 @@ import torch
 def orthogonalized(matrix, steps=5):
     """The matrix with its singular values brought near 1 (0.7 to 1.2), its singular vectors kept: [M, N].
 
-    A polynomial iteration on the values, odd and steep at zero, instead of a decomposition (Newton-Schulz in
-    the coefficients of Jordan et al. 2024). In bfloat16: only the direction matters.
+    An odd polynomial of the values, steep at zero, applied again and again instead of a decomposition
+    (Newton-Schulz in the coefficients of Jordan et al. 2024). Each step multiplies x from the left by a
+    polynomial of x x^T, so that all of them can work on that small square alone, and on x once, at the end.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
+    x = matrix if wide else matrix.T
     x = x / (x.norm() + 1e-7)                                   # now all values lie in 0..1
+    gram, product = x @ x.T, torch.eye(len(x), device=x.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        product = factor @ product                              # x is now product @ x,
+        gram = factor @ gram @ factor                           # and this is its x x^T
+    x = product @ x
+    return x if wide else x.T
 
 
 def is_inner(p):
