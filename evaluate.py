@@ -21,7 +21,7 @@ from classifier import get_classifier, look
 from data import DATASETS, class_names, get_dataset, split_held_out
 from diffusion import SAMPLERS, SPACINGS
 from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images, precision_recall)
-from sample import CHECKPOINT_HELP, choose_labels, find_model, generate, load_model, seconds_for
+from sample import CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, load_model, seconds_for
 from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
                    guidance_number, make_output_dir, positive_int, save_strip, seed_number, to_signed, to_uint8,
                    write_file)
@@ -203,7 +203,7 @@ def main(argv=None):
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--label", "as in sample.py; default: each class in turn, if the model knows any")
-    add("--guidance", "how strongly to follow the class", 1.0, type=guidance_number)
+    add("--guidance", "how strongly to follow the class; default: as sample.py", type=guidance_number)
     add("--batch_size", "images at a time", 100, type=positive_int)
     add("--output_dir", "where the results go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
@@ -220,12 +220,11 @@ def main(argv=None):
     args.checkpoint = find_model(args.checkpoint)
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "race.json", "nearest.png", "race.png")
     model, diffusion, data = load_model(args.checkpoint, device)
-    if not args.race:
-        if args.sampler is None:
-            args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
+    fill_in(args, data)
+    if args.race:
+        args.sampler = args.steps = None                        # all of them
+    else:
         args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
-    if args.guidance not in (0, 1) and (not data["classes"] or args.label == "none"):
-        raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards")
     y, _ = choose_labels(args.label, data["classes"], args.num_images)
     y = None if y is None else y[:args.num_images]              # several labels come in full rows
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
@@ -241,7 +240,8 @@ def main(argv=None):
     calls = sum(steps for _, steps in entrants) * (1 if args.guidance in (0, 1) else 2)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
                           PRECISIONS[args.precision])
-    print(f"cost: {args.num_images} images, {calls} calls of the model for each, about {format_seconds(seconds)} here",
+    print(f"cost: {args.num_images} images, {calls} calls of the model for each"
+          + f", guidance {args.guidance:g}" * (args.guidance != 1) + f", about {format_seconds(seconds)} here",
           flush=True)
 
     settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "data_dir")}

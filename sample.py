@@ -61,14 +61,13 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     ema: take the averaged weights (better pictures), not those of the last step.
     image_size: of a foreign checkpoint that does not tell it (interop.py).
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
-    name, image_size, channels, classes, the checkpoint's digest, and the sampler and steps to take if no
-    sampler is named: those of its card (export.py), or ddim and its own). Raises FileNotFoundError, or
-    ValueError for an unusable file.
+    name, image_size, channels, classes, the checkpoint's digest, and the sampler, steps and guidance to take
+    where none are named: see read_recipe). Raises FileNotFoundError, or ValueError for an unusable file.
     """
     entries = None if Path(path).is_dir() else read_container(path)
     if entries is None or interop.is_trainer(entries):
         model, diffusion, data = interop.load_foreign(path, entries, image_size)
-        return model.to(device), diffusion, {**data, "sampler": "ddim", "steps": None}
+        return model.to(device), diffusion, {**data, **read_recipe(None, diffusion.num_timesteps)}
     if image_size:
         raise ValueError(f"--image_size {image_size}: {path} tells its own")
     entries = load_checkpoint(path, entries)
@@ -82,8 +81,8 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         check_weights(path, weights, model)
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
-        data = {"classes": None, **entries["data"], "digest": entries["digest"]}
-        data["sampler"], data["steps"] = read_sampler(entries.get("card"), diffusion.num_timesteps)
+        data = {"classes": None, **entries["data"], "digest": entries["digest"],
+                **read_recipe(entries.get("card"), diffusion.num_timesteps)}
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
         if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_IMAGE_SIZE:
@@ -98,13 +97,28 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     return model.to(device).eval().requires_grad_(False), diffusion, data
 
 
-def read_sampler(card, T):
-    """(sampler, steps or None) with which a model was measured, as its card tells; ddim where it does not."""
+def read_recipe(card, T):
+    """{sampler, steps or None, guidance} with which a model was measured, as its card (export.py) tells. Where it
+    does not: ddim, its own number of steps, and the class followed plainly."""
     card = card if isinstance(card, dict) else {}
-    sampler, steps = card.get("sampler"), card.get("sampler_steps")
+    sampler, steps, guidance = card.get("sampler"), card.get("sampler_steps"), card.get("guidance")
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
-        return "ddim", None
-    return sampler, steps if type(steps) is int and 1 <= steps <= T else None
+        sampler, steps = "ddim", None
+    return {"sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
+            "guidance": guidance if type(guidance) is float and 0 <= guidance <= 100 else 1.0}
+
+
+def fill_in(args, data):
+    """Take the model's own sampler, steps and guidance where the command line names none. ValueError for guidance
+    towards classes that nobody names."""
+    if args.sampler is None:
+        args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
+    guided = data["classes"] and args.label != "none"
+    if args.guidance is None:
+        args.guidance = data["guidance"] if guided else 1.0
+    elif args.guidance not in (0, 1) and not guided:
+        raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards: "
+                         + ("--label none has none" if data["classes"] else "the model was trained without"))
 
 
 @torch.no_grad()
@@ -301,8 +315,8 @@ def main(argv=None):
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--label", "the class to draw, as a number or name; several with commas, or all: a row of pictures for "
         "each; none: without a class. Default: each class in turn, if the model knows any")
-    add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost", 1.0,
-        type=guidance_number)
+    add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; default: as the "
+        "model's card says, or 1", type=guidance_number)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")
@@ -337,14 +351,10 @@ def main(argv=None):
     if again and again["checkpoint"] != data["digest"]:
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with the checkpoint of digest "
                          f"{str(again['checkpoint'])[:12]}..., not {data['digest'][:12]}...")
-    if args.sampler is None:
-        args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
+    fill_in(args, data)
     size, classes = data["image_size"], data["classes"]
     y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
     args.num_images = args.num_images if y is None else len(y)
-    if args.guidance not in (0, 1) and (not classes or args.label == "none"):
-        raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards: "
-                         + ("--label none has none" if classes else "the model was trained without"))
     pixels = args.num_images * (size * (args.upscale or max(1, math.ceil(84 / size)))) ** 2
     if pixels > MAX_SHEET:
         raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} million: lower "
@@ -355,7 +365,8 @@ def main(argv=None):
     evaluations = note["steps"] * (1 if args.guidance in (0, 1) else 2)
     seconds = seconds_for(model, diffusion, args.num_images, size, args.batch_size, evaluations, device,
                           PRECISIONS[args.precision])
-    print(f"cost: {args.num_images} images in {note['steps']} steps of {args.sampler}, about "
+    print(f"cost: {args.num_images} images in {note['steps']} steps of {args.sampler}"
+          + f" with guidance {args.guidance:g}" * (args.guidance != 1) + ", about "
           f"{format_seconds(seconds)} here", flush=True)
 
     images, frames = generate(

@@ -75,3 +75,16 @@ def test_sampling_takes_the_sampler_of_the_card(named, flags, taken, two_shades,
     sample.main(["--checkpoint", str(small), "--num_images", "2", "--output_dir", str(tmp_path), "--device", "cpu", *flags])
     note = read_note(tmp_path / "generated_samples.png")
     assert (note["sampler"], note["steps"]) == taken
+
+
+@pytest.mark.parametrize("named, flags, taken", [
+    (1.5, [], 1.5), (1.5, ["--guidance", "3"], 3), (1.5, ["--label", "none"], 1), ("a lot", [], 1), (1e9, [], 1)])
+def test_sampling_takes_the_guidance_of_the_card(named, flags, taken, two_shades, evaluation, tmp_path):
+    """So much guidance as the model was measured with, unless a flag says otherwise or no class is asked for."""
+    small = tmp_path / "small.pt"
+    export.export(two_shades, small, evaluation)
+    entries = load_checkpoint(small)
+    entries["card"]["guidance"] = named
+    save_checkpoint(small, entries)
+    sample.main(["--checkpoint", str(small), "--num_images", "2", "--output_dir", str(tmp_path), "--device", "cpu", *flags])
+    assert read_note(tmp_path / "generated_samples.png")["guidance"] == taken
