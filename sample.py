@@ -62,12 +62,12 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     image_size: of a foreign checkpoint that does not tell it (interop.py).
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
     name, image_size, channels, classes, the checkpoint's digest, and the sampler, steps and guidance to take
-    where none are named: see read_recipe). Raises FileNotFoundError, or ValueError for an unusable file.
+    where none are named: see card_recipe). Raises FileNotFoundError, or ValueError for an unusable file.
     """
     entries = None if Path(path).is_dir() else read_container(path)
     if entries is None or interop.is_trainer(entries):
         model, diffusion, data = interop.load_foreign(path, entries, image_size)
-        return model.to(device), diffusion, {**data, **read_recipe(None, diffusion.num_timesteps)}
+        return model.to(device), diffusion, {**data, **card_recipe(None, diffusion.num_timesteps)}
     if image_size:
         raise ValueError(f"--image_size {image_size}: {path} tells its own")
     entries = load_checkpoint(path, entries)
@@ -82,7 +82,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
         data = {"classes": None, **entries["data"], "digest": entries["digest"],
-                **read_recipe(entries.get("card"), diffusion.num_timesteps)}
+                **card_recipe(entries.get("card"), diffusion.num_timesteps)}
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
         if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_IMAGE_SIZE:
@@ -97,7 +97,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     return model.to(device).eval().requires_grad_(False), diffusion, data
 
 
-def read_recipe(card, T):
+def card_recipe(card, T):
     """{sampler, steps or None, guidance} with which a model was measured, as its card (export.py) tells. Where it
     does not: ddim, its own number of steps, and the class followed plainly."""
     card = card if isinstance(card, dict) else {}
