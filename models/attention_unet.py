@@ -22,6 +22,14 @@ from models.unet import UNet
 ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
+def zeroed(layer):
+    """The layer, made to say nothing at first: what it ends begins as a plain copy of its input, and every level
+    hears of the error from the first step on (as in the code of Ho et al. 2020)."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class ResBlock(nn.Module):
     """Norm, activation, convolution, twice, told the time in between, added to the input (He et al. 2016).
 
@@ -35,7 +43,7 @@ class ResBlock(nn.Module):
                                    nn.Conv2d(in_channels, out_channels, 3, padding=1))
         self.time = nn.Sequential(act(), nn.Linear(time_emb_dim, out_channels))
         self.conv2 = nn.Sequential(nn.GroupNorm(groups, out_channels), act(), nn.Dropout(dropout),
-                                   nn.Conv2d(out_channels, out_channels, 3, padding=1))
+                                   zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         self.shortcut = (nn.Identity() if in_channels == out_channels
                          else nn.Conv2d(in_channels, out_channels, 1))
 
@@ -57,7 +65,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
         self.record, self.weights = False, None
 
     def forward(self, x):
@@ -146,7 +154,7 @@ class AttentionUNet(UNet):
         self.grow = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in reversed(channels[1:]))
         self.conv_out = nn.Sequential(nn.GroupNorm(groups, base_channels * multipliers[0]),
                                       ACTIVATIONS[activation](),
-                                      nn.Conv2d(base_channels * multipliers[0], pixels, 3, padding=1))
+                                      zeroed(nn.Conv2d(base_channels * multipliers[0], pixels, 3, padding=1)))
 
     def forward(self, x_t, t, y=None):
         self.check(x_t)

@@ -37,6 +37,14 @@ def tiny_model():
     return create_model(base_channels=8, time_emb_dim=16).eval()
 
 
+def awake(module):
+    """The module with something random in the layers that begin with zeros, as after some training."""
+    for p in module.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    return module
+
+
 @pytest.fixture(scope="session")
 def two_shades(tmp_path_factory):
     """The checkpoint of a network trained on dark images of class 0 and bright ones of class 1."""

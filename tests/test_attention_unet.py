@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from conftest import awake
 from models.attention_unet import AttentionUNet, ResBlock, SelfAttention
 from utils import count_parameters
 
@@ -53,7 +54,7 @@ def test_the_fabrics_shape_has_34_million_parameters():
 def test_patches_are_channels_of_a_smaller_image():
     """The same weights see 8x8 grey pixels as 4x4 places with 4 channels: rows first, as in a page of text."""
     torch.manual_seed(0)
-    patched = AttentionUNet(1, patch_size=2, **SMALL).eval()
+    patched = awake(AttentionUNet(1, patch_size=2, **SMALL)).eval()
     plain = AttentionUNet(4, **SMALL).eval()
     plain.load_state_dict(patched.state_dict())
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
@@ -67,14 +68,14 @@ def test_patches_are_channels_of_a_smaller_image():
 
 def test_the_fused_attention_is_used():
     """It wants the last dimension side by side in memory, and otherwise makes way without a word."""
-    layer = SelfAttention(8, heads=2, groups=4)
+    layer = SelfAttention(8, heads=2, groups=4).eval()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         layer(torch.randn(2, 8, 4, 4))
 
 
 def test_attention_equals_softmax_written_as_a_loop():
     torch.manual_seed(0)
-    layer, x = SelfAttention(8, heads=2, groups=4), torch.randn(2, 8, 3, 5)
+    layer, x = awake(SelfAttention(8, heads=2, groups=4)), torch.randn(2, 8, 3, 5)
     q, k, v = layer.qkv(layer.norm(x)).flatten(2).split(8, dim=1)          # each [B, C, 15]
     mixed = torch.empty_like(v)
     for b in range(2):
@@ -84,19 +85,23 @@ def test_attention_equals_softmax_written_as_a_loop():
                 scores = torch.stack([q[b, rows, i] @ k[b, rows, j] / 4 ** 0.5 for j in range(15)])
                 mixed[b, rows, i] = v[b, rows] @ (scores.exp() / scores.exp().sum())
     want = x + layer.out(mixed.reshape(2, 8, 3, 5))
-    torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)         # written out, as a CPU trains
+    assert layer.weights is None
+    torch.testing.assert_close(layer.eval()(x), want, atol=1e-5, rtol=1e-5)  # fused
     layer.record = True
     torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)
     assert layer.weights.shape == (2, 2, 15, 15)
     torch.testing.assert_close(layer.weights.sum(-1), torch.ones(2, 2, 15))
 
 
-def test_a_residual_block_adds_to_its_input():
-    layer = ResBlock(8, 8, 16, groups=4)
-    for p in layer.conv2[-1].parameters():
-        torch.nn.init.zeros_(p)
-    x = torch.randn(2, 8, 6, 6)
-    assert torch.equal(layer(x, torch.randn(2, 16)), x)
+def test_blocks_and_attention_begin_as_copies_and_the_network_with_nothing_to_say():
+    torch.manual_seed(0)
+    x, t_emb = torch.randn(2, 8, 6, 6), torch.randn(2, 16)
+    assert torch.equal(ResBlock(8, 8, 16, groups=4)(x, t_emb), x)
+    assert torch.equal(SelfAttention(8, heads=2, groups=4)(x), x)
+    assert not AttentionUNet(**SMALL, add_input=False)(x[:, :1, :4, :4], torch.tensor([3, 5])).any()
+    added = awake(ResBlock(8, 8, 16, groups=4))
+    assert not torch.allclose(added(x, t_emb), x)
 
 
 @pytest.mark.parametrize("channels, size, levels", [(1, 28, (1, 2)), (3, 32, (1, 2, 2)), (3, 8, (1, 1, 2, 2))])
@@ -111,7 +116,7 @@ def test_any_number_of_levels_and_blocks_keeps_the_shape(channels, size, levels)
 @pytest.mark.parametrize("num_classes", [None, 3])
 def test_every_parameter_gets_a_gradient(activation, num_classes):
     torch.manual_seed(0)
-    model = AttentionUNet(**SMALL, num_classes=num_classes, activation=activation)
+    model = awake(AttentionUNet(**SMALL, num_classes=num_classes, activation=activation))
     y = torch.tensor([-1, 0, 1, 2]) if num_classes else None
     model(torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 500, 999]), y).square().mean().backward()
     for name, p in model.named_parameters():
@@ -120,7 +125,7 @@ def test_every_parameter_gets_a_gradient(activation, num_classes):
 
 def test_time_class_and_each_skip_change_the_output():
     torch.manual_seed(0)
-    model = AttentionUNet(**SMALL, num_classes=3).eval()
+    model = awake(AttentionUNet(**SMALL, num_classes=3)).eval()
     x, t, y = torch.randn(1, 1, 8, 8), torch.tensor([50]), torch.tensor([1])
     whole = model(x, t, y)
     assert (model(x, torch.tensor([400]), y) - whole).abs().max() > 1e-3
@@ -136,7 +141,7 @@ def test_time_class_and_each_skip_change_the_output():
 
 def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
-    model, x, t = AttentionUNet(**SMALL, dropout=0.5), torch.randn(1, 1, 8, 8), torch.tensor([5])
+    model, x, t = awake(AttentionUNet(**SMALL, dropout=0.5)), torch.randn(1, 1, 8, 8), torch.tensor([5])
     assert not torch.equal(model(x, t), model(x, t))
     model.eval()
     assert torch.equal(model(x, t), model(x, t))
@@ -146,7 +151,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     grads = []
     for flag in (False, True):
         torch.manual_seed(0)
-        model = AttentionUNet(**SMALL, dropout=0.3, grad_checkpoint=flag)
+        model = awake(AttentionUNet(**SMALL, dropout=0.3, grad_checkpoint=flag))
         model(torch.ones(2, 1, 8, 8), torch.tensor([3, 9])).square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads):

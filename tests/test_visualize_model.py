@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import visualize_model as figures
+from conftest import awake
 from diffusion import DiffusionProcess, seeded_noise
 from models import create_model
 from models.attention_unet import SelfAttention
@@ -17,8 +18,8 @@ from test_figures import write_model
 @pytest.fixture
 def attentive():
     torch.manual_seed(0)
-    return create_model("attention", base_channels=8, multipliers=(1, 2), num_blocks=1, attention_levels=(1,), heads=2,
-                        groups=4, time_emb_dim=16).eval()
+    return awake(create_model("attention", base_channels=8, multipliers=(1, 2), num_blocks=1,
+                              attention_levels=(1,), heads=2, groups=4, time_emb_dim=16)).eval()
 
 
 def test_the_plain_table_is_what_one_counts_by_hand():
