@@ -43,6 +43,7 @@ from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_
 OPTIMIZERS = {"adam": functools.partial(torch.optim.Adam, fused=True),
               "adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
 LR_SCHEDULES = ("constant", "cosine")
+DENSITIES = ("uniform", "logit_normal")
 SAVE_SECONDS = 300  # about so many at most from one save of the latest state to the next
 # What may be different when a run is resumed; everything else decides what it becomes. Of the data, the
 # images count and not where they lie.
@@ -109,19 +110,20 @@ def hold_back(optimizer, sound):
 
 
 def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None, accumulate=1,
-               label_drop=0.0, min_snr=None):
+               label_drop=0.0, min_snr=None, density="uniform"):
     """One update: noise a batch, compare the model's prediction with the truth, step downhill.
 
     accumulate: work through the batch in so many parts, one after the other, to save memory.
     label_drop: the share of images whose class is withheld, so that the model also learns to do without
     (Ho & Salimans 2022, algorithm 1).   min_snr: see DiffusionProcess.training_loss.
+    density: how often each timestep is met, see get_timesteps.
     Returns the loss. A loss or gradient that is not a number leaves the weights as they are, as a
     FloatingPointError; on a GPU with a fused optimizer, which does not wait to hear of it, all losses from
     then on are NaN instead.
     Of several processes each works on every n-th image. What is random is drawn for the whole batch
     first, so that neither parts nor processes change it.
     """
-    t = get_timesteps(len(x_0), diffusion.num_timesteps, x_0.device)
+    t = get_timesteps(len(x_0), diffusion.num_timesteps, x_0.device, density)
     noise = torch.randn_like(x_0)
     if label_drop:
         y = y.masked_fill(torch.rand(len(y), device=y.device) < label_drop, -1)
@@ -154,18 +156,18 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     return loss
 
 
-def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1,
-                precision=torch.float32, grad_clip=None, accumulate=1, label_drop=0.0, min_snr=None, rate=None,
-                seed=None, first_step=0, steps=None, losses=None, bar=None, held=contextlib.nullcontext):
+def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1, rate=None, seed=None,
+                first_step=0, steps=None, losses=None, bar=None, held=contextlib.nullcontext, **settings):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
     dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
-    ema:         an EMA to update after every `ema_every` steps.   grad_clip: the largest gradient norm.
-    accumulate, label_drop, min_snr: see train_step.   rate: a function from the step to the learning rate.
+    ema:         an EMA to update after every `ema_every` steps.
+    rate:        a function from the step to the learning rate.
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
     first_step:  how many steps the run has behind it.   steps: how many to do, if not one pass.
     losses:      a list that the loss of each step is appended to, also if the training is stopped.
     bar:         a tqdm to go on with, if not one of its own.   held: a context that each step is taken in.
+    settings:    precision, grad_clip, accumulate, label_drop, min_snr, density: as train_step takes them.
     """
     model.train()
     losses = [] if losses is None else losses
@@ -183,8 +185,7 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
                 for group in optimizer.param_groups:
                     group["lr"] = rate(step)
             with held():
-                loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, precision,
-                                  grad_clip, accumulate, label_drop, min_snr)
+                loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, **settings)
                 if ema is not None and (step + 1) % ema_every == 0:
                     ema.update(model)
                 losses.append(loss)  # still on the device; its place counts the step
@@ -329,8 +330,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
           val_dir=None, val_fraction=0.0, timesteps=1000, schedule="linear", objective="eps",
           model_name="simple", grad_checkpoint=False, compile=False,
           optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0, accumulate=1,
-          grad_clip=None, min_snr=None, ema_decay=0.9995, ema_every=1, num_samples=64, sample_every=None,
-          save_every=None, resume=None, overwrite=False, **model_config):
+          grad_clip=None, min_snr=None, density="uniform", ema_decay=0.9995, ema_every=1, num_samples=64,
+          sample_every=None, save_every=None, resume=None, overwrite=False, **model_config):
     """Train and write pictures, checkpoints and the loss; main() documents the settings.
 
     dataset_name: a key of DATASETS, a folder of images, or None for MNIST with synthetic digits to
@@ -398,7 +399,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             model.compile()
         network = DistributedDataParallel(model) if world > 1 else model
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
-                             label_drop=label_drop if classes else 0.0, min_snr=min_snr)
+                             label_drop=label_drop if classes else 0.0, min_snr=min_snr, density=density)
         batch = tuple(part.to(device) for part in next(iter(batches)))
         step_seconds, call_seconds = measure_seconds(
             network, EMA(model), batch, diffusion, (num_samples, *batch[0].shape[1:]), optimizer, **step_settings)
@@ -588,6 +589,8 @@ def main(argv=None):
     add("--weight_decay", "pull towards zero", 0.0, type=fraction)
     add("--min_snr", "weigh the error of x_0 by min(SNR, this), usually 5; default: as the objective does",
         type=positive_float)
+    add("--density", "which noise levels are met how often: all alike, or the middle ones more", "uniform",
+        choices=DENSITIES)
     add("--grad_clip", "largest gradient norm; off unless given", type=positive_float)
     add("--grad_checkpoint", "less memory, about a third slower", False, action=SWITCH)
     add("--ema_decay", "averaging of the weights for samples; 0 is off", 0.9995, type=fraction)

@@ -1,6 +1,7 @@
 """Training, EMA, checkpoints, and using the parts from Python as the documents show it."""
 
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -118,6 +119,18 @@ def test_timesteps_are_evenly_spread_in_a_batch_and_uniform_each():
     share = torch.bincount(batches.flatten() // 100, minlength=10) / batches.numel()
     assert share.sub(0.1).abs().max() < 0.002
     assert len({tuple(batch.tolist()) for batch in batches[:100]}) > 40
+
+
+def test_logit_normal_timesteps_have_gaussian_logits():
+    """Mean 0 and deviation 1, by the standard library's own quantiles; and both ends stay in the range."""
+    torch.manual_seed(0)
+    t = torch.stack([get_timesteps(64, 10_000, "cpu", "logit_normal") for _ in range(500)]).flatten()
+    assert t.min() >= 0 and t.max() <= 9_999
+    with pytest.raises(ValueError, match="unknown density"):
+        get_timesteps(4, 10, "cpu", "normal")
+    for share in (0.1, 0.25, 0.5, 0.9):
+        want = 1 / (1 + math.exp(-statistics.NormalDist().inv_cdf(share)))
+        assert (t < 10_000 * want).double().mean() == pytest.approx(share, abs=0.01)
 
 
 def test_bf16_training_stays_close_to_float32(few_digits, tmp_path):
