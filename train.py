@@ -62,10 +62,10 @@ PRESETS = {
     "mnist_short":   dict(dataset="mnist", epochs=5, batch_size=64, lr=1e-3, timesteps=200, base_channels=32,
                           time_emb_dim=128),
     # Readable digits or garments in minutes on two cores: 2x2 pixels as one, and a rate that falls to zero.
-    "quick":         dict(epochs=3, batch_size=64, lr=3e-3, lr_schedule="cosine", warmup=100, optimizer="muon",
-                          beta2=0.99, model="attention", patch_size=2, base_channels=64, multipliers=(1, 2),
+    "quick":         dict(epochs=5, batch_size=64, lr=3e-3, lr_schedule="cosine", warmup=100, optimizer="muon",
+                          beta2=0.99, model="attention", patch_size=2, base_channels=48, multipliers=(1, 2),
                           num_blocks=1, attention_levels=(1,), groups=16, schedule="cosine", objective="v",
-                          grad_clip=1.0, ema_decay=0.999),
+                          density="logit_normal", grad_clip=1.0, ema_decay=0.999),
     "cifar10":       dict(dataset="cifar10", epochs=200, batch_size=128, lr=2e-4, warmup=1000,
                           model="attention", multipliers=(1, 2, 4), num_blocks=2, attention_levels=(1, 2),
                           dropout=0.1, schedule="cosine", objective="v", grad_clip=1.0, ema_decay=0.9995,
