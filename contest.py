@@ -186,6 +186,8 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, "contest.json", "contest.png")
     images, labels = get_dataset(args.dataset, args.data_dir)
     held, _ = get_dataset(args.dataset, args.data_dir, train=False)
+    if args.num_images > len(held):
+        raise ValueError(f"--num_images {args.num_images}: the floor is that of as many of the {len(held)} test images")
     classifier, name = get_classifier(args.dataset, images, labels, 10, output_dir)
     print(f"device: {describe_device(device, args.device)}; features: {name}")
     print(f"cost: {format_seconds(60 * args.minutes * len(args.entrants))} of training, and then "
