@@ -168,23 +168,22 @@ def evaluate(model, diffusion, data, y, images, held, labels, held_name, classif
             "num_images": len(drawn), "num_held_out": len(held)}, drawn, index
 
 
-def race(model, diffusion, data, y, images, classifier, args, device, entrants=RACE):
-    """Every sampler with several numbers of calls, from the same noises. Returns (rows, one picture row each)."""
+def race(model, diffusion, data, y, images, classifier, args, device, entrants):
+    """The same noises through each (sampler, steps) of `entrants`. Returns (rows, one picture row each)."""
     _, reference = look(classifier, images)
     rows, pictures = [], []
-    for sampler, counts in entrants.items():
-        for steps in (count for count in counts if count <= diffusion.num_timesteps):
-            start = time.perf_counter()
-            drawn, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed, sampler=sampler,
-                                steps=steps, spacing=args.spacing, y=y, guidance=args.guidance, device=device,
-                                batch_size=args.batch_size, precision=PRECISIONS[args.precision])
-            seconds = time.perf_counter() - start
-            probabilities, features = look(classifier, to_uint8(drawn))
-            distance, error = frechet_distance(features, reference)
-            rows.append({"sampler": sampler, "steps": steps, "fd": distance, "fd_error": error, "seconds": seconds,
-                         "confident": float((probabilities.max(1).values > SURE).double().mean())})
-            pictures.append(drawn[:10].cpu())
-            tqdm.write(f"  {sampler:<14}{steps:>5} calls   FD {distance:8.2f} +- {error:5.2f}   {seconds:8.1f} s")
+    for sampler, steps in entrants:
+        start = time.perf_counter()
+        drawn, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed, sampler=sampler,
+                            steps=steps, spacing=args.spacing, y=y, guidance=args.guidance, device=device,
+                            batch_size=args.batch_size, precision=PRECISIONS[args.precision])
+        seconds = time.perf_counter() - start
+        probabilities, features = look(classifier, to_uint8(drawn))
+        distance, error = frechet_distance(features, reference)
+        rows.append({"sampler": sampler, "steps": steps, "fd": distance, "fd_error": error, "seconds": seconds,
+                     "confident": float((probabilities.max(1).values > SURE).double().mean())})
+        pictures.append(drawn[:10].cpu())
+        tqdm.write(f"  {sampler:<14}{steps:>5} calls   FD {distance:8.2f} +- {error:5.2f}   {seconds:8.1f} s")
     return rows, pictures
 
 
@@ -218,7 +217,8 @@ def main(argv=None):
 
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint)
-    output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "race.json", "nearest.png", "race.png")
+    output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "race.json", "nearest.png",
+                                 "race.png")
     model, diffusion, data = load_model(args.checkpoint, device)
     fill_in(args, data)
     if args.race:
@@ -247,12 +247,13 @@ def main(argv=None):
     settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "data_dir")}
     settings.update(digest=data["digest"], torch=torch.__version__, checkpoint=Path(args.checkpoint).name)
     if args.race:
-        rows, pictures = race(model, diffusion, data, y, images, classifier, args, device)
+        rows, pictures = race(model, diffusion, data, y, images, classifier, args, device, entrants)
         floor, error = frechet_distance(look(classifier, held[:args.num_images])[1], look(classifier, images)[1])
         print(f"  floor: {floor:.2f} +- {error:.2f} ({min(args.num_images, len(held))} {held_name})")
         write_file(output_dir / "race.json", json.dumps({"rows": rows, "floor": floor, **settings}, indent=1).encode())
-        save_strip(pictures, [""] * 10, output_dir / "race.png", title="the same ten noises, every sampler", row_labels=[
-            f"{row['sampler']} {row['steps']}\nFD {row['fd']:.2f}, {format_seconds(row['seconds'])}" for row in rows])
+        labels = [f"{row['sampler']} {row['steps']}\nFD {row['fd']:.2f}, {format_seconds(row['seconds'])}" for row in rows]
+        save_strip(pictures, [""] * 10, output_dir / "race.png", row_labels=labels,
+                   title="the same ten noises, every sampler")
         print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
         return
     found, drawn, index = evaluate(model, diffusion, data, y, images, held, labels, held_name, classifier, args,

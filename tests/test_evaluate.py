@@ -13,9 +13,10 @@ from classifier import Classifier, get_classifier, load_classifier, look, save_c
 from data import get_dataset
 from measures import (copied_share, frechet_between, frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall)
+from sample import generate, load_model
 from synthetic import digits
 from test_commands import fails
-from utils import to_signed
+from utils import to_signed, to_uint8
 
 
 def test_the_distance_of_one_dimensional_gaussians_is_the_closed_form():
@@ -207,3 +208,19 @@ def test_several_labels_and_more_samples_than_held_out_images(command, tmp_path,
     found = json.loads((tmp_path / "evaluation.json").read_text())
     held = found["num_held_out"]
     assert found["num_images"] == 201 and held < 201 and f"those of {held} samples" in capsys.readouterr().out
+
+
+def test_the_race_draws_the_same_noises_by_every_sampler(command, tmp_path, monkeypatch):
+    """Each row's distance is that of what sample.py would draw; numbers of calls beyond the timesteps are left out."""
+    monkeypatch.setattr(evaluate, "RACE", {"ddim": (1, 50, 1000)})             # the model has 50 timesteps
+    evaluate.main([*map(str, command), "--race", "--num_images", "100", "--seed", "3"])
+    found = json.loads((tmp_path / "race.json").read_text())
+    assert [(row["sampler"], row["steps"]) for row in found["rows"]] == [("ddim", 1), ("ddim", 50)]
+    assert found["sampler"] is None and (tmp_path / "race.png").is_file()
+    model, diffusion, data = load_model(command[1])
+    images = evaluate.load_reference(data, "data", "synthetic_digits")[0]
+    network = load_classifier(tmp_path / "classifier.pt")[0]
+    for row in found["rows"]:
+        drawn, _ = generate(model, diffusion, 100, 8, seed=3, steps=row["steps"], y=torch.arange(100) % 2)
+        features = [look(network, part)[1] for part in (to_uint8(drawn), images)]
+        assert row["fd"] == pytest.approx(frechet_distance(*features)[0], rel=1e-3)
