@@ -123,6 +123,7 @@ def time_network(build, image_size, batch_size, device, precision, channels_last
 
     repeats = 20 if device.type == "cuda" else 5
     step = measure(update, device, repeats)
+    model.eval()
     call = measure(forward, device, repeats)
     return step, call, peak_memory(device) if device.type == "cuda" else 0
 

@@ -183,7 +183,7 @@ def race(model, diffusion, data, y, images, classifier, args, device, entrants):
         rows.append({"sampler": sampler, "steps": steps, "fd": distance, "fd_error": error, "seconds": seconds,
                      "confident": float((probabilities.max(1).values > SURE).double().mean())})
         pictures.append(drawn[:10].cpu())
-        tqdm.write(f"  {sampler:<14}{steps:>5} calls   FD {distance:8.2f} +- {error:5.2f}   {seconds:8.1f} s")
+        tqdm.write(f"  {sampler:<14}{steps:>5} steps   FD {distance:8.2f} +- {error:5.2f}   {seconds:8.1f} s")
     return rows, pictures
 
 
@@ -198,7 +198,7 @@ def main(argv=None):
     add("--race", "all samplers from the same noises, instead of one", False, action="store_true")
     add("--seed", "of the samples", 0, type=seed_number)
     add("--sampler", "how to step down; default: as sample.py", choices=sorted(SAMPLERS))
-    add("--steps", "model calls; default: the sampler's own", type=positive_int)
+    add("--steps", "steps; default: as sample.py", type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--label", "as in sample.py; default: each class in turn, if the model knows any")
@@ -222,9 +222,12 @@ def main(argv=None):
     model, diffusion, data = load_model(args.checkpoint, device)
     fill_in(args, data)
     if args.race:
-        args.sampler = args.steps = None                        # all of them
+        args.sampler = args.steps = None                        # in race.json: all of them
+        entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
+                    if steps <= diffusion.num_timesteps]
     else:
         args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
+        entrants = [(args.sampler, args.steps)]
     y, _ = choose_labels(args.label, data["classes"], args.num_images)
     y = None if y is None else y[:args.num_images]              # several labels come in full rows
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
@@ -234,9 +237,6 @@ def main(argv=None):
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
-    entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
-                if steps <= diffusion.num_timesteps] if args.race else [
-        (args.sampler, args.steps)]
     calls = sum(steps for _, steps in entrants) * (1 if args.guidance in (0, 1) else 2)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
                           PRECISIONS[args.precision])
@@ -251,9 +251,9 @@ def main(argv=None):
         floor, error = frechet_distance(look(classifier, held[:args.num_images])[1], look(classifier, images)[1])
         print(f"  floor: {floor:.2f} +- {error:.2f} ({min(args.num_images, len(held))} {held_name})")
         write_file(output_dir / "race.json", json.dumps({"rows": rows, "floor": floor, **settings}, indent=1).encode())
-        labels = [f"{row['sampler']} {row['steps']}\nFD {row['fd']:.2f}, {format_seconds(row['seconds'])}" for row in rows]
-        save_strip(pictures, [""] * 10, output_dir / "race.png", row_labels=labels,
-                   title="the same ten noises, every sampler")
+        save_strip(pictures, [""] * 10, output_dir / "race.png", title="the same ten noises, every sampler",
+                   row_labels=[f"{row['sampler']} {row['steps']}\nFD {row['fd']:.2f}, "
+                               f"{format_seconds(row['seconds'])}" for row in rows])
         print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
         return
     found, drawn, index = evaluate(model, diffusion, data, y, images, held, labels, held_name, classifier, args,

@@ -14,19 +14,20 @@ def orthogonalized(matrix, steps=5):
 
     An odd polynomial of the values, steep at zero, applied again and again instead of a decomposition
     (Newton-Schulz in the coefficients of Jordan et al. 2024). Each step multiplies x from the left by a
-    polynomial of x x^T, so that all of them can work on that small square alone, and on x once, at the end.
+    polynomial of x x^T, so that all of them can work on that small square alone, and on x once, at the end. In
+    float32: rounded to bfloat16, small eigenvalues of the square turn negative and grow twelvefold a step.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.T
+    x = (matrix if wide else matrix.T).float()
     x = x / (x.norm() + 1e-7)                                   # now all values lie in 0..1
     gram, product = x @ x.T, torch.eye(len(x), device=x.device)
     for _ in range(steps):
         factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factor.diagonal().add_(3.4445)
-        product = factor @ product                              # x is now product @ x,
-        gram = factor @ gram @ factor                           # and this is its x x^T
+        product = factor @ product                              # so far: product @ x,
+        gram = factor @ gram @ factor                           # whose square with itself this is
     x = product @ x
-    return x if wide else x.T
+    return (x if wide else x.T).to(matrix.dtype)
 
 
 def is_inner(p):

@@ -105,7 +105,7 @@ def card_recipe(card, T):
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         sampler, steps = "ddim", None
     return {"sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
-            "guidance": guidance if type(guidance) is float and 0 <= guidance <= 100 else 1.0}
+            "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0}
 
 
 def fill_in(args, data):

@@ -35,7 +35,7 @@ from folders import FITS
 from models import ACTIVATIONS, MODELS, create_model, model_defaults
 from muon import Muon
 from plan import check_disk, make_plan, print_cost
-from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device,
+from utils import (DENSITIES, EMA, PRECISIONS, Parser, command, count_parameters, describe_device,
                    format_seconds, fraction, get_device, get_precision, get_timesteps, int_tuple,
                    make_output_dir, measure, peak_memory, plot_losses, positive_float, positive_int,
                    save_images, seed_number, seed_step, speaks, whole_number, write_file)
@@ -43,7 +43,6 @@ from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_
 OPTIMIZERS = {"adam": functools.partial(torch.optim.Adam, fused=True),
               "adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
 LR_SCHEDULES = ("constant", "cosine")
-DENSITIES = ("uniform", "logit_normal")
 SAVE_SECONDS = 300  # about so many at most from one save of the latest state to the next
 # What may be different when a run is resumed; everything else decides what it becomes. Of the data, the
 # images count and not where they lie.

@@ -231,6 +231,9 @@ def seed_step(seed, step):
     torch.manual_seed(int(state[0]))
 
 
+DENSITIES = ("uniform", "logit_normal")
+
+
 def get_timesteps(batch_size, num_timesteps, device, density="uniform"):
     """Random timesteps: [batch_size] integers in 0..num_timesteps-1, spread evenly over a batch.
 
@@ -246,7 +249,7 @@ def get_timesteps(batch_size, num_timesteps, device, density="uniform"):
     if density == "logit_normal":
         comb = torch.sigmoid(2**0.5 * torch.erfinv(2 * comb - 1))   # the Gaussian's quantiles, from a line to (0, 1)
     elif density != "uniform":
-        raise ValueError(f"unknown density {density!r}; choose from uniform, logit_normal")
+        raise ValueError(f"unknown density {density!r}; choose from {', '.join(DENSITIES)}")
     return (comb * num_timesteps).long().clamp(max=num_timesteps - 1)       # the clamp: 0.9999999 may round up
 
 

@@ -78,7 +78,7 @@ def test_sampling_takes_the_sampler_of_the_card(named, flags, taken, two_shades,
 
 
 @pytest.mark.parametrize("named, flags, taken", [
-    (1.5, [], 1.5), (1.5, ["--guidance", "3"], 3), (1.5, ["--label", "none"], 1), ("a lot", [], 1), (1e9, [], 1)])
+    (1.5, [], 1.5), (2, [], 2), (1.5, ["--guidance", "3"], 3), (1.5, ["--label", "none"], 1), ("a lot", [], 1), (1e9, [], 1)])
 def test_sampling_takes_the_guidance_of_the_card(named, flags, taken, two_shades, evaluation, tmp_path):
     """So much guidance as the model was measured with, unless a flag says otherwise or no class is asked for."""
     small = tmp_path / "small.pt"

@@ -378,7 +378,8 @@ CLAIMS = [
     (f"at 16x16 a head has {N} weights, at 64x64 it would have {N}[.] ", 256**2, 4096**2),
     (f"copy of the 34 M network is {N} MB; with average and Adam's moments a checkpoint is {N} MB",
      34_146_243 * 4 / 1e6, 34_146_243 * 16 / 1e6),
-    (f"with 1,000 pictures, 950 of them trained on, about {N} times", 20_000 * 16 / 950),
+    (f"with 1,000 pictures, 950 of them trained on, about {N} times",
+     train.PRESETS["fabrics_laptop"]["steps"] * train.PRESETS["fabrics_laptop"]["batch_size"] / 950),
     (f"`fabrics_100k` keeps {N} of them, {N} GB; ", 100, 100 * 34_146_243 * 16 / 1e9),
     (f"[|] the model is {N} MB; average", 34_146_243 * 4 / 1e6),
 ]
