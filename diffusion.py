@@ -270,22 +270,23 @@ class DiffusionProcess:
 
     # ---- From the model's output to one step down
 
-    def _model_output(self, model, x_t, t, y, guidance):
-        """The model's output, pushed away from what it says without a class (Ho & Salimans 2022, eq. 6).
+    def _model_output(self, model, x_t, t, y, guidance, weak=None):
+        """The model's output, pushed away from what it says without a class (Ho & Salimans 2022, eq. 6), or from what
+        a weak model says, which makes the same mistakes in a larger way (Karras et al. 2024, "bad version of itself").
 
-        guidance 1 is the conditional model and 0 the unconditional one; each costs one call. (The
-        paper counts from zero: its w is guidance - 1.)
+        guidance 1 is the model itself and 0 the other answer; each costs one call. (Ho & Salimans count from
+        zero: their w is guidance - 1.)
         """
-        if y is None and guidance not in (0, 1):
+        if weak is None and y is None and guidance not in (0, 1):
             raise ValueError(f"guidance={guidance} needs class labels y to guide towards")
-        if y is None or guidance == 1:
+        if guidance == 1 or weak is None and y is None:
             return model(x_t, t, y)
-        null = model(x_t, t, torch.full_like(y, -1))
+        other = model(x_t, t, torch.full_like(y, -1)) if weak is None else weak(x_t, t, y)
         if guidance == 0:
-            return null
-        return null + guidance * (model(x_t, t, y) - null)
+            return other
+        return other + guidance * (model(x_t, t, y) - other)
 
-    def predict_x0(self, model, x_t, t, y=None, *, guidance=1.0, clip=True):
+    def predict_x0(self, model, x_t, t, y=None, *, guidance=1.0, weak=None, clip=True):
         """The clean image that the model sees in x_t.
 
         x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W], in [-1, 1] if clip.
@@ -293,7 +294,7 @@ class DiffusionProcess:
         """
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         t = t if torch.is_tensor(t) else torch.full((len(x_t),), int(t), device=x_t.device)
-        out = self._model_output(model, x_t, t, y, guidance).to(dtype)
+        out = self._model_output(model, x_t, t, y, guidance, weak).to(dtype)
         signal_weight, noise_weight = self._weights(t)
         if self.objective == "eps":
             x_0 = (x_t - noise_weight * out) / signal_weight
@@ -399,7 +400,7 @@ class DiffusionProcess:
 
     @torch.no_grad()
     def trajectory(self, model, x_T, *, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
-                   guidance=1.0, seed=0, first_index=0, clip=True):
+                   guidance=1.0, weak=None, seed=0, first_index=0, clip=True):
         """The one sampling loop: a generator that yields (t, x_t, x_0) after each step.
 
         t is the level just reached, -1 in the last item, whose x_t is the finished picture; x_0 is
@@ -408,6 +409,7 @@ class DiffusionProcess:
 
         x_T: [B, C, H, W] noise.  sampler: a key of SAMPLERS; steps, eta, spacing default to its row.
         y: [B] class indices.  seed, first_index: which noise the steps add (see seeded_noise).
+        weak: a model that guidance leads away from, see sample.
         """
         ts = self.sampling_levels(sampler, steps, spacing)
         row = SAMPLERS[sampler]
@@ -415,12 +417,12 @@ class DiffusionProcess:
         indices = range(first_index, first_index + len(x_T))
         x_t = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
         past = []
-        with _evaluating(model):
+        with _evaluating(model), _evaluating(weak):
             for k, (t, t_prev) in enumerate(zip(ts, ts[1:]), start=1):
                 noise = None
                 if eta > 0 and t_prev >= 0:
                     noise = seeded_noise(seed, indices, k, x_t.shape[1:]).to(x_t)
-                x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance, clip=clip)
+                x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance, weak=weak, clip=clip)
                 past = [*past, (t, x_0, self._eps(x_t, x_0, t))][-row.order:]
                 target = self._extrapolate(row.extrapolates, x_t, t_prev, past)
                 x_t = self._step(x_t, target, t, t_prev, eta, row.variance, noise)
@@ -452,7 +454,7 @@ class DiffusionProcess:
 
     def sample(self, model, image_size=28, batch_size=64, channels=1, *, x_T=None, seed=None,
                first_index=0, device=None, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
-               guidance=1.0, clip=True):
+               guidance=1.0, weak=None, clip=True):
         """Make new images from noise. Returns [batch_size, channels, image_size, image_size] in [-1, 1].
 
         x_T:          the noise to start from, [B, C, H, W]; drawn from the seed if not given.
@@ -463,6 +465,8 @@ class DiffusionProcess:
                       need fewer still. Each has its defaults for steps (model calls, 1..T), eta (0..1)
                       and spacing (a key of SPACINGS).
         y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
+        weak:         a worse model of the same process, an early checkpoint for instance: guidance then leads away
+                      from its mistakes, and needs no classes.
         clip:         keep every estimate of x_0 in [-1, 1].
         """
         seed = secrets.randbits(32) if seed is None else seed
@@ -477,6 +481,6 @@ class DiffusionProcess:
             y = torch.as_tensor(y, device=device).expand(len(x_T))
         for _, images, _ in self.trajectory(
                 model, x_T, sampler=sampler, steps=steps, eta=eta, spacing=spacing, y=y,
-                guidance=guidance, seed=seed, first_index=first_index, clip=clip):
+                guidance=guidance, weak=weak, seed=seed, first_index=first_index, clip=clip):
             pass
         return images

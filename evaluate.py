@@ -10,6 +10,7 @@ floor, the distance of as many real images that nobody trained on. Prints a tabl
 nearest.png (samples above the training images they are most like), or race.json and race.png.
 """
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from classifier import get_classifier, look
 from data import DATASETS, class_names, get_dataset, split_held_out
 from diffusion import SAMPLERS, SPACINGS
 from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images, precision_recall)
-from sample import CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, load_model, seconds_for
+from sample import CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, load_model, load_weak, seconds_for
 from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
                    guidance_number, make_output_dir, positive_int, save_strip, seed_number, to_signed, to_uint8,
                    write_file)
@@ -142,15 +143,11 @@ def save_nearest(images, training, index, path, count=10):
 
 # ---- Commands
 
-def evaluate(model, diffusion, data, y, images, held, labels, held_name, classifier, args, device):
-    """Draw samples and measure all that this file knows. Returns (a dict of plain numbers, samples, indices)."""
-    drawn, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed, sampler=args.sampler,
-                        steps=args.steps, eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance,
-                        batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision])
-    drawn = to_uint8(drawn)
-    print("measuring", flush=True)
+def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, classifier, device):
+    """Measure all that this file knows of the pictures drawn. Returns (a dict of plain numbers, the index of the
+    training image next to each)."""
     _, reference = look(classifier, images)
-    held, held_y = held[:args.num_images], labels[1][:args.num_images] if labels else None
+    held, held_y = held[:len(drawn)], labels[1][:len(drawn)] if labels else None
     held_probabilities, held_features = look(classifier, held)
     probabilities, features = look(classifier, drawn)
     known = y if y is not None and labels and len(data["classes"]) == probabilities.shape[1] else None
@@ -165,18 +162,17 @@ def evaluate(model, diffusion, data, y, images, held, labels, held_name, classif
     _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
                                  held_y[:256].to(device) if known is not None else None)
     return {"samples": found, "floor": floor, "held_out": held_name, "copies": copied, "loss_by_timestep": losses,
-            "num_images": len(drawn), "num_held_out": len(held)}, drawn, index
+            "num_images": len(drawn), "num_held_out": len(held)}, index
 
 
-def race(model, diffusion, data, y, images, classifier, args, device, entrants):
-    """The same noises through each (sampler, steps) of `entrants`. Returns (rows, one picture row each)."""
+def race(draw, images, classifier, entrants):
+    """The same noises through each (sampler, steps) of `entrants`. draw: generate, with all else decided.
+    Returns (rows, one picture row each)."""
     _, reference = look(classifier, images)
     rows, pictures = [], []
     for sampler, steps in entrants:
         start = time.perf_counter()
-        drawn, _ = generate(model, diffusion, args.num_images, data["image_size"], seed=args.seed, sampler=sampler,
-                            steps=steps, spacing=args.spacing, y=y, guidance=args.guidance, device=device,
-                            batch_size=args.batch_size, precision=PRECISIONS[args.precision])
+        drawn, _ = draw(sampler=sampler, steps=steps)
         seconds = time.perf_counter() - start
         probabilities, features = look(classifier, to_uint8(drawn))
         distance, error = frechet_distance(features, reference)
@@ -203,6 +199,7 @@ def main(argv=None):
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--label", "as in sample.py; default: each class in turn, if the model knows any")
     add("--guidance", "how strongly to follow the class; default: as sample.py", type=guidance_number)
+    add("--weak", "as in sample.py", metavar="FILE")
     add("--batch_size", "images at a time", 100, type=positive_int)
     add("--output_dir", "where the results go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
@@ -221,6 +218,7 @@ def main(argv=None):
                                  "race.png")
     model, diffusion, data = load_model(args.checkpoint, device)
     fill_in(args, data)
+    weak, weak_digest = load_weak(args.weak, model, diffusion, device)
     if args.race:
         args.sampler = args.steps = None                        # in race.json: all of them
         entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
@@ -244,10 +242,14 @@ def main(argv=None):
           + f", guidance {args.guidance:g}" * (args.guidance != 1) + f", about {format_seconds(seconds)} here",
           flush=True)
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "data_dir")}
-    settings.update(digest=data["digest"], torch=torch.__version__, checkpoint=Path(args.checkpoint).name)
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "data_dir", "weak")}
+    settings.update(digest=data["digest"], weak=weak_digest, torch=torch.__version__,
+                    checkpoint=Path(args.checkpoint).name)
+    draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"], seed=args.seed, eta=args.eta,
+                             spacing=args.spacing, y=y, guidance=args.guidance, weak=weak, batch_size=args.batch_size,
+                             device=device, precision=PRECISIONS[args.precision])
     if args.race:
-        rows, pictures = race(model, diffusion, data, y, images, classifier, args, device, entrants)
+        rows, pictures = race(draw, images, classifier, entrants)
         floor, error = frechet_distance(look(classifier, held[:args.num_images])[1], look(classifier, images)[1])
         print(f"  floor: {floor:.2f} +- {error:.2f} ({min(args.num_images, len(held))} {held_name})")
         write_file(output_dir / "race.json", json.dumps({"rows": rows, "floor": floor, **settings}, indent=1).encode())
@@ -256,8 +258,9 @@ def main(argv=None):
                                f"{format_seconds(row['seconds'])}" for row in rows])
         print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
         return
-    found, drawn, index = evaluate(model, diffusion, data, y, images, held, labels, held_name, classifier, args,
-                                   device)
+    drawn = to_uint8(draw(sampler=args.sampler, steps=args.steps)[0])
+    print("measuring", flush=True)
+    found, index = evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, classifier, device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     copied = found["copies"]
     print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of the held-out "

@@ -49,6 +49,8 @@ def read_evaluation(path, checkpoint, digest):
                  "sampler_steps": found["steps"]}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no evaluation.json of evaluate.py") from error
+    if found.get("weak"):
+        raise ValueError(f"{path} was measured with --weak, and the small file holds one model")
     if measured != digest:
         raise ValueError(f"{path} measures another checkpoint than {checkpoint}")
     return facts

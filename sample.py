@@ -30,6 +30,7 @@ from utils import (PRECISIONS, Parser, command, describe_device, format_seconds,
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 OWN = "outputs/model_final.pt"
+WEAK_GUIDANCE = 2.0
 CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
 
 
@@ -110,25 +111,37 @@ def card_recipe(card, T):
 
 def fill_in(args, data):
     """Take the model's own sampler, steps and guidance where the command line names none. ValueError for guidance
-    towards classes that nobody names."""
+    towards nothing."""
     if args.sampler is None:
         args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
     guided = data["classes"] and args.label != "none"
     if args.guidance is None:
-        args.guidance = data["guidance"] if guided else 1.0
-    elif args.guidance not in (0, 1) and not guided:
+        args.guidance = WEAK_GUIDANCE if args.weak else data["guidance"] if guided else 1.0
+    elif args.guidance not in (0, 1) and not guided and not args.weak:
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards: "
                          + ("--label none has none" if data["classes"] else "the model was trained without"))
 
 
+def load_weak(path, model, diffusion, device="cpu"):
+    """(the model of --weak, its digest), or (None, None) without one. ValueError for one of another process."""
+    if path is None:
+        return None, None
+    weak, process, data = load_model(path, device)
+    same = (weak.image_channels, process.objective) == (model.image_channels, diffusion.objective) and torch.equal(
+        process.alpha_bar, diffusion.alpha_bar)
+    if not same:
+        raise ValueError(f"--weak {path} has other channels, another schedule or objective than the model")
+    return weak, data["digest"]
+
+
 @torch.no_grad()
 def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler="ddim", steps=None,
-             eta=None, spacing=None, y=None, guidance=1.0, first_index=0, batch_size=64, device="cpu",
+             eta=None, spacing=None, y=None, guidance=1.0, weak=None, first_index=0, batch_size=64, device="cpu",
              precision=torch.float32, num_frames=0):
     """Make images first_index, first_index + 1, ... of a seed, batch by batch, with a progress bar.
 
     y: [num_images] classes, -1 for none (as without it).
-    guidance: 1 follows the class, more pushes towards it at twice the cost.
+    guidance: 1 follows the class, more pushes towards it at twice the cost; or away from `weak`, a worse model.
     Returns (images [num_images, C, H, W] in [-1, 1], frames). frames is empty unless num_frames > 0:
     then it lists at most that many moments (t, x_t, x_0 estimate made from x_t) of the first batch,
     evenly spread from pure noise to the finished pictures, which stand last with t = -1.
@@ -136,7 +149,7 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     images, frames = [], []
     shape = (model.image_channels, image_size, image_size)
     firsts = range(first_index, first_index + num_images, batch_size)
-    settings = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, seed=seed, guidance=guidance)
+    settings = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, seed=seed, guidance=guidance, weak=weak)
     calls = len(diffusion.sampling_levels(sampler, steps)) - 1
     keep = set(torch.linspace(0, calls, min(num_frames, calls + 1)).round().int().tolist())
     with (tqdm(total=len(firsts) * calls, desc="sampling", unit="call") as bar,
@@ -317,6 +330,8 @@ def main(argv=None):
         "each; none: without a class. Default: each class in turn, if the model knows any")
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; default: as the "
         "model's card says, or 1", type=guidance_number)
+    add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its mistakes, also "
+        f"without classes; --guidance is then {WEAK_GUIDANCE:g} unless given", metavar="FILE")
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")
@@ -359,7 +374,13 @@ def main(argv=None):
     if pixels > MAX_SHEET:
         raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} million: lower "
                          "--num_images or --upscale")
+    weak, weak_digest = load_weak(args.weak, model, diffusion, device)
+    if again and again.get("weak") != weak_digest:
+        raise ValueError(f"{args.recreate} was made " + ("without --weak" if "weak" not in again else
+                         f"with --weak and the checkpoint of digest {str(again['weak'])[:12]}...: name it"))
     note = make_note(args, diffusion, data["digest"], device)
+    if weak_digest:
+        note["weak"] = weak_digest
     print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})")
     evaluations = note["steps"] * (1 if args.guidance in (0, 1) else 2)
@@ -371,7 +392,7 @@ def main(argv=None):
 
     images, frames = generate(
         model, diffusion, args.num_images, size, seed=args.seed, sampler=args.sampler, steps=args.steps,
-        eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, first_index=args.first_index,
+        eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, weak=weak, first_index=args.first_index,
         batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision],
         num_frames=51 if args.show_intermediate else 0)
     one = again.get("picture") if again else None

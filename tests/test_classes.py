@@ -12,7 +12,10 @@ import utils
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import DiffusionProcess
 from sample import choose_labels, generate, load_model
+from test_commands import fails
+from test_figures import write_model
 from train import train, train_step
+from utils import read_note
 
 TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, image_size=8, device="cpu", precision="float32",
             num_samples=4, sample_every=1000)
@@ -133,6 +136,29 @@ def test_a_picture_is_made_again_byte_for_byte(argv, two_shades, tmp_path, capsy
     assert "byte for byte the same" in capsys.readouterr().out
     assert (tmp_path / "again" / "recreated.png").read_bytes() == picture.read_bytes()
     torch.set_num_threads(threads)
+
+
+def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):
+    """Away from itself a model goes nowhere; and the picture is made again with the same weak model only."""
+    drawn(two_shades, tmp_path, "--num_images", "4", "--guidance", "1")
+    with Image.open(tmp_path / "generated_samples.png") as picture:
+        plain = np.asarray(picture).astype(int)
+    drawn(two_shades, tmp_path, "--num_images", "4", "--weak", str(two_shades))
+    picture = tmp_path / "generated_samples.png"
+    assert read_note(picture)["guidance"] == sample.WEAK_GUIDANCE
+    with Image.open(picture) as guided:
+        assert np.abs(np.asarray(guided).astype(int) - plain).max() <= 1
+    threads = torch.get_num_threads()
+    drawn(two_shades, tmp_path, "--recreate", str(picture), "--weak", str(two_shades))
+    assert "byte for byte the same" in capsys.readouterr().out
+    torch.set_num_threads(threads)
+    assert "name it" in fails(capsys, sample.main, "--checkpoint", two_shades, "--output_dir", tmp_path, "--recreate", picture)
+
+
+def test_a_weak_model_of_another_process_is_refused(two_shades, tmp_path, capsys):
+    write_model(tmp_path / "other.pt")
+    assert "another schedule" in fails(capsys, sample.main, "--checkpoint", two_shades, "--output_dir", tmp_path,
+                                       "--weak", tmp_path / "other.pt")
 
 
 def test_a_sheet_larger_than_memory_is_refused_before_it_is_drawn(two_shades, tmp_path, capsys):

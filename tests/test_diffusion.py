@@ -426,6 +426,20 @@ def test_guidance_pushes_away_from_the_answer_without_a_class():
         diffusion.predict_x0(model, x_t, 5, guidance=2.0)
 
 
+def test_guidance_leads_away_from_a_weak_model_with_classes_and_without():
+    diffusion = DiffusionProcess(objective="x0")
+    strong, weak = (lambda x, t, y, c=c: torch.full_like(x, c) + (0 if y is None else 0.01 * y.view(-1, 1, 1, 1))
+                    for c in (0.3, 0.1))
+    x_t = torch.zeros(2, 1, 4, 4)
+    for g in (0.0, 1.0, 2.5):
+        for y in (None, torch.tensor([2, 4])):
+            want = 0.1 + g * 0.2 + (0 if y is None else 0.01 * y)
+            got = diffusion.predict_x0(strong, x_t, 5, y, guidance=g, weak=weak)[:, 0, 0, 0]
+            torch.testing.assert_close(got, torch.as_tensor(want).float().expand(2))
+    drawn = diffusion.sample(strong, 4, 2, sampler="ddim", steps=3, seed=0, guidance=2.5, weak=weak)
+    torch.testing.assert_close(drawn, torch.full_like(drawn, 0.6))
+
+
 def test_the_trajectory_ends_with_the_sample_and_names_its_own_levels():
     diffusion, x_T = DiffusionProcess(), torch.randn(2, 1, 8, 8)
     items = list(diffusion.trajectory(GaussianModel(diffusion), x_T, sampler="ddpm", steps=7, seed=5))
