@@ -118,7 +118,7 @@ def fill_in(args, data):
     if args.guidance is None:
         args.guidance = WEAK_GUIDANCE if args.weak else data["guidance"] if guided else 1.0
     elif args.guidance not in (0, 1) and not guided and not args.weak:
-        raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards: "
+        raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards, or a --weak model: "
                          + ("--label none has none" if data["classes"] else "the model was trained without"))
 
 

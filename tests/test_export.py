@@ -77,6 +77,13 @@ def test_sampling_takes_the_sampler_of_the_card(named, flags, taken, two_shades,
     assert (note["sampler"], note["steps"]) == taken
 
 
+def test_an_evaluation_of_two_models_makes_no_card_for_one(two_shades, evaluation, tmp_path, capsys):
+    evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "weak": "0123"}))
+    assert "--weak" in fails(capsys, export.main, "--checkpoint", two_shades, "--evaluation", evaluation, "--output",
+                             tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+
+
 @pytest.mark.parametrize("named, flags, taken", [
     (1.5, [], 1.5), (2, [], 2), (1.5, ["--guidance", "3"], 3), (1.5, ["--label", "none"], 1), ("a lot", [], 1), (1e9, [], 1)])
 def test_sampling_takes_the_guidance_of_the_card(named, flags, taken, two_shades, evaluation, tmp_path):
