@@ -63,7 +63,7 @@ EDITS = [
          "target = signal_weight * noise - noise_weight * x_0",
          "target = noise_weight * x_0 - signal_weight * noise", "diffusion"),
     Edit("guidance scale off by one", "diffusion.py",
-         "null + guidance * (model(x_t, t, y) - null)", "null + (1 + guidance) * (model(x_t, t, y) - null)",
+         "other + guidance * (model(x_t, t, y) - other)", "other + (1 + guidance) * (model(x_t, t, y) - other)",
          "diffusion"),
     Edit("seed ignored", "diffusion.py", "[seed, i, step]", "[0, i, step]", "diffusion"),
     Edit("the same noise for every image", "diffusion.py", "[seed, i, step]", "[seed, 0, step]", "diffusion"),
