@@ -66,7 +66,7 @@ def quick(args, images, device, precision):
     """Ours: train.py with --preset quick --no-labels, and as many steps as fit, since its rate falls to zero at
     the last one. Its seconds count all that train.py does, from reading the data to a sheet of pictures."""
     row, (_, build) = PRESETS["quick"], ours("quick")
-    model, diffusion = build().to(device), DiffusionProcess(1000, row["schedule"], row["objective"])
+    model, diffusion = build().to(device), DiffusionProcess(1000, row["schedule"], row["objective"], clip_loss=row["clip_loss"])
     x_0 = to_signed(images[:row["batch_size"]]).to(device)
     no_class = torch.full((len(x_0),), -1, device=device)
     step_seconds, _ = measure_seconds(model, EMA(model), (x_0, no_class), diffusion, x_0.shape, row["optimizer"],

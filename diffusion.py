@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 # ---- Schedules: a function of T that returns alpha_bar, float64 [T], strictly decreasing in (0, 1).
 
@@ -183,6 +182,8 @@ class DiffusionProcess:
     objective:     what the model's output means: "eps" (the noise), "x0" (the clean image) or
                    "v" = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0.
     beta_start, beta_end: ends of the linear schedule, used as they are; by default scaled with T.
+    clip_loss:     the loss asks no more of an estimate of x_0 than that it be right once sampling has cut it to
+                   [-1, 1]: where a pixel is black, all below black will do.
 
     alpha_bar (in diffusers: alphas_cumprod) is the share of the image's variance left at t, the
     product of (1 - beta) up to t. `config` rebuilds the process: DiffusionProcess(**config).
@@ -190,7 +191,7 @@ class DiffusionProcess:
     """
 
     def __init__(self, num_timesteps=1000, schedule="linear", objective="eps",
-                 beta_start=None, beta_end=None):
+                 beta_start=None, beta_end=None, clip_loss=False):
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}; choose from {list(OBJECTIVES)}")
         if not isinstance(schedule, str):
@@ -211,9 +212,9 @@ class DiffusionProcess:
             raise ValueError("alpha_bar must fall strictly, from below 1 to above 0")
 
         self.num_timesteps = int(num_timesteps)
-        self.objective = objective
+        self.objective, self.clip_loss = objective, bool(clip_loss)
         self.config = dict(num_timesteps=self.num_timesteps, schedule=schedule, objective=objective,
-                           beta_start=beta_start, beta_end=beta_end)
+                           beta_start=beta_start, beta_end=beta_end, clip_loss=self.clip_loss)
         # Two float32 tables, the weights of image and noise in x_t. They follow the data's device.
         self._signal = self.alpha_bar.sqrt().float()
         self._noise = (1 - self.alpha_bar).sqrt().float()
@@ -248,6 +249,9 @@ class DiffusionProcess:
         x_0: [B, C, H, W] in [-1, 1].  y: [B] class indices or None.  t, noise: drawn if not given.
         min_snr: weigh the error of x_0 by min(SNR_t, min_snr) instead, SNR = ab / (1 - ab); the source
         takes 5 (Hang et al. 2023, section 3.4).  Plain "eps" weighs it by SNR_t, "v" by SNR_t + 1.
+        With clip_loss the error of a pixel at -1 or 1 does not count where the estimate lies beyond it. Those in
+        between, and the best answer but for the clipping, stay what they are: the mean of all images that fit x_t
+        (compare the Tobit model, Tobin 1958).
         Returns a scalar tensor, float32 whatever the model ran in.
         """
         if t is None:
@@ -260,48 +264,53 @@ class DiffusionProcess:
         else:
             signal_weight, noise_weight = self._weights(t)
             target = signal_weight * noise - noise_weight * x_0     # Salimans & Ho 2022, section 4
-        out = model(x_t, t, y).float()
+        error = model(x_t, t, y).float() - target
+        if self.clip_loss:
+            over = error if self.objective == "x0" else -error      # the sign of what the estimate of x_0 is too high
+            error = error.masked_fill((x_0 <= -1) & (over < 0) | (x_0 >= 1) & (over > 0), 0)
         if min_snr is None:
-            return F.mse_loss(out, target)
+            return error.square().mean()
         signal_weight, noise_weight = self._weights(t)
         snr = (signal_weight / noise_weight) ** 2
         plain = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.objective]
-        return (snr.clamp(max=min_snr) / plain * (out - target) ** 2).mean()
+        return (snr.clamp(max=min_snr) / plain * error.square()).mean()
 
     # ---- From the model's output to one step down
-
-    def _model_output(self, model, x_t, t, y, guidance, weak=None):
-        """The model's output, pushed away from what it says without a class (Ho & Salimans 2022, eq. 6), or from what
-        a weak model says, which makes the same mistakes in a larger way (Karras et al. 2024, "bad version of itself").
-
-        guidance 1 is the model itself and 0 the other answer; each costs one call. (Ho & Salimans count from
-        zero: their w is guidance - 1.)
-        """
-        if weak is None and y is None and guidance not in (0, 1):
-            raise ValueError(f"guidance={guidance} needs class labels y to guide towards")
-        if guidance == 1 or weak is None and y is None:
-            return model(x_t, t, y)
-        other = model(x_t, t, torch.full_like(y, -1)) if weak is None else weak(x_t, t, y)
-        if guidance == 0:
-            return other
-        return other + guidance * (model(x_t, t, y) - other)
 
     def predict_x0(self, model, x_t, t, y=None, *, guidance=1.0, weak=None, clip=True):
         """The clean image that the model sees in x_t.
 
-        x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W], in [-1, 1] if clip.
+        guidance pushes it away from what the model sees without a class (Ho & Salimans 2022, eq. 6), or from what a
+        weak model sees, which makes the same mistakes in a larger way (Karras et al. 2024, "bad version of
+        itself"). 1 is the model itself and 0 the other answer; each costs one call. (Ho & Salimans count from zero:
+        their w is guidance - 1.)
+
+        x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W], in [-1, 1] if clip, and so is each
+        answer before the push.  ValueError for guidance towards nothing.
         Computed in float32 even if the model ran in bfloat16: at high t it divides by a small number.
         """
+        if weak is None and y is None and guidance not in (0, 1):
+            raise ValueError(f"guidance={guidance} needs class labels y to guide towards")
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         t = t if torch.is_tensor(t) else torch.full((len(x_t),), int(t), device=x_t.device)
-        out = self._model_output(model, x_t, t, y, guidance, weak).to(dtype)
-        signal_weight, noise_weight = self._weights(t)
-        if self.objective == "eps":
-            x_0 = (x_t - noise_weight * out) / signal_weight
-        elif self.objective == "x0":
-            x_0 = out
-        else:
-            x_0 = signal_weight * x_t - noise_weight * out
+
+        def seen_by(model, y):
+            out = model(x_t, t, y).to(dtype)
+            signal_weight, noise_weight = self._weights(t)
+            if self.objective == "eps":
+                x_0 = (x_t - noise_weight * out) / signal_weight
+            elif self.objective == "x0":
+                x_0 = out
+            else:
+                x_0 = signal_weight * x_t - noise_weight * out
+            return x_0.clamp(-1, 1) if clip else x_0
+
+        if guidance == 1 or weak is None and y is None:
+            return seen_by(model, y)
+        other = seen_by(model, torch.full_like(y, -1)) if weak is None else seen_by(weak, y)
+        if guidance == 0:
+            return other
+        x_0 = other + guidance * (seen_by(model, y) - other)
         return x_0.clamp(-1, 1) if clip else x_0
 
     def reverse_diffusion_step(self, model, x_t, t, t_prev=None, y=None, *, eta=1.0, noise=None,

@@ -64,7 +64,7 @@ PRESETS = {
     "quick":         dict(epochs=5, batch_size=64, lr=3e-3, lr_schedule="cosine", warmup=100, optimizer="muon",
                           beta2=0.99, model="attention", patch_size=2, base_channels=48, multipliers=(1, 2),
                           num_blocks=1, attention_levels=(1,), groups=16, schedule="cosine", objective="v",
-                          density="logit_normal", grad_clip=1.0, ema_decay=0.999),
+                          clip_loss=True, density="logit_normal", grad_clip=1.0, ema_decay=0.999),
     "cifar10":       dict(dataset="cifar10", epochs=200, batch_size=128, lr=2e-4, warmup=1000,
                           model="attention", multipliers=(1, 2, 4), num_blocks=2, attention_levels=(1, 2),
                           dropout=0.1, schedule="cosine", objective="v", grad_clip=1.0, ema_decay=0.9995,
@@ -326,7 +326,7 @@ def write_losses(folder, state, rate):
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None, seed=0,
           data_dir="data", output_dir="outputs", device="auto", precision="auto",
           image_size=None, channels=None, fit="crop", labels=None, label_drop=0.1, cache_dir=None, flip=False,
-          val_dir=None, val_fraction=0.0, timesteps=1000, schedule="linear", objective="eps",
+          val_dir=None, val_fraction=0.0, timesteps=1000, schedule="linear", objective="eps", clip_loss=False,
           model_name="simple", grad_checkpoint=False, compile=False,
           optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0, accumulate=1,
           grad_clip=None, min_snr=None, density="uniform", ema_decay=0.9995, ema_every=1, num_samples=64,
@@ -347,7 +347,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
     if not 0 <= beta2 < 1:
         raise ValueError(f"beta2 must lie in [0, 1), got {beta2}")
-    diffusion = DiffusionProcess(timesteps, schedule, objective)
+    diffusion = DiffusionProcess(timesteps, schedule, objective, clip_loss=clip_loss)
     device_asked, device = device, get_device(distributed.join(device))
     rank, world = distributed.place()
     precision, precision_reason = get_precision(precision, device)
@@ -588,6 +588,8 @@ def main(argv=None):
     add("--weight_decay", "pull towards zero", 0.0, type=fraction)
     add("--min_snr", "weigh the error of x_0 by min(SNR, this), usually 5; default: as the objective does",
         type=positive_float)
+    add("--clip_loss", "ask of black and white pixels no more than to be right once cut to their range, as sampling does",
+        False, action=SWITCH)
     add("--density", "which noise levels are met how often: all alike, or the middle ones more", "uniform",
         choices=DENSITIES)
     add("--grad_clip", "largest gradient norm; off unless given", type=positive_float)
