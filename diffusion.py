@@ -443,8 +443,8 @@ class DiffusionProcess:
 
         A step from t to t_prev uses the model's answer at t, which is not known yet on the way back; so it
         is guessed from x at t_prev, and the guess improved by asking again, `guesses` times in all (each is
-        a call of the model). Going down again with clip=False then returns x_0, but for rounding and for
-        what a guess still lacks.
+        a call of the model). Going down again with clip=clip_loss (where a model was trained with that, what it says
+        beyond the range means nothing) then returns x_0, but for rounding and for what a guess still lacks.
 
         x_0: [B, C, H, W] in [-1, 1].  Returns x_T, [B, C, H, W].
         """
@@ -455,7 +455,7 @@ class DiffusionProcess:
                 ab_t, ab_prev = self._level(t), self._level(t_prev)
                 x_t = x
                 for _ in range(guesses):
-                    eps = self._eps(x_t, self.predict_x0(model, x_t, t, y, clip=False), t)
+                    eps = self._eps(x_t, self.predict_x0(model, x_t, t, y, clip=self.clip_loss), t)
                     clean = (x - math.sqrt(1 - ab_prev) * eps) / math.sqrt(ab_prev)
                     x_t = math.sqrt(ab_t) * clean + math.sqrt(1 - ab_t) * eps
                 x = x_t

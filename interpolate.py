@@ -126,7 +126,8 @@ def main(argv=None):
     if args.images:
         real = load_pictures(args.images, size, model.image_channels).to(device)
         noises = diffusion.invert(model, real, steps=args.steps, y=None if y is None else y[:len(real)])
-        back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps, clip=False)
+        back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps,
+                    clip=diffusion.clip_loss)
         print(f"to their noise and back: PSNR {psnr(back, real):.1f} dB; more --steps lose less")
     else:
         noises = torch.cat([seeded_noise(seed, [0], 0, shape) for seed in args.seeds]).to(device)

@@ -232,6 +232,39 @@ def test_min_snr_weighs_the_error_of_x0_alike_for_every_objective(objective):
     assert found == pytest.approx(expected, rel=1e-3)           # at the last t float32 divides by 1e-4
 
 
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+def test_clip_loss_forgives_what_clipping_mends_and_nothing_else(objective):
+    """Pixel by pixel: the image, what the model sees, and the error that is left, for estimates of x_0."""
+    cases = [(-1.0, -1.3, 0.0), (-1.0, 1.4, 2.4), (1.0, 1.2, 0.0), (1.0, -1.5, 2.5), (0.5, -1.2, 1.7), (0.5, 1.2, 0.7),
+             (-1.0, -0.9, 0.1)]
+    x_0, seen, left = (torch.tensor(column).view(1, 1, 1, -1) for column in zip(*cases))
+    noise, t = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([40])
+    for clip_loss, expected in ((True, left), (False, (seen - x_0).abs())):
+        diffusion = DiffusionProcess(100, "cosine", objective, clip_loss=clip_loss)
+        ab = float(diffusion.alpha_bar[40])
+
+        def model(x_t, t, y=None):
+            eps = (x_t - math.sqrt(ab) * seen) / math.sqrt(1 - ab)
+            return {"eps": eps, "x0": seen, "v": math.sqrt(ab) * eps - math.sqrt(1 - ab) * seen}[objective]
+
+        factor = {"eps": ab / (1 - ab), "x0": 1, "v": 1 / (1 - ab)}[objective]      # of the squared error of x_0
+        loss = float(diffusion.training_loss(model, x_0, t=t, noise=noise))
+        assert loss == pytest.approx(float(factor * (expected**2).mean()), rel=1e-4)
+        assert DiffusionProcess(**diffusion.config).clip_loss == clip_loss
+
+
+def test_clip_loss_leaves_the_best_answer_the_mean():
+    """Of one pixel that is -1, -1 and 0.5 with equal chance, and of one that is always -1: there any value below."""
+    x_0 = torch.tensor([[-1.0, -1], [-1, -1], [0.5, -1]]).view(3, 1, 1, 2)
+    diffusion, guesses = DiffusionProcess(10, objective="x0", clip_loss=True), torch.linspace(-2, 2, 401)
+    losses = [[float(diffusion.training_loss(lambda x, t, y: torch.where(torch.arange(2) == k, guess, -1.0).expand_as(x),
+                                             x_0, t=torch.zeros(3, dtype=torch.long))) for guess in guesses]
+              for k in range(2)]
+    varying, constant = (torch.tensor(row) for row in losses)
+    assert float(guesses[varying.argmin()]) == pytest.approx(-0.5, abs=0.011)
+    assert (constant[guesses <= -1] == constant.min()).all() and (constant[guesses > -0.98] > constant.min()).all()
+
+
 # ---- One step back
 
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])
@@ -424,6 +457,15 @@ def test_guidance_pushes_away_from_the_answer_without_a_class():
         torch.testing.assert_close(got[:, 0, 0, 0], want)
     with pytest.raises(ValueError):
         diffusion.predict_x0(model, x_t, 5, guidance=2.0)
+
+
+def test_guidance_compares_what_is_left_of_both_answers_after_clipping():
+    """Both say black, one of them more than black. That is no difference to push on."""
+    diffusion = DiffusionProcess(objective="x0", clip_loss=True)
+    model = lambda x, t, y: torch.where(y.view(-1, 1, 1, 1) < 0, -2.0, -1.1).expand_as(x)      # noqa: E731
+    x_t, y = torch.zeros(2, 1, 4, 4), torch.tensor([2, 4])
+    assert (diffusion.predict_x0(model, x_t, 5, y, guidance=3.0) == -1).all()
+    assert float(diffusion.predict_x0(model, x_t, 5, y, guidance=3.0, clip=False).max()) > 0.6
 
 
 def test_guidance_leads_away_from_a_weak_model_with_classes_and_without():

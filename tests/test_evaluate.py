@@ -174,18 +174,19 @@ def test_spoilt_sets_score_worse_than_real_images(data_dir):
 
 
 def test_the_command_writes_its_numbers_and_tells_them_again(two_shades, tmp_path, monkeypatch, capsys):
-    """A model of dark and bright squares: the classifier agrees with the labels asked for."""
+    """A model of dark and bright squares: the classifier agrees with the labels asked for, three dark to a bright."""
     import data
-    shades = torch.cat([torch.full((32, 1, 8, 8), 40), torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
+    shades = torch.cat([torch.full((48, 1, 8, 8), 40), torch.full((16, 1, 8, 8), 215)]).to(torch.uint8)
     shades = (shades + torch.randint(0, 9, shades.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
     monkeypatch.setitem(data.DATASETS, "shades", data.Row(None, ("dark", "bright")))
     monkeypatch.setattr(evaluate, "get_dataset", lambda *args, **settings: (shades.repeat(4, 1, 1, 1),
-                                                                           (torch.arange(64) // 32).repeat(4)))
+                                                                           (torch.arange(64) // 48).repeat(4)))
     flags = ["--checkpoint", str(two_shades), "--num_images", "100", "--steps", "5", "--output_dir", str(tmp_path),
              "--device", "cpu"]
     evaluate.main(flags)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["samples"]["agreement"] > 0.9 and found["samples"]["fd"] >= 0
+    assert found["samples"]["classes"][0] == pytest.approx(0.75, abs=0.05)
     assert "FD, small classifier" in capsys.readouterr().out and (tmp_path / "nearest.png").is_file()
     evaluate.main(flags)
     again = json.loads((tmp_path / "evaluation.json").read_text())
