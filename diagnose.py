@@ -84,6 +84,7 @@ class Reading(NamedTuple):
     signal: torch.Tensor  # weight of the image in x_t, float64 [T]
     noise: torch.Tensor  # weight of the noise
     objective: str
+    clip: bool = False
     zero_to_one: bool = False  # images in [0, 1] instead of [-1, 1]
 
 
@@ -102,13 +103,15 @@ def linear_error(power, signal, noise):
 
 
 def estimate(reading, out, x_t, t):
-    """The clean image that an answer means."""
+    """The clean image that an answer means; after --clip_loss what lies beyond its range means the end of it."""
     a, b = reading.signal[t], reading.noise[t]
     if reading.objective == "eps":
-        return (x_t - b * out) / a
-    if reading.objective == "x0":
-        return out
-    return (a * x_t - b * out) / (a**2 + b**2)
+        x_0 = (x_t - b * out) / a
+    elif reading.objective == "x0":
+        x_0 = out
+    else:
+        x_0 = (a * x_t - b * out) / (a**2 + b**2)
+    return x_0.clamp(0 if reading.zero_to_one else -1, 1) if reading.clip else x_0
 
 
 @torch.no_grad()
@@ -140,7 +143,7 @@ def typical(ratios):
 def readings(diffusion):
     """What the checkpoint says, first, and what it could have been trained with instead."""
     def reading(name, alpha_bar, objective=diffusion.objective, **settings):
-        return Reading(name, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), objective, **settings)
+        return Reading(name, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), objective, clip=diffusion.clip_loss, **settings)
 
     own, T = diffusion.alpha_bar, diffusion.num_timesteps
     found = [reading("as the checkpoint says", own)]
@@ -152,7 +155,8 @@ def readings(diffusion):
     others = [objective for objective in OBJECTIVES if objective != diffusion.objective]
     found += [reading(f"the objective {objective}", own, objective) for objective in others]
     found.append(reading("images in [0, 1]", own, zero_to_one=True))
-    found.append(Reading("alpha_bar without its square roots", own, 1 - own, diffusion.objective))
+    found.append(Reading("alpha_bar without its square roots", own, 1 - own, diffusion.objective,
+                         clip=diffusion.clip_loss))
     return found
 
 

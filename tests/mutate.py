@@ -176,7 +176,7 @@ EDITS = [
     Edit("the linear filter without its noise", "diagnose.py",
          "(power * noise**2 / (signal**2 * power + noise**2))", "(power * noise**2 / (signal**2 * power + 1))", "diagnose"),
     Edit("an answer of v read as eps", "diagnose.py",
-         "return (a * x_t - b * out) / (a**2 + b**2)", "return (x_t - b * out) / a", "diagnose"),
+         "x_0 = (a * x_t - b * out) / (a**2 + b**2)", "x_0 = (x_t - b * out) / a", "diagnose"),
     Edit("every assumption fits", "diagnose.py", "typical(own) < 1.3 * typical(best)", "typical(own) < 99 * typical(best)",
          "diagnose"),
     Edit("a wrong class is the right one", "diagnose.py", "shift = 1 + torch.arange", "shift = 0 * torch.arange", "diagnose"),
