@@ -241,6 +241,16 @@ def test_measuring_changes_neither_model_nor_data(tiny_model):
     assert all(p.grad is None for p in tiny_model.parameters())
 
 
+def test_a_checkpoint_remembers_which_loss_it_was_trained_with(few_digits, tmp_path):
+    """The same noise for both: with --clip_loss some errors do not count, so the first loss is smaller."""
+    losses = {}
+    for clip_loss in (False, True):
+        folder = tmp_path / str(clip_loss)
+        _, _, losses[clip_loss] = train(**few_digits, **TINY, objective="v", clip_loss=clip_loss, steps=1, output_dir=folder)
+        assert load_model(folder / "model_final.pt")[1].clip_loss == clip_loss
+    assert 0 < losses[True][0] < losses[False][0]
+
+
 @pytest.mark.parametrize("objective, adds", [("eps", True), ("x0", False), ("v", False)])
 def test_the_input_is_added_for_eps_alone(objective, adds, few_digits, tmp_path):
     train(**few_digits, **TINY, objective=objective, steps=1, output_dir=tmp_path)
