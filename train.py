@@ -61,7 +61,7 @@ PRESETS = {
     "mnist_short":   dict(dataset="mnist", epochs=5, batch_size=64, lr=1e-3, timesteps=200, base_channels=32,
                           time_emb_dim=128),
     # Readable digits or garments in minutes on two cores: 2x2 pixels as one, and a rate that falls to zero.
-    "quick":         dict(epochs=5, batch_size=64, lr=3e-3, lr_schedule="cosine", warmup=100, optimizer="muon",
+    "quick":         dict(epochs=4, batch_size=64, lr=3e-3, lr_schedule="cosine", warmup=100, optimizer="muon",
                           beta2=0.99, model="attention", patch_size=2, base_channels=48, multipliers=(1, 2),
                           num_blocks=1, attention_levels=(1,), groups=16, schedule="cosine", objective="v",
                           clip_loss=True, density="logit_normal", grad_clip=1.0, ema_decay=0.999),
