@@ -249,9 +249,8 @@ class DiffusionProcess:
         x_0: [B, C, H, W] in [-1, 1].  y: [B] class indices or None.  t, noise: drawn if not given.
         min_snr: weigh the error of x_0 by min(SNR_t, min_snr) instead, SNR = ab / (1 - ab); the source
         takes 5 (Hang et al. 2023, section 3.4).  Plain "eps" weighs it by SNR_t, "v" by SNR_t + 1.
-        With clip_loss the error of a pixel at -1 or 1 does not count where the estimate lies beyond it. Those in
-        between, and the best answer but for the clipping, stay what they are: the mean of all images that fit x_t
-        (compare the Tobit model, Tobin 1958).
+        With clip_loss the error of a pixel at -1 or 1 does not count where the estimate lies beyond it. All other
+        errors count in full, so the best clipped answer stays the mean of all images that fit x_t.
         Returns a scalar tensor, float32 whatever the model ran in.
         """
         if t is None:
@@ -266,8 +265,8 @@ class DiffusionProcess:
             target = signal_weight * noise - noise_weight * x_0     # Salimans & Ho 2022, section 4
         error = model(x_t, t, y).float() - target
         if self.clip_loss:
-            over = error if self.objective == "x0" else -error      # the sign of what the estimate of x_0 is too high
-            error = error.masked_fill((x_0 <= -1) & (over < 0) | (x_0 >= 1) & (over > 0), 0)
+            over = error if self.objective == "x0" else -error      # has the sign of (estimate of x_0) - x_0
+            error = error.masked_fill((x_0.abs() >= 1) & (over * x_0 > 0), 0)
         if min_snr is None:
             return error.square().mean()
         signal_weight, noise_weight = self._weights(t)
@@ -285,8 +284,8 @@ class DiffusionProcess:
         itself"). 1 is the model itself and 0 the other answer; each costs one call. (Ho & Salimans count from zero:
         their w is guidance - 1.)
 
-        x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W], in [-1, 1] if clip, and so is each
-        answer before the push.  ValueError for guidance towards nothing.
+        x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W], in [-1, 1] if clip.
+        ValueError for guidance towards nothing.
         Computed in float32 even if the model ran in bfloat16: at high t it divides by a small number.
         """
         if weak is None and y is None and guidance not in (0, 1):
@@ -303,14 +302,15 @@ class DiffusionProcess:
                 x_0 = out
             else:
                 x_0 = signal_weight * x_t - noise_weight * out
-            return x_0.clamp(-1, 1) if clip else x_0
+            # After clip_loss, what lies beyond the range means its end, and must not push.
+            return x_0.clamp(-1, 1) if clip and self.clip_loss else x_0
 
         if guidance == 1 or weak is None and y is None:
-            return seen_by(model, y)
-        other = seen_by(model, torch.full_like(y, -1)) if weak is None else seen_by(weak, y)
-        if guidance == 0:
-            return other
-        x_0 = other + guidance * (seen_by(model, y) - other)
+            x_0 = seen_by(model, y)
+        else:
+            x_0 = seen_by(model, torch.full_like(y, -1)) if weak is None else seen_by(weak, y)
+            if guidance != 0:
+                x_0 = x_0 + guidance * (seen_by(model, y) - x_0)
         return x_0.clamp(-1, 1) if clip else x_0
 
     def reverse_diffusion_step(self, model, x_t, t, t_prev=None, y=None, *, eta=1.0, noise=None,
@@ -476,7 +476,7 @@ class DiffusionProcess:
         y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
         weak:         a worse model of the same process, an early checkpoint for instance: guidance then leads away
                       from its mistakes, and needs no classes.
-        clip:         keep every estimate of x_0 in [-1, 1].
+        clip:         keep every estimate of x_0 in [-1, 1]; without it a model trained with clip_loss draws rubbish.
         """
         seed = secrets.randbits(32) if seed is None else seed
         if device is None:

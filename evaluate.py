@@ -60,13 +60,12 @@ def load_reference(data, data_dir, name=None):
 
 
 def labels_like(labels, count, seed=0):
-    """`count` classes, each as often as among `labels` [N], in random order: [count] integers.
+    """The classes of `count` images drawn by chance from those that `labels` [N] belong to: [count] integers.
 
     MNIST has a fourth more ones than fives. Samples with as many of each are another distribution, and the FD of 10,000
-    real digits chosen so is twice the floor.
+    real digits chosen so is twice the floor. By chance, since those of the floor's images are as chance gave them.
     """
-    places = (torch.arange(count, dtype=torch.float64) + 0.5) * len(labels) / count
-    return labels.sort().values[places.long()][torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+    return labels[torch.randint(len(labels), (count,), generator=torch.Generator().manual_seed(seed))]
 
 
 # ---- Measures of one set of samples
@@ -110,7 +109,7 @@ def copies(images, features, training, reference, held, held_features, mirrored=
 def loss_by_timestep(model, diffusion, x_0, y=None, bins=BINS, seed=0):
     """The mean loss in each of `bins` equal ranges of t, for every model at the same noise and the same t.
 
-    x_0: [N, C, H, W] in [-1, 1].  Returns (the edges of the ranges, from 0 to T, and a loss for each range).
+    Only losses of one objective and one clip_loss compare.  x_0: [N, C, H, W] in [-1, 1].  Returns (the edges of the ranges, from 0 to T, and a loss for each range).
     """
     random, T = torch.Generator().manual_seed(seed), diffusion.num_timesteps
     edges, losses = torch.linspace(0, T, min(bins, T) + 1).round().int().tolist(), []
@@ -207,7 +206,7 @@ def main(argv=None):
     add("--steps", "steps; default: as sample.py", type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
-    add("--label", "as in sample.py; default: each class as often as in the training images, if the model knows any")
+    add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset (in turn where that has no labels)")
     add("--guidance", "how strongly to follow the class; default: as sample.py", type=guidance_number)
     add("--weak", "as in sample.py", metavar="FILE")
     add("--batch_size", "images at a time", 100, type=positive_int)
@@ -239,7 +238,8 @@ def main(argv=None):
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     y, _ = choose_labels(args.label, data["classes"], args.num_images)
     y = None if y is None else y[:args.num_images]              # several labels come in full rows
-    if args.label is None and y is not None and labels and int(labels[0].max()) < len(data["classes"]):
+    by_chance = args.label is None and y is not None and labels and int(labels[0].max()) < len(data["classes"])
+    if by_chance:
         y = labels_like(labels[0], args.num_images, args.seed)
     print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and {len(held)} "
@@ -256,7 +256,7 @@ def main(argv=None):
 
     settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "data_dir", "weak")}
     settings.update(digest=data["digest"], weak=weak_digest, torch=torch.__version__,
-                    checkpoint=Path(args.checkpoint).name)
+                    checkpoint=Path(args.checkpoint).name, label=args.label or ("by chance" if by_chance else None))
     draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"], seed=args.seed, eta=args.eta,
                              spacing=args.spacing, y=y, guidance=args.guidance, weak=weak, batch_size=args.batch_size,
                              device=device, precision=PRECISIONS[args.precision])

@@ -18,19 +18,23 @@ KEPT = ("model_name", "model_config", "diffusion_config", "data")
 def export(checkpoint, output, evaluation=None, **card):
     """Write the small file. evaluation: what evaluate.py wrote, for this very checkpoint.  card: plain values.
 
+    A checkpoint that is small already keeps its weights and gets a newer card.
     Raises ValueError if the evaluation is another checkpoint's.
     """
     if Path(output).exists() and Path(output).samefile(checkpoint):
         raise ValueError(f"{output} is the checkpoint itself: give another --output")
     entries = load_checkpoint(checkpoint)
     try:
-        settings = {name: value for name, value in entries["settings"].items() if value is not None}
-        card = {**card, "settings": settings, "training_steps": entries["step"]}
+        if "card" in entries:
+            card = {**entries["card"], **card}
+        else:
+            settings = {name: value for name, value in entries["settings"].items() if value is not None}
+            card = {**card, "settings": settings, "training_steps": entries["step"]}
         weights = {name: value.half() if value.is_floating_point() else value
                    for name, value in entries["ema"].items()}
         kept = {name: entries[name] for name in KEPT}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{checkpoint} is not what train.py writes (an exported file is small already)") from error
+        raise ValueError(f"{checkpoint} is not what train.py or export.py writes") from error
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError(f"{checkpoint}: not all weights are numbers that half precision can hold")
     if evaluation:
@@ -45,7 +49,7 @@ def read_evaluation(path, checkpoint, digest):
         measured, samples = found["digest"], found["samples"]
         facts = {"fd": samples["fd"], "fd_error": samples["fd_error"], "fd_floor": found["floor"]["fd"],
                  "agreement": samples.get("agreement"), "copied": found["copies"]["copied"],
-                 **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance", "seed")},
+                 **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance", "label", "seed")},
                  "sampler_steps": found["steps"]}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no evaluation.json of evaluate.py") from error
@@ -60,7 +64,7 @@ def read_evaluation(path, checkpoint, digest):
 def main(argv=None):
     parser = Parser(description="Make a small file to share out of a checkpoint.")
     add = parser.add
-    add("--checkpoint", "a file written by train.py", "outputs/model_final.pt")
+    add("--checkpoint", "a file written by train.py, or by this command: that one gets a newer card", "outputs/model_final.pt")
     add("--evaluation", "the evaluation.json of evaluate.py for it", metavar="FILE")
     add("--training", "how long it took and where, in words, for the card", metavar="TEXT")
     add("--output", "the file to write", "outputs/exported.pt")

@@ -225,7 +225,7 @@ def sample_images(model, diffusion, device, num_images=64, image_size=28):
 @torch.no_grad()
 def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
     """The loss on images that are not trained on, always at the same timesteps and with the same noise, so
-    that two models, or two moments of a training, compare.
+    that two models (of one objective and one clip_loss), or two moments of a training, compare.
 
     batches: a Batches of all held-out images, whose count is divided evenly over the timesteps.
     """

@@ -228,8 +228,9 @@ def explain_step(model, diffusion, t, **settings):
     to_x_t = math.sqrt(ab / ab_prev) * (1 - ab_prev) / (1 - ab)
     sigma = math.sqrt((1 - ab_prev) / (1 - ab) * beta)
     y = settings.get("y")
-    unclamped = diffusion.predict_x0(model, x_t, t, None if y is None else y.to(x_t.device), clip=False)
-    images = dict(x_t=x_t, eps=(x_t - signal * unclamped) / spread, x_0=x_0, mean=to_x_0 * x_0 + to_x_t * x_t,
+    # Beyond the range the answer tells the noise, too, but for a model that was never asked for it there.
+    told = diffusion.predict_x0(model, x_t, t, None if y is None else y.to(x_t.device), clip=diffusion.clip_loss)
+    images = dict(x_t=x_t, eps=(x_t - signal * told) / spread, x_0=x_0, mean=to_x_0 * x_0 + to_x_t * x_t,
                   noise=seeded_noise(settings["seed"], [0], k + 1, x_t.shape[1:]), x_prev=x_prev)
     return dict({name: image[0].cpu() for name, image in images.items()}, t=t, t_prev=t_prev, signal=signal,
                 spread=spread, to_x_0=to_x_0, to_x_t=to_x_t, sigma=sigma)

@@ -55,6 +55,18 @@ def test_the_linear_error_is_that_of_a_filter_applied():
     assert d.linear_error(power, a, b) == pytest.approx(error, rel=0.02)
 
 
+@pytest.mark.parametrize("clip_loss", [True, False])
+def test_after_clip_loss_no_reading_looks_beyond_the_range(clip_loss, images):
+    """Two networks that differ there alone err alike, however they are understood."""
+    process = DiffusionProcess(objective="x0", clip_loss=clip_loss)
+    wild, power = (lambda x, t, y=None: 2 * x), d.spectrum(images)
+    for reading in d.readings(process):
+        low = 0 if reading.zero_to_one else -1
+        if reading.objective == "x0":
+            tame = d.errors(lambda x, t, y=None: wild(x, t).clamp(low, 1), reading, images[:20], power)
+            assert (d.errors(wild, reading, images[:20], power) == tame) == clip_loss
+
+
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])
 def test_the_best_network_for_static_scores_one_and_is_not_blamed(objective, images):
     process = DiffusionProcess(objective=objective)

@@ -459,13 +459,23 @@ def test_guidance_pushes_away_from_the_answer_without_a_class():
         diffusion.predict_x0(model, x_t, 5, guidance=2.0)
 
 
-def test_guidance_compares_what_is_left_of_both_answers_after_clipping():
-    """Both say black, one of them more than black. That is no difference to push on."""
-    diffusion = DiffusionProcess(objective="x0", clip_loss=True)
+@pytest.mark.parametrize("clip_loss, clip, want", [(True, True, -1.0), (True, False, 0.7), (False, True, 0.7)])
+def test_guidance_pushes_on_what_lies_beyond_black_unless_that_was_never_asked_for(clip_loss, clip, want):
+    """Both answers say black, -2 without the class and -1.1 with it."""
+    diffusion = DiffusionProcess(objective="x0", clip_loss=clip_loss)
     model = lambda x, t, y: torch.where(y.view(-1, 1, 1, 1) < 0, -2.0, -1.1).expand_as(x)      # noqa: E731
-    x_t, y = torch.zeros(2, 1, 4, 4), torch.tensor([2, 4])
-    assert (diffusion.predict_x0(model, x_t, 5, y, guidance=3.0) == -1).all()
-    assert float(diffusion.predict_x0(model, x_t, 5, y, guidance=3.0, clip=False).max()) > 0.6
+    seen = diffusion.predict_x0(model, torch.zeros(2, 1, 4, 4), 5, torch.tensor([2, 4]), guidance=3.0, clip=clip)
+    torch.testing.assert_close(seen, torch.full_like(seen, want))
+
+
+def test_after_clip_loss_an_inversion_reads_nothing_beyond_the_range():
+    """Two models that differ there alone have the same noise for a picture, and without clip_loss have not."""
+    x_0 = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for clip_loss in (True, False):
+        diffusion = DiffusionProcess(50, "cosine", "x0", clip_loss=clip_loss)
+        beyond = diffusion.invert(lambda x, t, y=None: 1.5 * x, x_0, steps=10)
+        within = diffusion.invert(lambda x, t, y=None: (1.5 * x).clamp(-1, 1), x_0, steps=10)
+        assert torch.equal(beyond, within) == clip_loss
 
 
 def test_guidance_leads_away_from_a_weak_model_with_classes_and_without():

@@ -104,15 +104,17 @@ def test_mirrored_copies_are_found_when_asked_for():
     assert nearest_images(images[:20].flip(-1), images)[0].max() > 0.05
 
 
-@pytest.mark.parametrize("count", [7, 100, 5000])
-def test_classes_are_drawn_as_often_as_the_training_images_have_them(count):
-    labels = torch.tensor([2] * 600 + [0] * 300 + [1] * 90 + [4] * 10)[torch.randperm(1000)]
-    drawn = evaluate.labels_like(labels, count, seed=3)
-    shares = torch.bincount(labels, minlength=5) / len(labels)
-    assert ((torch.bincount(drawn, minlength=5) - count * shares).abs() <= 1).all() and len(drawn) == count
-    if count > 7:
-        # In random order: the first half has as many of each as the second, or nearly.
-        assert abs((drawn[:count // 2] == 2).double().mean() - 0.6) < 0.2
+def test_classes_are_drawn_by_chance_as_the_training_images_have_them():
+    """Their numbers vary from seed to seed as those of a binomial do; with exact shares they would not."""
+    labels = torch.tensor([2] * 600 + [0] * 300 + [1] * 90 + [4] * 10)
+    drawn = torch.stack([evaluate.labels_like(labels, 500, seed) for seed in range(400)])
+    for label, share in ((2, 0.6), (0, 0.3), (1, 0.09), (4, 0.01)):
+        counts = (drawn == label).sum(1).double()
+        spread = (500 * share * (1 - share)) ** 0.5
+        assert abs(counts.mean() - 500 * share) < 4 * spread / 400**0.5
+        assert counts.std() == pytest.approx(spread, rel=0.2)
+    assert abs((drawn[:, :250] == 2).double().mean() - 0.6) < 0.02      # in random order
+    assert torch.equal(drawn[3], evaluate.labels_like(labels, 500, 3))
 
 
 def test_a_classifier_learns_and_survives_its_file(tmp_path):

@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 
 import interpolate
+from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import DiffusionProcess, seeded_noise
 from interpolate import lerp, psnr, slerp, walk
+from sample import load_model
 from test_diffusion import MEAN, STD, GaussianModel
+from utils import to_signed
 
 
 def noises(count):
@@ -76,6 +79,26 @@ def test_the_command_writes_its_pictures(two_shades, tmp_path, capsys):
     assert "PSNR" in capsys.readouterr().out
     interpolate.main([*flags, "--compare"])
     assert (tmp_path / "lerp_slerp.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("clip_loss", [True, False])
+def test_the_way_back_is_cut_where_the_way_there_was(clip_loss, two_shades, tmp_path, capsys):
+    entries = load_checkpoint(two_shades)
+    entries["diffusion_config"]["clip_loss"] = clip_loss
+    entries["ema"]["conv_out.weight"] *= 30                # answers beyond the range
+    save_checkpoint(tmp_path / "m.pt", entries)
+    pictures = [np.random.default_rng(k).integers(0, 256, (8, 8), dtype=np.uint8) for k in range(2)]
+    for k, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{k}.png")
+    interpolate.main(["--checkpoint", str(tmp_path / "m.pt"), "--images", str(tmp_path / "0.png"), str(tmp_path / "1.png"),
+                      "--frames", "2", "--steps", "5", "--output_dir", str(tmp_path), "--device", "cpu"])
+    told = float(capsys.readouterr().out.split("PSNR ")[1].split()[0])
+    model, diffusion, _ = load_model(tmp_path / "m.pt")
+    x_0, none = to_signed(torch.from_numpy(np.stack(pictures))[:, None]), torch.tensor([-1, -1])
+    x_T = diffusion.invert(model, x_0, steps=5, y=none)
+    back = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=5, y=none, clip=clip_loss)
+    assert told == pytest.approx(psnr(back, x_0), abs=0.06)
+    assert abs(told - psnr(diffusion.sample(model, x_T=x_T, sampler="ddim", steps=5, y=none, clip=not clip_loss), x_0)) > 0.2
 
 
 @pytest.mark.parametrize("argv, words", [
