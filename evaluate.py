@@ -41,14 +41,16 @@ def load_reference(data, data_dir, name=None):
 
     data: what the checkpoint says.  name: another data set instead.
     Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
-    A named set has its test set. Of a folder they are those that training held out (--val_fraction), or else a
+    A named set has its test set, here in random order, since the first half of MNIST's is by other writers than the
+    second (LeCun et al. 1998, section III.A). Of a folder they are those that training held out (--val_fraction), or else a
     tenth, which the model has seen.
     """
     name, like = name or data["name"], dict(image_size=data["image_size"], channels=data.get("channels"))
     if name in DATASETS:
         images, labels = get_dataset(name, data_dir, **like)
         held, held_labels = get_dataset(name, data_dir, train=False, **like)
-        return images, held, (labels, held_labels), "test images"
+        order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+        return images, held[order], (labels, held_labels[order]), "test images"
     images, labels = get_dataset(name, data_dir, with_labels=bool(data["classes"] and class_names(name, True)),
                                  fit="stretch" if data.get("fit") == "stretch" else "crop", **like)
     share, seed = data.get("val_fraction") or 0, data.get("seed", 0)

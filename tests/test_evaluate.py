@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import classifier as classifier_module
+import data
 import evaluate
 from classifier import Classifier, get_classifier, load_classifier, look, save_classifier, train_classifier
 from data import get_dataset
@@ -115,6 +116,20 @@ def test_classes_are_drawn_by_chance_as_the_training_images_have_them():
         assert counts.std() == pytest.approx(spread, rel=0.2)
     assert abs((drawn[:, :250] == 2).double().mean() - 0.6) < 0.02      # in random order
     assert torch.equal(drawn[3], evaluate.labels_like(labels, 500, 3))
+
+
+def test_test_images_come_in_random_order_with_their_labels(monkeypatch):
+    """MNIST's are sorted by who wrote them: the first 2,000 were taken for a floor, and it was three times too high."""
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 200)
+    plain, plain_labels = data.get_dataset("synthetic_digits", train=False)
+    like = {"name": "synthetic_digits", "image_size": 28, "channels": 1, "classes": None}
+    _, held, (_, labels), _ = evaluate.load_reference(like, "data")
+    place = (held[:, None].int() - plain[None].int()).abs().sum((2, 3, 4)).argmin(1)
+    assert torch.equal(held, plain[place]) and torch.equal(labels, plain_labels[place])
+    assert len(place.unique()) == len(plain)
+    half = len(plain) // 2
+    assert 0.35 * half < (place[:half] < half).sum() < 0.65 * half
+    assert torch.equal(held, evaluate.load_reference(like, "data")[1])
 
 
 def test_a_classifier_learns_and_survives_its_file(tmp_path):
