@@ -66,10 +66,11 @@ def quick(args, images, device, precision):
     """Ours: train.py with --preset quick --no-labels, and as many steps as fit, since its rate falls to zero at
     the last one. Its seconds count all that train.py does, from reading the data to a sheet of pictures."""
     row, (_, build) = PRESETS["quick"], ours("quick")
-    model, diffusion = build().to(device), DiffusionProcess(1000, row["schedule"], row["objective"], clip_loss=row["clip_loss"])
+    process = DiffusionProcess(1000, row["schedule"], row["objective"], clip_loss=row["clip_loss"])
+    model = build().to(device)
     x_0 = to_signed(images[:row["batch_size"]]).to(device)
     no_class = torch.full((len(x_0),), -1, device=device)
-    step_seconds, _ = measure_seconds(model, EMA(model), (x_0, no_class), diffusion, x_0.shape, row["optimizer"],
+    step_seconds, _ = measure_seconds(model, EMA(model), (x_0, no_class), process, x_0.shape, row["optimizer"],
                                       precision=precision, grad_clip=row["grad_clip"])
     steps = int(60 * args.minutes / step_seconds)
     if steps <= row["warmup"]:

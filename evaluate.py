@@ -41,9 +41,9 @@ def load_reference(data, data_dir, name=None):
 
     data: what the checkpoint says.  name: another data set instead.
     Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
-    A named set has its test set, here in random order, since the first half of MNIST's is by other writers than the
-    second (LeCun et al. 1998, section III.A). Of a folder they are those that training held out (--val_fraction), or else a
-    tenth, which the model has seen.
+    A named set has its test set, here in random order, since the first half of MNIST's is by other writers than
+    the second (LeCun et al. 1998, section III.A). Of a folder they are those that training held out
+    (--val_fraction), or else a tenth, which the model has seen.
     """
     name, like = name or data["name"], dict(image_size=data["image_size"], channels=data.get("channels"))
     if name in DATASETS:
@@ -64,8 +64,8 @@ def load_reference(data, data_dir, name=None):
 def labels_like(labels, count, seed=0):
     """The classes of `count` images drawn by chance from those that `labels` [N] belong to: [count] integers.
 
-    MNIST has a fourth more ones than fives. Samples with as many of each are another distribution, and the FD of 10,000
-    real digits chosen so is twice the floor. By chance, since those of the floor's images are as chance gave them.
+    MNIST has a fourth more ones than fives. Samples with as many of each are another distribution, and the FD of
+    10,000 real digits chosen so is twice the floor. By chance, as the floor's images are what chance gave them.
     """
     return labels[torch.randint(len(labels), (count,), generator=torch.Generator().manual_seed(seed))]
 
@@ -111,7 +111,8 @@ def copies(images, features, training, reference, held, held_features, mirrored=
 def loss_by_timestep(model, diffusion, x_0, y=None, bins=BINS, seed=0):
     """The mean loss in each of `bins` equal ranges of t, for every model at the same noise and the same t.
 
-    Only losses of one objective and one clip_loss compare.  x_0: [N, C, H, W] in [-1, 1].  Returns (the edges of the ranges, from 0 to T, and a loss for each range).
+    Only losses of one objective and one clip_loss compare.  x_0: [N, C, H, W] in [-1, 1].
+    Returns (the edges of the ranges, from 0 to T, and a loss for each range).
     """
     random, T = torch.Generator().manual_seed(seed), diffusion.num_timesteps
     edges, losses = torch.linspace(0, T, min(bins, T) + 1).round().int().tolist(), []
@@ -133,8 +134,8 @@ def print_quality(found, floor, count, held_count, held_name):
         print(f"  {title:<38}{value:>20}{limit:>20}")
 
     print(f"{count} samples".rjust(60) + "floor".rjust(20))
-    line("FD, small classifier", f"{found['fd']:.2f} +- {found['fd_error']:.2f}",
-         f"{floor['fd']:.2f} +- {floor['fd_error']:.2f}")
+    line("FD, small classifier", f"{found['fd']:.3f} +- {found['fd_error']:.3f}",
+         f"{floor['fd']:.3f} +- {floor['fd_error']:.3f}")
     line("  in units of the floor", f"{found['fd'] / floor['fd']:.2f}", "1")
     line("KID, small classifier, x 1000", f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
          f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
@@ -147,9 +148,15 @@ def print_quality(found, floor, count, held_count, held_name):
           + f"; distances, precision and recall are those of {held_count} samples" * (held_count < count))
 
 
-def save_nearest(images, training, index, path, count=10):
-    rows = [to_signed(images[:count]), to_signed(training[index[:count]])]
-    save_strip(rows, [""] * count, path, row_labels=["sample", "most similar\ntraining image"])
+def to_show(y, count=10):
+    """Which images to show: the first of each class, in order; the first ones where there are too few classes."""
+    firsts = [] if y is None else [(y == k).nonzero()[0, 0] for k in y.unique()][:count]
+    return torch.stack(firsts) if len(firsts) == count else torch.arange(count)
+
+
+def save_nearest(images, training, index, path):
+    rows = [to_signed(images), to_signed(training[index])]
+    save_strip(rows, [""] * len(images), path, row_labels=["sample", "most similar\ntraining image"])
 
 
 # ---- Commands
@@ -176,9 +183,9 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
             "num_images": len(drawn), "num_held_out": len(held)}, index
 
 
-def race(draw, images, classifier, entrants):
+def race(draw, images, classifier, entrants, shown):
     """The same noises through each (sampler, steps) of `entrants`. draw: generate, with all else decided.
-    Returns (rows, one picture row each)."""
+    shown: the indices of the pictures to keep.  Returns (rows, one picture row each)."""
     _, reference = look(classifier, images)
     rows, pictures = [], []
     for sampler, steps in entrants:
@@ -189,8 +196,8 @@ def race(draw, images, classifier, entrants):
         distance, error = frechet_distance(features, reference)
         rows.append({"sampler": sampler, "steps": steps, "fd": distance, "fd_error": error, "seconds": seconds,
                      "confident": float((probabilities.max(1).values > SURE).double().mean())})
-        pictures.append(drawn[:10].cpu())
-        tqdm.write(f"  {sampler:<14}{steps:>5} steps   FD {distance:8.2f} +- {error:5.2f}   {seconds:8.1f} s")
+        pictures.append(drawn[shown].cpu())
+        tqdm.write(f"  {sampler:<14}{steps:>5} steps   FD {distance:9.3f} +- {error:6.3f}   {seconds:8.1f} s")
     return rows, pictures
 
 
@@ -208,7 +215,8 @@ def main(argv=None):
     add("--steps", "steps; default: as sample.py", type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
-    add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset (in turn where that has no labels)")
+    add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset (in turn where that has "
+        "no labels)")
     add("--guidance", "how strongly to follow the class; default: as sample.py", type=guidance_number)
     add("--weak", "as in sample.py", metavar="FILE")
     add("--batch_size", "images at a time", 100, type=positive_int)
@@ -263,12 +271,12 @@ def main(argv=None):
                              spacing=args.spacing, y=y, guidance=args.guidance, weak=weak, batch_size=args.batch_size,
                              device=device, precision=PRECISIONS[args.precision])
     if args.race:
-        rows, pictures = race(draw, images, classifier, entrants)
+        rows, pictures = race(draw, images, classifier, entrants, to_show(y))
         floor, error = frechet_distance(look(classifier, held[:args.num_images])[1], look(classifier, images)[1])
-        print(f"  floor: {floor:.2f} +- {error:.2f} ({min(args.num_images, len(held))} {held_name})")
+        print(f"  floor: {floor:.3f} +- {error:.3f} ({min(args.num_images, len(held))} {held_name})")
         write_file(output_dir / "race.json", json.dumps({"rows": rows, "floor": floor, **settings}, indent=1).encode())
         save_strip(pictures, [""] * 10, output_dir / "race.png", title="the same ten noises, every sampler",
-                   row_labels=[f"{row['sampler']} {row['steps']}\nFD {row['fd']:.2f}, "
+                   row_labels=[f"{row['sampler']} {row['steps']}\nFD {row['fd']:.3f}, "
                                f"{format_seconds(row['seconds'])}" for row in rows])
         print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
         return
@@ -281,7 +289,8 @@ def main(argv=None):
           f"images are ({copied['copied_in_features']:.1%} in features)")
     print("  loss in ten ranges of t, held-out images: " + " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"]))
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())
-    save_nearest(drawn, images, index, output_dir / "nearest.png")
+    shown = to_show(None if y is None else y[:len(index)])
+    save_nearest(drawn[shown], images, index[shown], output_dir / "nearest.png")
     print(f"wrote {output_dir / 'evaluation.json'}\nwrote {output_dir / 'nearest.png'}")
 
 

@@ -64,7 +64,8 @@ def read_evaluation(path, checkpoint, digest):
 def main(argv=None):
     parser = Parser(description="Make a small file to share out of a checkpoint.")
     add = parser.add
-    add("--checkpoint", "a file written by train.py, or by this command: that one gets a newer card", "outputs/model_final.pt")
+    add("--checkpoint", "a file written by train.py, or by this command: that one gets a newer card",
+        "outputs/model_final.pt")
     add("--evaluation", "the evaluation.json of evaluate.py for it", metavar="FILE")
     add("--training", "how long it took and where, in words, for the card", metavar="TEXT")
     add("--output", "the file to write", "outputs/exported.pt")

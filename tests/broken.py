@@ -1,4 +1,4 @@
-"""Does diagnose.py find what is wrong? Trains models that are broken in ten ways, and three healthy ones.
+"""Does diagnose.py find what is wrong? Trains models that are broken in eleven ways, and four healthy ones.
 
     python tests/broken.py                                           # on digits that the code draws
     python tests/broken.py --dataset fashion_mnist --data_dir path/to/data --seed 1
@@ -32,10 +32,11 @@ BROKEN = {  # what is broken: words of the true cause
     "rate too high": "learning rate is too high",
     "betas not scaled": "does not end in noise",
     "too little training": "not trained enough",
+    "too little, clip_loss": "not trained enough",
     "another schedule": "another assumption: the linear schedule",
     "diverged": "diverged",
 }
-HEALTHY = ("linear, eps", "T = 400, cosine", "cosine, v, colour")
+HEALTHY = ("linear, eps", "T = 400, cosine", "cosine, v, clip_loss", "cosine, v, colour")
 
 
 class Deaf(nn.Module):
@@ -77,6 +78,8 @@ def train_one(kind, images, labels, num_classes, seed, steps):
         process = Rootless()
     elif kind == "T = 400, cosine":
         process = DiffusionProcess(400, "cosine")
+    elif kind in ("cosine, v, clip_loss", "too little, clip_loss"):
+        process = DiffusionProcess(1000, "cosine", "v", clip_loss=True)
     elif kind == "cosine, v, colour":
         process = DiffusionProcess(1000, "cosine", "v")
     if kind == "labels shuffled":
@@ -89,7 +92,7 @@ def train_one(kind, images, labels, num_classes, seed, steps):
         settings["learning_rate"] = 2e-2
     elif kind == "diverged":
         settings["learning_rate"] = 3.0
-    if kind == "too little training":
+    if kind.startswith("too little"):
         steps = 60
     average = ColdAverage(model, 0.9995) if kind == "cold average" else EMA(model, 0.995)
     batches, losses = Batches(images, labels, 64, seed), []
@@ -114,11 +117,11 @@ def train_one(kind, images, labels, num_classes, seed, steps):
 
 @command
 def main(argv=None):
-    parser = Parser(description="Break models in ten ways, and see whether diagnose.py finds out.")
+    parser = Parser(description="Break models in eleven ways, and see whether diagnose.py finds out.")
     add = parser.add
     add("--dataset", "labelled images", "synthetic_digits")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
-    add("--colour", "images for the third healthy model", "synthetic_fabrics")
+    add("--colour", "images for the fourth healthy model", "synthetic_fabrics")
     add("--steps", "of each training", 700, type=positive_int)
     add("--seed", "of everything", 0, type=seed_number)
     add("--only", "these rows", nargs="+", choices=[*BROKEN, *HEALTHY], metavar="ROW")

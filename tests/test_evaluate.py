@@ -118,6 +118,13 @@ def test_classes_are_drawn_by_chance_as_the_training_images_have_them():
     assert torch.equal(drawn[3], evaluate.labels_like(labels, 500, 3))
 
 
+def test_pictures_are_shown_in_the_order_of_their_classes():
+    y = torch.tensor([3, 1, 3, 0, 2, 1, 0])
+    assert evaluate.to_show(y, 4).tolist() == [3, 1, 4, 0]
+    for few in (None, torch.full((20,), 7), torch.full((20,), -1)):
+        assert evaluate.to_show(few, 4).tolist() == [0, 1, 2, 3]
+
+
 def test_test_images_come_in_random_order_with_their_labels(monkeypatch):
     """MNIST's are sorted by who wrote them: the first 2,000 were taken for a floor, and it was three times too high."""
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 200)
