@@ -182,9 +182,9 @@ def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, dev
 
 def choose_labels(text, classes, num_images, first_index=0):
     """What --label asks for: (y [num_images] or None, columns of the grid or None). Several labels get full
-    rows, and so may need some images more.
+    rows, as many each as make the grid nearest to a square, and so may need some images more.
 
-    text: a number or name, several with commas (a row for each), "all", "none", or None for the default.
+    text: a number or name, several with commas, "all", "none", or None for the default.
     classes: the names of the classes, or None. Raises ValueError for a class that is not there.
     """
     if text is None or text == "none" and not classes:
@@ -204,8 +204,11 @@ def choose_labels(text, classes, num_images, first_index=0):
         else:
             names = [f"{k} ({name})" if name != str(k) else name for k, name in enumerate(classes)]
             raise ValueError(f"unknown class {word!r}; choose from all, none, {', '.join(names)}")
-    columns = math.ceil(num_images / len(labels))
-    return torch.tensor(labels).repeat_interleave(columns), columns if len(labels) > 1 else None
+    if len(labels) == 1:
+        return torch.full((num_images,), labels[0]), None
+    rows = max(1, round(num_images**0.5 / len(labels)))             # of each label
+    columns = math.ceil(num_images / (rows * len(labels)))
+    return torch.tensor(labels).repeat_interleave(rows * columns), columns
 
 
 # ---- The way out of the noise, as pictures
@@ -326,8 +329,8 @@ def main(argv=None):
     add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
-    add("--label", "the class to draw, as a number or name; several with commas, or all: a row of pictures for "
-        "each; none: without a class. Default: each class in turn, if the model knows any")
+    add("--label", "the class to draw, as a number or name; several with commas, or all: rows of pictures "
+        "for each; none: without a class. Default: each class in turn, if the model knows any")
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; default: as the "
         "model's card says, or 1", type=guidance_number)
     add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its mistakes, also "

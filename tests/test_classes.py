@@ -89,12 +89,20 @@ CLOTHES = ["shirt", "sneaker", "bag"]
 @pytest.mark.parametrize("text, classes, labels, columns", [
     (None, CLOTHES, [0, 1, 2, 0, 1, 2, 0], None), (None, None, None, None), ("none", CLOTHES, [-1] * 7, None),
     ("1", CLOTHES, [1] * 7, None), ("sneaker", CLOTHES, [1] * 7, None),
-    ("bag, shirt", CLOTHES, [2, 2, 2, 2, 0, 0, 0, 0], 4), ("all", CLOTHES, [0, 0, 0, 1, 1, 1, 2, 2, 2], 3),
+    ("bag, shirt", CLOTHES, [2, 2, 2, 2, 0, 0, 0, 0], 4), ("bag,bag", CLOTHES, [2] * 8, 4), ("all", CLOTHES, [0, 0, 0, 1, 1, 1, 2, 2, 2], 3),
     ("none", None, None, None),
     ("3", ["3", "4"], [0] * 7, None)])
-def test_labels_are_names_or_numbers_and_a_row_each(text, classes, labels, columns):
+def test_labels_are_names_or_numbers_and_have_rows_of_their_own(text, classes, labels, columns):
     y, got = choose_labels(text, classes, 7)
     assert (y if y is None else y.tolist()) == labels and got == columns
+
+
+@pytest.mark.parametrize("text, num_images, rows, columns", [
+    ("0,1", 64, 4, 8), ("0,1,2", 64, 3, 8), ("all", 64, 3, 8), ("0,1", 10, 2, 3), ("1,0", 2, 1, 1)])
+def test_the_grid_of_several_labels_is_nearly_square_and_full(text, num_images, rows, columns):
+    y, got = choose_labels(text, CLOTHES, num_images)
+    assert got == columns and len(y) == rows * columns * (3 if text == "all" else text.count(",") + 1) >= num_images
+    assert all(len(row.unique()) == 1 for row in y.view(-1, columns))
 
 
 @pytest.mark.parametrize("argv, words", [
