@@ -25,7 +25,7 @@ from tqdm import tqdm
 import benchmark
 from benchmark import PEERS, ours
 from classifier import get_classifier, look
-from data import Batches, get_dataset
+from data import Batches
 from diffusion import DiffusionProcess
 from evaluate import load_reference
 from measures import frechet_distance
@@ -186,9 +186,7 @@ def main(argv=None):
     device = get_device(args.device)
     precision, _ = get_precision("auto", device)
     output_dir = make_output_dir(args.output_dir, "contest.json", "contest.png")
-    images, labels = get_dataset(args.dataset, args.data_dir)
-    like = {"name": args.dataset, "image_size": images.shape[-1], "channels": images.shape[1], "classes": None}
-    held = load_reference(like, args.data_dir)[1]               # in random order
+    images, held, (labels, _), _ = load_reference({"name": args.dataset, "image_size": None}, args.data_dir)
     if args.num_images > len(held):
         raise ValueError(f"--num_images {args.num_images}: the floor is that of as many of the {len(held)} test images")
     classifier, name = get_classifier(args.dataset, images, labels, 10, output_dir)

@@ -476,7 +476,7 @@ class DiffusionProcess:
         y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
         weak:         a worse model of the same process, an early checkpoint for instance: guidance then leads away
                       from its mistakes, and needs no classes.
-        clip:         keep every estimate of x_0 in [-1, 1]; without it a model trained with clip_loss draws rubbish.
+        clip:         keep every estimate of x_0 in [-1, 1], as a model trained with clip_loss counts on.
         """
         seed = secrets.randbits(32) if seed is None else seed
         if device is None:

@@ -29,7 +29,7 @@ from data import DATASETS, get_dataset
 from diffusion import seeded_noise
 from folders import read_picture
 from interpolate import load_pictures, psnr
-from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model, seconds_for
+from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model, seconds_for, thinned
 from utils import (Parser, command, describe_device, format_seconds, fraction, get_device, make_output_dir,
                    positive_int, save_images, save_strip, seed_number, to_signed)
 
@@ -192,6 +192,7 @@ def main(argv=None):
     operator = TASKS[args.task](size, *settings.get(args.task, list)())
     originals = load_originals(args, data, channels).to(device)
     y, _ = choose_labels(args.label or ("none" if classes else None), classes, len(originals))
+    y = None if y is None else thinned(y, len(originals)).to(device)
     print(f"device: {describe_device(device, args.device)}")
     calls = args.steps * args.travel * args.average
     seconds = seconds_for(model, diffusion, len(originals), size, len(originals), calls, device)
@@ -204,7 +205,7 @@ def main(argv=None):
         for k in range(args.average):
             answers.append(solve(model, diffusion, given, operator, originals.shape, steps=args.steps, travel=args.travel,
                                  eta=args.eta, seed=args.seed, first_index=k * len(originals),
-                                 y=None if y is None else y[:len(originals)].to(device), device=device, progress=bar.update))
+                                 y=y, device=device, progress=bar.update))
     ours = torch.stack(answers).mean(0).clamp(-1, 1)
     plain = operator.plain(given)
     for name, pictures in (("the plain answer", plain), ("the model", ours)):

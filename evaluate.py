@@ -22,7 +22,8 @@ from classifier import get_classifier, look
 from data import DATASETS, class_names, get_dataset, split_held_out
 from diffusion import SAMPLERS, SPACINGS
 from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images, precision_recall)
-from sample import CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, load_model, load_weak, seconds_for
+from sample import (CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, load_model, load_weak, seconds_for,
+                    thinned)
 from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
                    guidance_number, make_output_dir, positive_int, save_strip, seed_number, to_signed, to_uint8,
                    write_file)
@@ -246,11 +247,10 @@ def main(argv=None):
         args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
         entrants = [(args.sampler, args.steps)]
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
-    y, _ = choose_labels(args.label, data["classes"], args.num_images)
-    y = None if y is None else y[:args.num_images]              # several labels come in full rows
-    by_chance = args.label is None and y is not None and labels and int(labels[0].max()) < len(data["classes"])
-    if by_chance:
+    y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
+    if args.label is None and y is not None and labels and int(labels[0].max()) < len(data["classes"]):
         y = labels_like(labels[0], args.num_images, args.seed)
+        args.label = "by chance"                                # so in evaluation.json
     print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and {len(held)} "
           f"{held_name}")
@@ -266,7 +266,7 @@ def main(argv=None):
 
     settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "data_dir", "weak")}
     settings.update(digest=data["digest"], weak=weak_digest, torch=torch.__version__,
-                    checkpoint=Path(args.checkpoint).name, label=args.label or ("by chance" if by_chance else None))
+                    checkpoint=Path(args.checkpoint).name)
     draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"], seed=args.seed, eta=args.eta,
                              spacing=args.spacing, y=y, guidance=args.guidance, weak=weak, batch_size=args.batch_size,
                              device=device, precision=PRECISIONS[args.precision])

@@ -211,6 +211,11 @@ def choose_labels(text, classes, num_images, first_index=0):
     return torch.tensor(labels).repeat_interleave(rows * columns), columns
 
 
+def thinned(y, count):
+    """`count` of the labels that choose_labels gives, still as many of each, where no sheet needs full rows."""
+    return None if y is None else y[torch.arange(count) * len(y) // count]
+
+
 # ---- The way out of the noise, as pictures
 
 def level_name(t):

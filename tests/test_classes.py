@@ -11,7 +11,7 @@ import train as train_module
 import utils
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import DiffusionProcess
-from sample import choose_labels, generate, load_model
+from sample import choose_labels, generate, load_model, thinned
 from test_commands import fails
 from test_figures import write_model
 from train import train, train_step
@@ -89,7 +89,8 @@ CLOTHES = ["shirt", "sneaker", "bag"]
 @pytest.mark.parametrize("text, classes, labels, columns", [
     (None, CLOTHES, [0, 1, 2, 0, 1, 2, 0], None), (None, None, None, None), ("none", CLOTHES, [-1] * 7, None),
     ("1", CLOTHES, [1] * 7, None), ("sneaker", CLOTHES, [1] * 7, None),
-    ("bag, shirt", CLOTHES, [2, 2, 2, 2, 0, 0, 0, 0], 4), ("bag,bag", CLOTHES, [2] * 8, 4), ("all", CLOTHES, [0, 0, 0, 1, 1, 1, 2, 2, 2], 3),
+    ("bag, shirt", CLOTHES, [2, 2, 2, 2, 0, 0, 0, 0], 4), ("bag,bag", CLOTHES, [2] * 8, 4),
+    ("all", CLOTHES, [0, 0, 0, 1, 1, 1, 2, 2, 2], 3),
     ("none", None, None, None),
     ("3", ["3", "4"], [0] * 7, None)])
 def test_labels_are_names_or_numbers_and_have_rows_of_their_own(text, classes, labels, columns):
@@ -103,6 +104,15 @@ def test_the_grid_of_several_labels_is_nearly_square_and_full(text, num_images, 
     y, got = choose_labels(text, CLOTHES, num_images)
     assert got == columns and len(y) == rows * columns * (3 if text == "all" else text.count(",") + 1) >= num_images
     assert all(len(row.unique()) == 1 for row in y.view(-1, columns))
+
+
+@pytest.mark.parametrize("text, count, counts", [
+    ("0,1", 2000, [1000, 1000]), ("0,1", 10, [5, 5]), ("all", 1000, [334, 333, 333]), ("2", 7, [0, 0, 7])])
+def test_where_there_is_no_sheet_each_label_is_drawn_as_often(text, count, counts):
+    """The rows of a sheet are full and hold more; what was over came off the last label alone."""
+    y, _ = choose_labels(text, CLOTHES, count)
+    assert torch.bincount(thinned(y, count)).tolist() == counts
+    assert thinned(None, 5) is None
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -199,7 +199,6 @@ def test_spoilt_sets_score_worse_than_real_images(data_dir):
 
 def test_the_command_writes_its_numbers_and_tells_them_again(two_shades, tmp_path, monkeypatch, capsys):
     """A model of dark and bright squares: the classifier agrees with the labels asked for, three dark to a bright."""
-    import data
     shades = torch.cat([torch.full((48, 1, 8, 8), 40), torch.full((16, 1, 8, 8), 215)]).to(torch.uint8)
     shades = (shades + torch.randint(0, 9, shades.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
     monkeypatch.setitem(data.DATASETS, "shades", data.Row(None, ("dark", "bright")))
