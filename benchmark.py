@@ -2,12 +2,12 @@
 
     python benchmark.py                                   # SimpleUNet at 28x28, and the network of --preset quick
     python benchmark.py --networks simple fabrics         # and the 34 M network at 64x64
-    python benchmark.py --networks quick ddpm_pytorch diffusers     # beside other libraries' (pip install them first)
+    python benchmark.py --networks quick ddpm_pytorch diffusers     # beside other libraries', once installed
 
 Every row is one way to run a network: float32 or bf16, plain or channels_last memory, eager or compiled.
 TFLOP/s counts the multiplications and additions of convolutions and matrix products in one forward and
-backward pass (torch.utils.flop_counter), divided by the seconds of a whole training step; its share is that of the
-fastest single convolution found in the same run.
+backward pass (torch.utils.flop_counter), divided by the seconds of a whole training step; its share is that
+of the fastest single convolution found in the same run.
 """
 
 import importlib.util
@@ -18,11 +18,12 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from command_line import Parser, command, positive_int
 from diffusion import DiffusionProcess
 from models import create_model
-from train import MODEL_FLAGS, PRESETS, train_step
-from utils import (EMA, PRECISIONS, Parser, command, count_parameters, describe_device, get_device, measure,
-                   peak_memory, positive_int)
+from presets import PRESETS
+from train import MODEL_FLAGS, train_step
+from utils import EMA, PRECISIONS, count_parameters, describe_device, get_device, measure, peak_memory
 
 
 # ---- The networks: (image size, a function that builds one)
@@ -64,7 +65,8 @@ def diffusers():
 
 PEERS = {"ddpm_pytorch": "denoising_diffusion_pytorch", "diffusers": "diffusers"}   # network: package
 NETWORKS = {"simple": ours("mnist"), "quick": ours("quick"), "ct": ours("ct"), "fabrics": ours("fabrics_100k"),
-            "fabrics_laptop": ours("fabrics_laptop"), "ddpm_pytorch": (28, ddpm_pytorch), "diffusers": (28, diffusers)}
+            "fabrics_laptop": ours("fabrics_laptop"), "ddpm_pytorch": (28, ddpm_pytorch),
+            "diffusers": (28, diffusers)}
 
 
 # ---- Measuring
@@ -79,7 +81,7 @@ def training_flops(build, image_size):
 
 
 def best_convolution(device, precision, batch_size):
-    """FLOP/s of the fastest of a few 3x3 convolutions, forward and backward: what a network could reach at best."""
+    """FLOP/s of the fastest of a few 3x3 convolutions, forward and backward: what a network could reach."""
     best = 0.0
     for channels, size in ((64, 28), (64, 14), (128, 28), (128, 14), (256, 14), (256, 32)):
         convolution = nn.Conv2d(channels, channels, 3, padding=1).to(device)
@@ -155,7 +157,8 @@ def main(argv=None):
     flops_per_image = {name: training_flops(build, size) for name, (size, build) in NETWORKS.items()
                        if name in args.networks}
     limits = {name: best_convolution(device, precision, batch_size) for name, precision in PRECISIONS.items()}
-    print("fastest convolution: " + ", ".join(f"{limit / 1e12:.3f} TFLOP/s in {name}" for name, limit in limits.items()))
+    rates = ", ".join(f"{limit / 1e12:.3f} TFLOP/s in {name}" for name, limit in limits.items())
+    print(f"fastest convolution: {rates}")
     runs = list(itertools.product(args.networks, modes))
     for name, (precision, channels_last, compiled) in tqdm(runs, unit="row"):
         image_size, build = NETWORKS[name]

@@ -97,8 +97,8 @@ def _check_pickle(path, container, member):
     try:
         for opcode, argument, _ in pickletools.genops(container.read(member)):
             if opcode.name in INDIRECT or opcode.name == "GLOBAL" and not NAMES.fullmatch(argument):
-                raise ValueError(f"{path}: refused, it holds more than tensors and plain values (a foreign checkpoint, "
-                                 f"or one that would run code): {str(argument)[:60]!r}")
+                raise ValueError(f"{path}: refused, it holds more than tensors and plain values (a foreign "
+                                 f"checkpoint, or one that would run code): {str(argument)[:60]!r}")
     except (UnicodeDecodeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: damaged, it cannot be read ({type(error).__name__})") from error
 
@@ -122,7 +122,8 @@ def read_container(path):
             # torch.save stores without compression, so a member larger than the file is a bomb or a lie.
             if any(m.compress_type != zipfile.ZIP_STORED for m in members) or (
                     sum(m.file_size for m in members) > path.stat().st_size):
-                raise ValueError(f"{path}: not a checkpoint of this project (its container is compressed or broken)")
+                raise ValueError(f"{path}: not a checkpoint of this project (its container is compressed "
+                                 "or broken)")
             for member in members:
                 if member.filename.endswith("/data.pkl"):
                     _check_pickle(path, container, member)
@@ -210,7 +211,8 @@ class State:
                 wanted = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                 if isinstance(self.optimizer, Muon) and is_inner(p):
                     wanted = {"exp_avg": p.shape}
-                if moments != wanted or not all(value.is_contiguous() for value in self.optimizer.state[p].values()):
+                entries = self.optimizer.state[p].values()
+                if moments != wanted or not all(value.is_contiguous() for value in entries):
                     raise ValueError("its optimizer was one of another model")
             if saved["losses"].shape != (saved["step"],):
                 raise ValueError(f"{saved['step']} steps, but losses of shape {tuple(saved['losses'].shape)}")

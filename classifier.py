@@ -3,9 +3,9 @@
     classifier, accuracy = train_classifier(images, labels, classes)
     logits, features = look(classifier, images)
 
-evaluate.py measures samples in its features, [N, 128]. Those of MNIST and Fashion-MNIST are shipped in pretrained/;
-another set's is trained when it is needed, in a minute or two. Images without classes train it to tell by how
-much a picture was turned (Gidaris et al. 2018).
+evaluate.py measures samples in its features, [N, 128]. Those of MNIST and Fashion-MNIST are shipped in
+pretrained/; another set's is trained when it is needed, in a minute or two. Images without classes train it
+to tell by how much a picture was turned (Gidaris et al. 2018).
 
     python classifier.py --dataset mnist                  # make pretrained/classifier_mnist.pt again
 """
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import check_weights, load_checkpoint, save_checkpoint
+from command_line import Parser, command, make_output_dir, positive_int, seed_number, speaks
 from data import Batches, get_dataset
-from utils import (Parser, command, get_device, get_precision, make_output_dir, positive_int,
-                   seed_number, seed_step, speaks, to_signed)
+from images import to_signed
+from utils import get_device, get_precision, seed_step
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 TURNS = ("upright", "a quarter", "a half", "three quarters")
@@ -106,7 +107,8 @@ def load_classifier(path):
         card = {"accuracy": 0.0, **entries["card"]}
         if not all(value.isfinite().all() for value in weights.values()):
             raise RuntimeError("not all weights are finite numbers")
-        if not (isinstance(card["data"], str) and isinstance(card["trained_to"], str) and type(card["accuracy"]) is float):
+        words = card["data"], card["trained_to"]
+        if not all(isinstance(word, str) for word in words) or type(card["accuracy"]) is not float:
             raise TypeError("its card is damaged")
         return classifier.eval().requires_grad_(False), card
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -114,7 +116,7 @@ def load_classifier(path):
 
 
 def get_classifier(name, images, labels, num_classes, folder):
-    """The classifier of a data set: the shipped one, one trained before in `folder`, or trained now and kept there.
+    """The classifier of a data set: the shipped one, one one in `folder`, or one trained now and kept there.
 
     name: of the data set.  images, labels: what to train on, without the test set.
     Returns (Classifier, a phrase that says which).

@@ -25,15 +25,17 @@ from tqdm import tqdm
 import benchmark
 from benchmark import PEERS, ours
 from classifier import get_classifier, look
+from command_line import (Parser, command, format_seconds, make_output_dir, positive_float, positive_int,
+                          seed_number)
 from data import Batches
 from diffusion import DiffusionProcess
 from evaluate import load_reference
+from images import save_strip, to_signed, to_uint8
 from measures import frechet_distance
+from presets import PRESETS
 from sample import generate, load_model
-from train import ARGUMENTS, PRESETS, measure_seconds, train
-from utils import (EMA, Parser, command, count_parameters, describe_device, format_seconds, get_device,
-                   get_precision, make_output_dir, positive_float, positive_int, save_strip, seed_number, to_signed,
-                   to_uint8, write_file)
+from train import ARGUMENTS, measure_seconds, train
+from utils import EMA, count_parameters, describe_device, get_device, get_precision, write_file
 
 STEPS = 50  # of DDIM, for all
 
@@ -188,7 +190,8 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, "contest.json", "contest.png")
     images, held, (labels, _), _ = load_reference({"name": args.dataset, "image_size": None}, args.data_dir)
     if args.num_images > len(held):
-        raise ValueError(f"--num_images {args.num_images}: the floor is that of as many of the {len(held)} test images")
+        raise ValueError(f"--num_images {args.num_images}: the floor is that of as many of the {len(held)} "
+                         "test images")
     classifier, name = get_classifier(args.dataset, images, labels, 10, output_dir)
     print(f"device: {describe_device(device, args.device)}; features: {name}")
     print(f"cost: {format_seconds(60 * args.minutes * len(args.entrants))} of training, and then "

@@ -13,7 +13,8 @@ import math
 
 import torch
 
-from diffusion import SPACINGS, DiffusionProcess
+from diffusion import DiffusionProcess
+from schedules import SPACINGS
 
 # (weight, mean, standard deviation) of each Gaussian.
 MIXTURES = {"one Gaussian": [(1.0, -0.2, 0.25)], "two Gaussians": [(0.5, -0.5, 0.15), (0.5, 0.6, 0.15)]}

@@ -21,7 +21,7 @@ import torchvision
 
 import synthetic
 from folders import class_folders, digest, find_duplicates, load_folder, save_sheet, verify_folder
-from utils import to_signed
+from images import to_signed
 
 
 class Row(NamedTuple):
@@ -240,7 +240,7 @@ class Batches:
         return x_0, self.labels[index]
 
     def fingerprint(self):
-        """What tells these images and labels from others, in a phrase; of a large set under 2,000 are looked at."""
+        """What tells these images and labels from others, in a phrase; of a large set it looks at under 2,000."""
         picks = self.indices[::max(1, self.num_images // 1000)].to(self.images.device)
         sha = hashlib.sha256(self.images[picks].cpu().numpy())
         sha.update(self.labels[picks].cpu().numpy())

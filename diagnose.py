@@ -18,11 +18,14 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import load_checkpoint
-from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess, linear_alpha_bar, seeded_noise
+from command_line import Parser, command
+from diffusion import OBJECTIVES, seeded_noise
 from evaluate import load_reference
+from images import to_signed, to_uint8
 from measures import copied_share, nearest_images
 from sample import CHECKPOINT_HELP, find_model, generate, load_model
-from utils import Parser, command, describe_device, get_device, to_signed, to_uint8
+from schedules import SCHEDULES, linear_alpha_bar
+from utils import describe_device, get_device
 
 DECIBELS = (10, 5, 0, -5, -10, -15)  # signal over noise: the levels at which a network is asked
 IMAGES = 32
@@ -143,7 +146,8 @@ def typical(ratios):
 def readings(diffusion):
     """What the checkpoint says, first, and what it could have been trained with instead."""
     def reading(name, alpha_bar, objective=diffusion.objective, **settings):
-        return Reading(name, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), objective, clip=diffusion.clip_loss, **settings)
+        return Reading(name, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), objective, clip=diffusion.clip_loss,
+                       **settings)
 
     own, T = diffusion.alpha_bar, diffusion.num_timesteps
     found = [reading("as the checkpoint says", own)]

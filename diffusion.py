@@ -26,49 +26,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# ---- Schedules: a function of T that returns alpha_bar, float64 [T], strictly decreasing in (0, 1).
+from schedules import MAX_TIMESTEPS, SCHEDULES, SPACINGS, distinct, linear_alpha_bar, log_snr
 
-MAX_TIMESTEPS = 100_000
-MAX_BETA = 0.999  # keeps alpha_bar above zero: its square root divides in predict_x0
-
-
-def linear_alpha_bar(num_timesteps, beta_start=None, beta_end=None):
-    """Betas on a straight line, 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4).
-
-    Unless they are given, both ends are scaled by 1000 / T, so that a chain of any length ends in
-    noise: left unscaled, T = 200 would stop at alpha_bar = 0.13, with the image still visible.
-    """
-    scale = 1000 / num_timesteps
-    start = 1e-4 * scale if beta_start is None else beta_start
-    end = 0.02 * scale if beta_end is None else beta_end
-    if not 0 < start < math.inf or not 0 < end < math.inf:
-        raise ValueError(f"betas must be positive numbers, got beta_start={start}, beta_end={end}")
-    # Drawn from the end backwards, so that T = 1 keeps beta_end and still ends in noise.
-    betas = torch.linspace(end, start, num_timesteps, dtype=torch.float64).flip(0)
-    return torch.cumprod(1 - betas.clamp(max=MAX_BETA), dim=0)
-
-
-def _from_curve(f):
-    """alpha_bar for t = 0..T-1 from a curve at the T + 1 points 0, 1/T, ... 1, no beta above the cap."""
-    betas = (1 - f[1:] / f[:-1]).clamp(max=MAX_BETA)
-    return torch.cumprod(1 - betas, dim=0)
-
-
-def cosine_alpha_bar(num_timesteps, s=0.008):
-    """alpha_bar falls like a squared cosine (Nichol & Dhariwal 2021, eq. 17): gentler at both ends."""
-    level = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    return _from_curve(torch.cos((level + s) / (1 + s) * math.pi / 2) ** 2)
-
-
-def sigmoid_alpha_bar(num_timesteps, start=-3.0, end=3.0):
-    """alpha_bar falls like a logistic curve between `start` and `end`, stretched to reach from 1 to 0 (Jabri
-    et al. 2022; Chen 2023)."""
-    level = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    f = torch.sigmoid(-(start + level * (end - start)))
-    return _from_curve((f - f[-1]) / (f[0] - f[-1]))
-
-
-SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar, "sigmoid": sigmoid_alpha_bar}
 OBJECTIVES = ("eps", "x0", "v")
 
 
@@ -95,55 +54,6 @@ SAMPLERS = {
 
 # The Adams-Bashforth weights of order 1 to 4, for the newest estimate first.
 ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
-
-
-def log_snr(alpha_bar):
-    """Half the logarithm of the signal-to-noise ratio, lambda in Lu et al. 2022; infinite for a clean image."""
-    return math.inf if alpha_bar >= 1 else 0.5 * math.log(alpha_bar / (1 - alpha_bar))
-
-
-# A spacing is a function of alpha_bar (float64 [T]) and the number of steps; it returns as many levels,
-# real numbers from T-1 down, and -1 (clean) as the last. They are rounded to distinct integers.
-
-def uniform_spacing(alpha_bar, steps):
-    """Equal strides from T-1 down to -1."""
-    return np.linspace(-1, len(alpha_bar) - 1, steps + 1)[::-1]
-
-
-def trailing_spacing(alpha_bar, steps):
-    """The same in the rounding of Lin et al. 2023 (table 2): it differs by one level, where T / steps is odd."""
-    return np.round(np.arange(steps, -1, -1) * (len(alpha_bar) / steps)) - 1
-
-
-def _even_in(value, steps):
-    """Levels whose `value` (a function of t, as an array that rises or falls all the way) is evenly spread."""
-    t = np.arange(len(value))
-    wanted = np.linspace(value[-1], value[0], steps)
-    rising = value[0] < value[-1]
-    return np.append(np.interp(wanted, *(value, t) if rising else (value[::-1], t[::-1])), -1)
-
-
-def log_snr_spacing(alpha_bar, steps):
-    """Equal strides in the logarithm of signal over noise, down to t = 0 (Lu et al. 2022)."""
-    return _even_in(np.log(alpha_bar / (1 - alpha_bar)), steps)
-
-
-def karras_spacing(alpha_bar, steps, rho=7):
-    """Equal strides in s^(1/rho), where s = sqrt((1 - ab) / ab), Karras' sigma (Karras et al. 2022, eq. 5)."""
-    return _even_in(((1 - alpha_bar) / alpha_bar) ** (0.5 / rho), steps)
-
-
-SPACINGS = {"uniform": uniform_spacing, "trailing": trailing_spacing, "log_snr": log_snr_spacing,
-            "karras": karras_spacing}
-
-
-def distinct(levels):
-    """Round levels that fall from T-1 to -1 to integers of which no two are equal."""
-    levels = [round(level) for level in levels]
-    top = levels[0]
-    for k in reversed(range(len(levels) - 1)):          # where several meet, they move up,
-        levels[k] = max(levels[k], levels[k + 1] + 1)
-    return [min(level, top - k) for k, level in enumerate(levels)]      # but none above the first
 
 
 # ---- Noise that belongs to an image, not to a batch.
@@ -200,7 +110,8 @@ class DiffusionProcess:
         elif schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {schedule!r}; choose from {sorted(SCHEDULES)}")
         elif not 1 <= num_timesteps <= MAX_TIMESTEPS or num_timesteps != int(num_timesteps):
-            raise ValueError(f"num_timesteps must be a whole number from 1 to {MAX_TIMESTEPS}, got {num_timesteps}")
+            raise ValueError(f"num_timesteps must be a whole number from 1 to {MAX_TIMESTEPS}, "
+                             f"got {num_timesteps}")
         elif schedule == "linear":
             self.alpha_bar = linear_alpha_bar(int(num_timesteps), beta_start, beta_end)
         elif beta_start is not None or beta_end is not None:
@@ -279,10 +190,10 @@ class DiffusionProcess:
     def predict_x0(self, model, x_t, t, y=None, *, guidance=1.0, weak=None, clip=True):
         """The clean image that the model sees in x_t.
 
-        guidance pushes it away from what the model sees without a class (Ho & Salimans 2022, eq. 6), or from what a
-        weak model sees, which makes the same mistakes in a larger way (Karras et al. 2024, "bad version of
-        itself"). 1 is the model itself and 0 the other answer; each costs one call. (Ho & Salimans count from zero:
-        their w is guidance - 1.)
+        guidance pushes it away from what the model sees without a class (Ho & Salimans 2022, eq. 6), or from
+        what a weak model sees, which makes the same mistakes in a larger way (Karras et al. 2024, "bad
+        version of itself"). 1 is the model itself and 0 the other answer; each costs one call. (Ho & Salimans
+        count from zero: their w is guidance - 1.)
 
         x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W], in [-1, 1] if clip.
         ValueError for guidance towards nothing.
@@ -441,10 +352,11 @@ class DiffusionProcess:
     def invert(self, model, x_0, *, steps=None, spacing=None, y=None, guesses=3):
         """The noise that DDIM turns into these images: its steps, taken backwards.
 
-        A step from t to t_prev uses the model's answer at t, which is not known yet on the way back; so it
-        is guessed from x at t_prev, and the guess improved by asking again, `guesses` times in all (each is
-        a call of the model). Going down again with clip=clip_loss (where a model was trained with that, what it says
-        beyond the range means nothing) then returns x_0, but for rounding and for what a guess still lacks.
+        A step from t to t_prev uses the model's answer at t, which is not known yet on the way back; so it is
+        guessed from x at t_prev, and the guess improved by asking again, `guesses` times in all (each is a
+        call of the model). Going down again with clip=clip_loss (where a model was trained with that, what it
+        says beyond the range means nothing) then returns x_0, but for rounding and for what a guess still
+        lacks.
 
         x_0: [B, C, H, W] in [-1, 1].  Returns x_T, [B, C, H, W].
         """
@@ -474,8 +386,8 @@ class DiffusionProcess:
                       need fewer still. Each has its defaults for steps (model calls, 1..T), eta (0..1)
                       and spacing (a key of SPACINGS).
         y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
-        weak:         a worse model of the same process, an early checkpoint for instance: guidance then leads away
-                      from its mistakes, and needs no classes.
+        weak:         a worse model of the same process, an early checkpoint for instance: guidance then leads
+                      away from its mistakes, and needs no classes.
         clip:         keep every estimate of x_0 in [-1, 1], as a model trained with clip_loss counts on.
         """
         seed = secrets.randbits(32) if seed is None else seed

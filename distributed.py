@@ -12,7 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from utils import speaks
+from command_line import speaks
 
 
 def join(device="auto"):

@@ -5,14 +5,15 @@
     python edit.py --task upscale --factor 4               # 28x28 out of 7x7
     python edit.py --task deblur
 
-Something was measured of an image, A x = y: some of its pixels, the means of its blocks, a blurred version. Many images
-have that measurement. The model knows which of them look real, so it samples as always, but each of its estimates of
-x_0 is corrected where it contradicts the measurement, and nowhere else (DDNM, Wang et al. 2023, algorithm 1):
+Something was measured of an image, A x = y: some of its pixels, the means of its blocks, a blurred version.
+Many images have that measurement. The model knows which of them look real, so it samples as always, but each
+of its estimates of x_0 is corrected where it contradicts the measurement, and nowhere else (DDNM, Wang et al.
+2023, algorithm 1):
 
     x_0  <-  x_0 + A+ (y - A x_0)           A+ gives back an image with the measurement that it is given
 
-Because a correction may fit badly to the rest of the picture, every step is taken `travel` times, going back up to
-its noise level in between (RePaint, Lugmayr et al. 2022, algorithm 1). No training and no gradients.
+Because a correction may fit badly to the rest of the picture, every step is taken `travel` times, going back
+up to its noise level in between (RePaint, Lugmayr et al. 2022, algorithm 1). No training and no gradients.
 
 Writes outputs/edited.png: the originals, what was given of them, the plain answer and ours; prints their PSNR.
 """
@@ -25,13 +26,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from command_line import Parser, command, format_seconds, fraction, make_output_dir, positive_int, seed_number
 from data import DATASETS, get_dataset
 from diffusion import seeded_noise
 from folders import read_picture
+from images import save_images, save_strip, to_signed
 from interpolate import load_pictures, psnr
 from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model, seconds_for, thinned
-from utils import (Parser, command, describe_device, format_seconds, fraction, get_device, make_output_dir,
-                   positive_int, save_images, save_strip, seed_number, to_signed)
+from utils import describe_device, get_device
 
 
 # ---- What was measured, and back
@@ -100,7 +102,8 @@ def read_mask(text, size):
         raise ValueError(f"--mask {text}: {picture.problem}")
     mask = torch.from_numpy(picture.pixels.copy()).view(size, size) > 127
     if mask.all() or not mask.any():
-        raise ValueError(f"{text} is {'white' if mask.all() else 'black'} all over: nothing to draw, or nothing to go by")
+        raise ValueError(f"{text} is {'white' if mask.all() else 'black'} all over: nothing to draw, or "
+                         "nothing to go by")
     return mask
 
 
@@ -130,7 +133,7 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
             x_0 = x_0 - operator.back(operator.measure(x_0)) + operator.back(given)
             x_prev = diffusion._step(x, x_0, t, t_prev, eta, "posterior", noise())
             progress()
-            if again and t_prev >= 0:                      # back up, by fresh noise: another draw of the same step
+            if again and t_prev >= 0:           # back up, by fresh noise: another draw of the same step
                 kept = float(diffusion.alpha_bar[t]) / float(diffusion.alpha_bar[t_prev])
                 x = math.sqrt(kept) * x_prev + math.sqrt(1 - kept) * noise()
         x = x_prev
@@ -157,7 +160,8 @@ def main(argv=None):
     parser = Parser(description="Complete pictures with a model as the judge of what looks real.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
-    add("--images", "pictures of your own, cut to the central square and to the model's size", nargs="+", metavar="FILE")
+    add("--images", "pictures of your own, cut to the central square and to the model's size", nargs="+",
+        metavar="FILE")
     add("--dataset", "take test images of this set; default: the one the model was trained on", metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--count", "how many test images", 16, type=positive_int)
@@ -169,7 +173,8 @@ def main(argv=None):
     add("--steps", "steps from noise to picture", 50, type=positive_int)
     add("--travel", "how often each step is taken; each is a call of the model", 5, type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1", 1.0, type=fraction)
-    add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ", 1, type=positive_int)
+    add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ", 1,
+        type=positive_int)
     add("--seed", "another seed, another answer", 0, type=seed_number)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
@@ -196,16 +201,17 @@ def main(argv=None):
     print(f"device: {describe_device(device, args.device)}")
     calls = args.steps * args.travel * args.average
     seconds = seconds_for(model, diffusion, len(originals), size, len(originals), calls, device)
-    print(f"cost: {len(originals)} pictures, {calls} calls of the model for each, about {format_seconds(seconds)} here",
+    print(f"cost: {len(originals)} pictures, {calls} calls of the model for each, "
+          f"about {format_seconds(seconds)} here",
           flush=True)
 
     given = operator.measure(originals)
     answers = []
     with tqdm(total=calls, desc=args.task, unit="call") as bar:
         for k in range(args.average):
-            answers.append(solve(model, diffusion, given, operator, originals.shape, steps=args.steps, travel=args.travel,
-                                 eta=args.eta, seed=args.seed, first_index=k * len(originals),
-                                 y=y, device=device, progress=bar.update))
+            answers.append(solve(model, diffusion, given, operator, originals.shape, steps=args.steps,
+                                 travel=args.travel, eta=args.eta, seed=args.seed,
+                                 first_index=k * len(originals), y=y, device=device, progress=bar.update))
     ours = torch.stack(answers).mean(0).clamp(-1, 1)
     plain = operator.plain(given)
     for name, pictures in (("the plain answer", plain), ("the model", ours)):

@@ -2,7 +2,7 @@
 
     python evaluate.py                                    # outputs/model_final.pt, against what it was trained on
     python evaluate.py --num_images 10000 --sampler dpmpp_2m
-    python evaluate.py --race                             # every sampler from 5 calls up: quality, seconds, pictures
+    python evaluate.py --race                             # every sampler from 5 calls up: quality and seconds
 
 The distance is the Frechet distance in the features of our own small classifier ("FD, small classifier"): it is
 not the FID of the literature, and no other project's number compares with it. What does stands beside it: the
@@ -19,14 +19,17 @@ import torch
 from tqdm import tqdm
 
 from classifier import get_classifier, look
+from command_line import (Parser, command, format_seconds, fraction, guidance_number, make_output_dir,
+                          positive_int, seed_number)
 from data import DATASETS, class_names, get_dataset, split_held_out
-from diffusion import SAMPLERS, SPACINGS
-from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images, precision_recall)
-from sample import (CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, load_model, load_weak, seconds_for,
-                    thinned)
-from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
-                   guidance_number, make_output_dir, positive_int, save_strip, seed_number, to_signed, to_uint8,
-                   write_file)
+from diffusion import SAMPLERS
+from images import save_strip, to_signed, to_uint8
+from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images,
+                      precision_recall)
+from sample import (CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, load_model, load_weak,
+                    seconds_for, thinned)
+from schedules import SPACINGS
+from utils import PRECISIONS, describe_device, get_device, write_file
 
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
@@ -56,7 +59,8 @@ def load_reference(data, data_dir, name=None):
                                  fit="stretch" if data.get("fit") == "stretch" else "crop", **like)
     share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
     if type(share) not in (int, float) or type(seed) is not int or seed < 0:
-        raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, seed {seed!r:.40}")
+        raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, "
+                         f"seed {seed!r:.40}")
     kept, held = split_held_out(len(images), share or 0.1, seed)
     return (images[kept], images[held], None if labels is None else (labels[kept], labels[held]),
             "held-out images" if share else "images that it was trained on: nothing was held out")
@@ -105,7 +109,8 @@ def copies(images, features, training, reference, held, held_features, mirrored=
     by_features_held, _ = nearest(held_features, reference)
     return {"copied": copied_share(pixels, pixels_held),
             "copied_in_features": copied_share(by_features, by_features_held),
-            "median_distance": float(pixels.median()), "median_distance_held_out": float(pixels_held.median())}, index
+            "median_distance": float(pixels.median()),
+            "median_distance_held_out": float(pixels_held.median())}, index
 
 
 @torch.no_grad()
@@ -141,7 +146,8 @@ def print_quality(found, floor, count, held_count, held_name):
     line("KID, small classifier, x 1000", f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
          f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
     for key, title in (("precision", "precision: looks real"), ("recall", "recall: has the variety"),
-                       ("confident", f"classifier surer than {SURE}"), ("agreement", "classifier sees what was asked")):
+                       ("confident", f"classifier surer than {SURE}"),
+                       ("agreement", "classifier sees what was asked")):
         if key in found:
             line(title, f"{found[key]:.1%}", f"{floor[key]:.1%}" if key in floor else "")
     line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
@@ -216,8 +222,8 @@ def main(argv=None):
     add("--steps", "steps; default: as sample.py", type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
-    add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset (in turn where that has "
-        "no labels)")
+    add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset (in turn where "
+        "that has no labels)")
     add("--guidance", "how strongly to follow the class; default: as sample.py", type=guidance_number)
     add("--weak", "as in sample.py", metavar="FILE")
     add("--batch_size", "images at a time", 100, type=positive_int)
@@ -264,17 +270,19 @@ def main(argv=None):
           + f", guidance {args.guidance:g}" * (args.guidance != 1) + f", about {format_seconds(seconds)} here",
           flush=True)
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "data_dir", "weak")}
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("output_dir", "data_dir", "weak")}
     settings.update(digest=data["digest"], weak=weak_digest, torch=torch.__version__,
                     checkpoint=Path(args.checkpoint).name)
-    draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"], seed=args.seed, eta=args.eta,
-                             spacing=args.spacing, y=y, guidance=args.guidance, weak=weak, batch_size=args.batch_size,
-                             device=device, precision=PRECISIONS[args.precision])
+    draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"], seed=args.seed,
+                             eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, weak=weak,
+                             batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision])
     if args.race:
         rows, pictures = race(draw, images, classifier, entrants, to_show(y))
         floor, error = frechet_distance(look(classifier, held[:args.num_images])[1], look(classifier, images)[1])
         print(f"  floor: {floor:.3f} +- {error:.3f} ({min(args.num_images, len(held))} {held_name})")
-        write_file(output_dir / "race.json", json.dumps({"rows": rows, "floor": floor, **settings}, indent=1).encode())
+        write_file(output_dir / "race.json",
+                   json.dumps({"rows": rows, "floor": floor, **settings}, indent=1).encode())
         save_strip(pictures, [""] * 10, output_dir / "race.png", title="the same ten noises, every sampler",
                    row_labels=[f"{row['sampler']} {row['steps']}\nFD {row['fd']:.3f}, "
                                f"{format_seconds(row['seconds'])}" for row in rows])
@@ -285,9 +293,10 @@ def main(argv=None):
     found, index = evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, classifier, device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     copied = found["copies"]
-    print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of the held-out "
-          f"images are ({copied['copied_in_features']:.1%} in features)")
-    print("  loss in ten ranges of t, held-out images: " + " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"]))
+    print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of the "
+          f"held-out images are ({copied['copied_in_features']:.1%} in features)")
+    losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
+    print(f"  loss in ten ranges of t, held-out images: {losses}")
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())
     shown = to_show(None if y is None else y[:len(index)])
     save_nearest(drawn[shown], images, index[shown], output_dir / "nearest.png")

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from checkpoint import load_checkpoint, save_checkpoint
-from utils import Parser, command, make_output_dir
+from command_line import Parser, command, make_output_dir
 
 KEPT = ("model_name", "model_config", "diffusion_config", "data")
 
@@ -49,7 +49,8 @@ def read_evaluation(path, checkpoint, digest):
         measured, samples = found["digest"], found["samples"]
         facts = {"fd": samples["fd"], "fd_error": samples["fd_error"], "fd_floor": found["floor"]["fd"],
                  "agreement": samples.get("agreement"), "copied": found["copies"]["copied"],
-                 **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance", "label", "seed")},
+                 **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance",
+                                                   "label", "seed")},
                  "sampler_steps": found["steps"]}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no evaluation.json of evaluate.py") from error

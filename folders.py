@@ -22,7 +22,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from utils import save_images, speaks, to_signed, write_file
+from command_line import speaks
+from images import save_images, to_signed
+from utils import write_file
 
 IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 FITS = ("crop", "stretch")

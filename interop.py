@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 
 from checkpoint import digest_of
-from diffusion import MAX_TIMESTEPS, DiffusionProcess
+from diffusion import DiffusionProcess
+from schedules import MAX_TIMESTEPS
 
 UNKNOWN_SIZE = 64  # denoising-diffusion-pytorch does not write down the size of its images
 MAX_SIZE = 4096
@@ -154,7 +155,8 @@ def load_pipeline(folder):
     Returns (network, levels, channels, DiffusionProcess, image size or None, digest).
     """
     if not any((place / "config.json").is_file() for place in (folder, folder / "unet")):
-        raise ValueError(f"{folder}: no such checkpoint: a folder, and not one of diffusers (it has no config.json)")
+        raise ValueError(f"{folder}: no such checkpoint: a folder, and not one of diffusers (it has no "
+                         "config.json)")
     unet, scheduler = (sub if sub.is_dir() else folder for sub in (folder / "unet", folder / "scheduler"))
     config, config_text = read_config(unet / "config.json")
     schedule, schedule_text = read_config(scheduler / "scheduler_config.json")

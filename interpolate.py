@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from command_line import (Parser, command, format_seconds, make_output_dir, positive_float, positive_int,
+                          seed_number)
 from diffusion import seeded_noise
 from folders import read_picture
+from images import save_gif, save_images, save_strip, to_signed, to_uint8
 from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model
-from utils import (Parser, command, describe_device, format_seconds, get_device, make_output_dir, positive_float,
-                   positive_int, save_gif, save_images, save_strip, seed_number, to_signed, to_uint8)
+from utils import describe_device, get_device
 
 
 def lerp(a, b, share):
@@ -88,8 +90,8 @@ def main(argv=None):
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
     add("--seeds", "a key frame for each", [42, 123], type=seed_number, nargs="+")
-    add("--images", "key frames from these picture files instead of seeds, two or more: cut to the central square "
-        "and to the model's size", nargs="+", metavar="FILE")
+    add("--images", "key frames from these picture files instead of seeds, two or more: cut to the central "
+        "square and to the model's size", nargs="+", metavar="FILE")
     add("--path", "the way from noise to noise", "slerp", choices=list(PATHS))
     add("--compare", "draw lerp and slerp, one above the other, instead of a GIF", False, action="store_true")
     add("--label", "the class to draw, as a number or name; default: none")
@@ -103,7 +105,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     keys = args.images or args.seeds
     if len(keys) < 2 or args.frames < 2:
-        raise ValueError(f"a walk needs at least two key frames and two frames, got {len(keys)} and {args.frames}")
+        raise ValueError(f"a walk needs at least two key frames and two frames, got {len(keys)} "
+                         f"and {args.frames}")
     if args.frames < len(keys) or args.compare and len(keys) != 2:
         raise ValueError(f"{len(keys)} key frames need as many frames, and --compare draws between two")
     if args.size > 4096 or args.frames > 10_000 or not 0.1 <= args.fps <= 50:

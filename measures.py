@@ -78,14 +78,15 @@ def precision_recall(features, reference, k=3):
 def _shifted(images, pixels=1):
     """The images moved by up to so many pixels in each direction, unmoved first; the border repeats."""
     padded = torch.nn.functional.pad(images, (pixels,) * 4, mode="replicate")
-    moves = sorted((abs(i) + abs(j), i, j) for i in range(-pixels, pixels + 1) for j in range(-pixels, pixels + 1))
+    reach = range(-pixels, pixels + 1)
+    moves = sorted((abs(i) + abs(j), i, j) for i in reach for j in reach)
     height, width = images.shape[-2:]
     for _, i, j in moves:
         yield padded[..., pixels + i:pixels + i + height, pixels + j:pixels + j + width]
 
 
 def nearest(queries, references):
-    """(distances [N], indices [N]) of the closest row of references [M, D] to each of queries [N, D], Euclidean."""
+    """(distances [N], indices [N]) of the closest row of references [M, D] to each of queries [N, D]."""
     found = [torch.stack([torch.stack(torch.cdist(part, block).min(1)) for block in references.split(20_000)])
              for part in queries.split(1000)]
     distances, indices = torch.cat(found, dim=2).unbind(1)                      # each [blocks, N]

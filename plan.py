@@ -4,7 +4,7 @@ import math
 import shutil
 from typing import NamedTuple
 
-from utils import format_seconds
+from command_line import format_seconds
 
 
 class Plan(NamedTuple):

@@ -21,11 +21,13 @@ from tqdm import tqdm
 
 import interop
 from checkpoint import check_weights, load_checkpoint, read_container
-from diffusion import SAMPLERS, SPACINGS, DiffusionProcess, seeded_noise
+from command_line import (Parser, command, format_seconds, fraction, guidance_number, make_output_dir,
+                          positive_int, seed_number, whole_number)
+from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
+from images import image_grid, png_bytes, read_note, save_gif, save_images, save_strip, to_uint8
 from models import create_model
-from utils import (PRECISIONS, Parser, command, describe_device, format_seconds, fraction, get_device,
-                   guidance_number, image_grid, make_output_dir, measure, png_bytes, positive_int, save_gif, save_images,
-                   read_note, save_strip, seed_number, to_uint8, whole_number, write_file)
+from schedules import SPACINGS
+from utils import PRECISIONS, describe_device, get_device, measure, write_file
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
@@ -43,8 +45,8 @@ def find_model(checkpoint=None, dataset=None):
     shipped = sorted(path.stem for path in PRETRAINED.glob("*.pt") if not path.stem.startswith("classifier"))
     if dataset is not None:
         if dataset not in shipped:
-            raise ValueError(f"no weights are shipped for {dataset!r}; choose from {', '.join(shipped)}, or train your own "
-                             f"with python train.py --dataset {dataset}")
+            raise ValueError(f"no weights are shipped for {dataset!r}; choose from {', '.join(shipped)}, or "
+                             f"train your own with python train.py --dataset {dataset}")
         return PRETRAINED / f"{dataset}.pt"
     if checkpoint is None and not Path(OWN).exists() and "mnist" in shipped:
         print(f"no {OWN} yet: drawing with the weights that are shipped, pretrained/mnist.pt")
@@ -127,9 +129,8 @@ def load_weak(path, model, diffusion, device="cpu"):
     if path is None:
         return None, None
     weak, process, data = load_model(path, device)
-    same = (weak.image_channels, process.objective) == (model.image_channels, diffusion.objective) and torch.equal(
-        process.alpha_bar, diffusion.alpha_bar)
-    if not same:
+    same = (weak.image_channels, process.objective) == (model.image_channels, diffusion.objective)
+    if not same or not torch.equal(process.alpha_bar, diffusion.alpha_bar):
         raise ValueError(f"--weak {path} has other channels, another schedule or objective than the model")
     return weak, data["digest"]
 
@@ -149,7 +150,8 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     images, frames = [], []
     shape = (model.image_channels, image_size, image_size)
     firsts = range(first_index, first_index + num_images, batch_size)
-    settings = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, seed=seed, guidance=guidance, weak=weak)
+    settings = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, seed=seed, guidance=guidance,
+                    weak=weak)
     calls = len(diffusion.sampling_levels(sampler, steps)) - 1
     keep = set(torch.linspace(0, calls, min(num_frames, calls + 1)).round().int().tolist())
     with (tqdm(total=len(firsts) * calls, desc="sampling", unit="call") as bar,
@@ -295,7 +297,8 @@ def read_recipe(path):
     """The note of a picture that can be made again. Raises ValueError if this one cannot."""
     note = read_note(path)
     if "made_from" in note:
-        raise ValueError(f"{path} cannot be made again from a seed: it was made from {str(note['made_from'])[:60]!r}")
+        raise ValueError(f"{path} cannot be made again from a seed: it was made from "
+                         f"{str(note['made_from'])[:60]!r}")
     missing = [name for name in (*RECIPE, *SURROUNDINGS, "checkpoint") if name not in note]
     if missing:
         raise ValueError(f"{path} does not tell its {', '.join(missing)}")
@@ -324,8 +327,8 @@ def main(argv=None):
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
     add("--dataset", "draw with the shipped weights of this data set", metavar="NAME")
-    add("--image_size", "in pixels, for a checkpoint of denoising-diffusion-pytorch: those do not tell it (default: "
-        f"{interop.UNKNOWN_SIZE})", type=positive_int)
+    add("--image_size", "in pixels, for a checkpoint of denoising-diffusion-pytorch: those do not tell it "
+        f"(default: {interop.UNKNOWN_SIZE})", type=positive_int)
     add("--num_images", "how many", 64, type=positive_int)
     add("--first_index", "begin with this image of the seed", 0, type=whole_number)
     add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42, type=seed_number)
@@ -336,10 +339,11 @@ def main(argv=None):
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--label", "the class to draw, as a number or name; several with commas, or all: rows of pictures "
         "for each; none: without a class. Default: each class in turn, if the model knows any")
-    add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; default: as the "
-        "model's card says, or 1", type=guidance_number)
-    add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its mistakes, also "
-        f"without classes; --guidance is then {WEAK_GUIDANCE:g} unless given", metavar="FILE")
+    add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; "
+        "default: as the model's card says, or 1", type=guidance_number)
+    add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
+        f"mistakes, also without classes; --guidance is then {WEAK_GUIDANCE:g} unless "
+        "given", metavar="FILE")
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")
@@ -372,16 +376,16 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
     model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
     if again and again["checkpoint"] != data["digest"]:
-        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with the checkpoint of digest "
-                         f"{str(again['checkpoint'])[:12]}..., not {data['digest'][:12]}...")
+        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with the checkpoint of "
+                         f"digest {str(again['checkpoint'])[:12]}..., not {data['digest'][:12]}...")
     fill_in(args, data)
     size, classes = data["image_size"], data["classes"]
     y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
     args.num_images = args.num_images if y is None else len(y)
     pixels = args.num_images * (size * (args.upscale or max(1, math.ceil(84 / size)))) ** 2
     if pixels > MAX_SHEET:
-        raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} million: lower "
-                         "--num_images or --upscale")
+        raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} "
+                         "million: lower --num_images or --upscale")
     weak, weak_digest = load_weak(args.weak, model, diffusion, device)
     if again and again.get("weak") != weak_digest:
         raise ValueError(f"{args.recreate} was made " + ("without --weak" if "weak" not in again else

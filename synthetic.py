@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import Parser, command, make_output_dir, save_images, seed_number
+from command_line import Parser, command, make_output_dir, seed_number
+from images import save_images
 
 # The ways of writing each digit: (how common, path). A path is "x,y" points in a box of about
 # 100 x 100, y downwards; "*" after an inner point makes it a corner, "/" lifts the pen.

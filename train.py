@@ -28,17 +28,20 @@ from tqdm import tqdm
 import distributed
 from checkpoint import (BEST, FINAL, LATEST, Signals, State, Stopped, check_settings, clear_run,
                         find_checkpoint, load_checkpoint, only_run, run_files, save_checkpoint)
+from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
+                          positive_float, positive_int, seed_number, speaks, whole_number)
 from data import (DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, split_held_out,
                   verify_dataset)
-from diffusion import OBJECTIVES, SCHEDULES, DiffusionProcess, seeded_noise
+from diffusion import OBJECTIVES, DiffusionProcess, seeded_noise
 from folders import FITS
+from images import plot_losses, save_images
 from models import ACTIVATIONS, MODELS, create_model, model_defaults
 from muon import Muon
 from plan import check_disk, make_plan, print_cost
-from utils import (DENSITIES, EMA, PRECISIONS, Parser, command, count_parameters, describe_device,
-                   format_seconds, fraction, get_device, get_precision, get_timesteps, int_tuple,
-                   make_output_dir, measure, peak_memory, plot_losses, positive_float, positive_int,
-                   save_images, seed_number, seed_step, speaks, whole_number, write_file)
+from presets import PRESETS, parse
+from schedules import SCHEDULES
+from utils import (DENSITIES, EMA, PRECISIONS, count_parameters, describe_device, get_device, get_precision,
+                   get_timesteps, measure, peak_memory, seed_step, write_file)
 
 OPTIMIZERS = {"adam": functools.partial(torch.optim.Adam, fused=True),
               "adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
@@ -48,43 +51,6 @@ SAVE_SECONDS = 300  # about so many at most from one save of the latest state to
 # images count and not where they lie.
 MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "output_dir", "device", "cache_dir",
               "grad_checkpoint", "compile", "num_samples", "sample_every", "save_every", "resume", "overwrite")
-
-# A row is a set of flags; those on the command line win. dataset=None: it has to be given.
-FABRICS = dict(
-    dataset="synthetic_fabrics", image_size=64, channels=3, model="attention", base_channels=64,
-    multipliers=(1, 2, 4, 8), num_blocks=1, attention_levels=(2, 3), schedule="sigmoid", objective="v",
-    batch_size=32, accumulate=2, beta2=0.99, ema_decay=0.995, ema_every=10, grad_clip=1.0, flip=True,
-    num_samples=16)
-PRESETS = {
-    "mnist":         dict(dataset="mnist", epochs=20, batch_size=128, lr=2e-4),
-    "fashion_mnist": dict(dataset="fashion_mnist", epochs=50, batch_size=128, lr=2e-4),
-    "mnist_short":   dict(dataset="mnist", epochs=5, batch_size=64, lr=1e-3, timesteps=200, base_channels=32,
-                          time_emb_dim=128),
-    # Readable digits or garments in minutes on two cores: 2x2 pixels as one, and a rate that falls to zero.
-    "quick":         dict(epochs=4, batch_size=64, lr=3e-3, lr_schedule="cosine", warmup=100, optimizer="muon",
-                          beta2=0.99, model="attention", patch_size=2, base_channels=48, multipliers=(1, 2),
-                          num_blocks=1, attention_levels=(1,), groups=16, schedule="cosine", objective="v",
-                          clip_loss=True, density="logit_normal", grad_clip=1.0, ema_decay=0.999),
-    "cifar10":       dict(dataset="cifar10", epochs=200, batch_size=128, lr=2e-4, warmup=1000,
-                          model="attention", multipliers=(1, 2, 4), num_blocks=2, attention_levels=(1, 2),
-                          dropout=0.1, schedule="cosine", objective="v", grad_clip=1.0, ema_decay=0.9995,
-                          flip=True),
-    "ct":            dict(dataset=None, image_size=64, channels=1, epochs=60, batch_size=32, lr=2e-4,
-                          lr_schedule="cosine", optimizer="adamw", weight_decay=1e-4, timesteps=400,
-                          schedule="cosine", model="attention", base_channels=64, multipliers=(1, 2, 4),
-                          num_blocks=2, attention_levels=(1, 2), time_emb_dim=256, groups=32, dropout=0.05,
-                          ema_decay=0.9995, grad_clip=1.0, val_fraction=0.05,
-                          without_gpu=dict(batch_size=8)),
-    "fabrics_500k":  dict(FABRICS, steps=500_000, lr=8e-5, sample_every=25_000, save_every=25_000),
-    "fabrics_100k":  dict(FABRICS, steps=100_000, lr=2e-4, sample_every=1000, save_every=1000),
-    # 4.8 M parameters and, with 2x2 pixels as one and few channels there, little work where the pixels are many.
-    # For two cores and an evening.
-    "fabrics_laptop": dict(FABRICS, patch_size=2, base_channels=32, multipliers=(1, 3, 6), num_blocks=1,
-                           attention_levels=(1, 2), heads=2, groups=8, time_emb_dim=128, accumulate=1,
-                           steps=11_000, batch_size=16, lr=2e-3, lr_schedule="cosine", warmup=100,
-                           optimizer="muon", ema_decay=0.999, ema_every=1, val_fraction=0.05,
-                           sample_every=1000, save_every=4000),
-}
 
 
 def rate_at(step, total_steps, peak, schedule="constant", warmup=0):
@@ -302,18 +268,6 @@ def build_model(name, config, image_size, seed, device, grad_checkpoint):
     return model
 
 
-def as_flags(row):
-    """A row of settings as one would type it."""
-    words = []
-    for flag, value in row.items():
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            words.append(f"--{flag} {text}")
-    return " ".join(words)
-
-
 def write_losses(folder, state, rate):
     """training_loss.csv, a row for each step (step from 1, loss, learning rate, held-out loss), and .png."""
     rows = [f"{step},{loss:.6g},{rate(step - 1):.6g},{state.held_out_losses.get(step, '')}\n"
@@ -382,8 +336,9 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             settings["total_steps"] = plan.total_steps
         facts = {"model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
                  "settings": settings, "data": {
-                     "name": str(dataset_name), "image_size": image_size, "channels": channels, "classes": classes,
-                     "fit": fit, "flip": flip, "val_fraction": 0.0 if val_dir else val_fraction, "seed": seed}}
+                     "name": str(dataset_name), "image_size": image_size, "channels": channels,
+                     "classes": classes, "fit": fit, "flip": flip, "seed": seed,
+                     "val_fraction": 0.0 if val_dir else val_fraction}}
 
         # ---- What is going to happen
         print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
@@ -431,7 +386,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         except (Stopped, OSError) as stop:
             if rank == 0 and state.losses:
                 save_state(output_dir / LATEST, state, facts, len(batches))
-                print(f"{stop} after step {len(state.losses)} of {plan.total_steps}: saved to {output_dir / LATEST}, "
+                print(f"{stop} after step {len(state.losses)} of {plan.total_steps}: saved to "
+                      f"{output_dir / LATEST}, "
                       "which sample.py can draw from; the same command with --resume goes on")
             raise
         if rank == 0:
@@ -505,8 +461,8 @@ def save_state(path, state, facts, steps_per_epoch):
     """Write a checkpoint, unless the training has become useless: then ValueError, and the file stays."""
     sound = all(p.isfinite().all() for p in state.model.parameters())
     if not sound or not all(map(math.isfinite, state.losses)):
-        raise ValueError(f"weights or losses are no numbers any more by step {len(state.losses)}; {path} is left as "
-                         "it was")
+        raise ValueError(f"weights or losses are no numbers any more by step {len(state.losses)}; {path} is "
+                         "left as it was")
     save_checkpoint(path, {**facts, **state.entries(), "epoch": len(state.losses) // steps_per_epoch})
     if path.name != LATEST:
         print(f"wrote {path}")
@@ -543,8 +499,8 @@ def main(argv=None):
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--verify", "look at the data set and stop: exit code 0 if it can be trained on, else 2", False,
         action="store_true")
-    add("--image_size", "height and width in pixels; default: a named set's own, for a folder 64 or the pictures' "
-        "common size below that", type=positive_int)
+    add("--image_size", "height and width in pixels; default: a named set's own, for a folder 64 or the "
+        "pictures' common size below that", type=positive_int)
     add("--channels", "1 for grey, 3 for colour; default: as the data are", type=int, choices=(1, 3))
     add("--fit", "of pictures that are not square: the central square, or all of it stretched", "crop",
         choices=FITS)
@@ -588,8 +544,8 @@ def main(argv=None):
     add("--weight_decay", "pull towards zero", 0.0, type=fraction)
     add("--min_snr", "weigh the error of x_0 by min(SNR, this), usually 5; default: as the objective does",
         type=positive_float)
-    add("--clip_loss", "ask of black and white pixels no more than to be right once cut to their range, as sampling does",
-        False, action=SWITCH)
+    add("--clip_loss", "ask of black and white pixels no more than to be right once cut to their range, as "
+        "sampling does", False, action=SWITCH)
     add("--density", "which noise levels are met how often: all alike, or the middle ones more", "uniform",
         choices=DENSITIES)
     add("--grad_clip", "largest gradient norm; off unless given", type=positive_float)
@@ -627,30 +583,6 @@ def main(argv=None):
         train(**settings, **model_config)
     finally:
         distributed.leave()
-
-
-def parse(parser, argv):
-    """The settings as a dict: flags that were given, then the row of --preset, then the defaults."""
-    given = parser.parse_args(argv)
-    if given.epochs and given.steps:
-        raise ValueError(f"--epochs {given.epochs} and --steps {given.steps}: give one of them")
-    if given.preset:
-        row = dict(PRESETS[given.preset])
-        without_gpu = row.pop("without_gpu", {})
-        if get_device(distributed.join(given.device)).type == "cpu":
-            row.update(without_gpu)
-        if given.epochs or given.steps:
-            if bool(given.steps) != ("steps" in row):                  # what is counted changes
-                row = {flag: value for flag, value in row.items() if flag not in ("sample_every", "save_every")}
-            row = {flag: value for flag, value in row.items() if flag not in ("epochs", "steps")}
-        if row.get("dataset", "mnist") is None and given.dataset is None:
-            raise ValueError(f"--preset {given.preset} is for a folder of your own: add --dataset FOLDER")
-        parser.set_defaults(**row)
-    settings = vars(parser.parse_args(argv))
-    if settings.pop("preset") and speaks():
-        print(f"preset {given.preset}: {as_flags({flag: settings[flag] for flag in row})}")
-    settings["epochs"] = settings["epochs"] or 20                      # --steps goes before it
-    return settings
 
 
 if __name__ == "__main__":

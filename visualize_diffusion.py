@@ -27,15 +27,18 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMetho
 from PIL import Image
 from tqdm import tqdm
 
+from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number,
+                          whole_number)
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
-from data import DATASET_HELP, DATASETS, class_names, get_dataset, get_default_dataset
-from diffusion import SAMPLERS, SCHEDULES, SPACINGS, DiffusionProcess, seeded_noise
+from data import DATASETS, DATASET_HELP, class_names, get_dataset, get_default_dataset
+from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from evaluate import loss_by_timestep
-from sample import (CHECKPOINT_HELP, choose_labels, draw_frame, find_model, generate, load_model, save_generation_strip,
-                    seconds_for)
-from utils import (Parser, command, describe_device, format_seconds, get_device, image_grid, make_output_dir,
-                   plot_losses, positive_int, save_figure, save_gif, save_strip, seed_number, to_signed,
-                   to_uint8, whole_number)
+from images import (COLOURS, LINES, image_grid, new_figure, plot_losses, save_figure, save_gif, save_strip,
+                    to_signed, to_uint8)
+from sample import (CHECKPOINT_HELP, choose_labels, draw_frame, find_model, generate, load_model,
+                    save_generation_strip, seconds_for)
+from schedules import SCHEDULES, SPACINGS, nearest
+from utils import describe_device, get_device
 
 
 class Row(NamedTuple):
@@ -66,19 +69,6 @@ TIMESTEPS = {"forward": FORWARD_TIMESTEPS, "explore": (0, 100, 250, 500, 750, 99
 STEPS_LIST, SEEDS = (50, 100, 250, 500, 1000), (42, 7, 123, 999)
 TIMESTEP_BINS = 20  # rows of the heat map of losses
 
-# Colours that stay apart for the colour-blind too (Okabe & Ito 2008), each with a line of its own.
-COLOURS, LINES = ("#d55e00", "#0072b2", "#009e73", "#000000"), ("-", "--", "-.", ":")
-
-
-def new_figure(width, height, rows=1, columns=1, **settings):
-    """An empty figure in the style of plot_losses, sizes in inches: (figure, axes [rows, columns])."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **settings)
-    for one in axes.flat:
-        one.grid(alpha=0.25)
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
 
 def choose_timesteps(asked, default, num_timesteps):
     """The levels asked for, or the default ones, scaled from T = 1000. ValueError for one beyond T."""
@@ -88,11 +78,6 @@ def choose_timesteps(asked, default, num_timesteps):
         if t >= num_timesteps:
             raise ValueError(f"--timesteps {t}: there are 0 to {num_timesteps - 1}")
     return asked
-
-
-def nearest(levels, timesteps):
-    """Where in `levels`, which a sampler visits, the wanted timesteps are, or what is nearest; in order."""
-    return sorted({min(range(len(levels)), key=lambda k: abs(levels[k] - t)) for t in timesteps})
 
 
 # ---- Figures of data

@@ -10,32 +10,29 @@
 Writes outputs/activations.png, or the file that FIGURES names.
 """
 
-import contextlib
-import copy
 import math
-import weakref
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number,
+                          whole_number)
 from data import DATASET_HELP, class_names
-from diffusion import SAMPLERS, seeded_noise
+from diffusion import SAMPLERS
+from images import COLOURS, image_grid, new_figure, save_figure, to_uint8
+from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest, centre_accuracy,
+                    choose_layer, model_table, parts, pca, reach, sampled, table_lines, time_embeddings, tsne)
 from models import MODELS, create_model
-from models.attention_unet import SelfAttention
-from models.unet import TimeEmbedding
 from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model, seconds_for
-from utils import (Parser, command, describe_device, format_seconds, get_device, image_grid, make_output_dir,
-                   positive_int, save_figure, seed_number, to_signed, to_uint8, whole_number)
-from visualize_diffusion import COLOURS, choose_timesteps, images_of, nearest, new_figure
+from utils import describe_device, get_device
+from visualize_diffusion import choose_timesteps, images_of
 
 
 class Row(NamedTuple):
@@ -51,132 +48,14 @@ FIGURES = {
     "features":    Row("features.png", (0, 200, 400, 600, 800), "the bottleneck's features of real pictures"),
     "table":       Row("model_table.png", (), "channels, parameters and memory of each level"),
 }
-# Nine marks that stay apart for the colour-blind (Okabe & Ito 2008, without the yellow, which white paper swallows).
+# Marks that stay apart for the colour-blind (Okabe & Ito 2008, but the yellow, which white paper swallows).
 PALETTE, MARKERS = (*COLOURS, "#e69f00", "#56b4e9", "#cc79a7"), "o^sDvP*"
 
 
 # ---- Looking inside: a forward hook on each part
 
-def parts(model):
-    """{name: module}: the boxes that one would draw, in the order of the file; lists of modules are opened."""
-    def walk(module, prefix):
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList):
-                yield from walk(child, f"{prefix}{name}.")
-            else:
-                yield prefix + name, child
-
-    found = dict(walk(model, ""))
-    if len(found) == 1:                                     # a wrapper: what matters is inside
-        inside, = found.values()
-        return parts(inside) or found
-    return found
-
-
-@contextlib.contextmanager
-def watching(model, look):
-    """Inside the `with`, look(name, module, output) is called after each part of the model has run."""
-    def hook(name):
-        return lambda module, inputs, output: look(name, module, output) if torch.is_tensor(output) else None
-    handles = [module.register_forward_hook(hook(name)) for name, module in parts(model).items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def activations(model, x_t, t, y=None):
-    """What each part of the model gives back, in the order of the calls: [(name, tensor)].
-
-    x_t: [B, C, H, W].  t: an integer.  Tensors are [B, C', H', W'], those of the embeddings [B, dim].
-    """
-    seen = []
-    with watching(model, lambda name, module, output: seen.append((name, output.detach().clone()))):
-        model(x_t, torch.full((len(x_t),), t, device=x_t.device), y)
-    return seen
-
-
-def sampled(model, diffusion, timesteps, image_size, *, seed=0, sampler="ddim", steps=None, y=None, device="cpu"):
-    """Sample one picture; yields (t, x_t, x_0 estimate made from x_t) at the levels nearest to `timesteps`, right
-    after the model has answered there, and last (-1, picture, picture)."""
-    levels = diffusion.sampling_levels(sampler, steps)
-    wanted = set(nearest(levels[:-1], timesteps))
-    x_t = seeded_noise(seed, [0], 0, (model.image_channels, image_size, image_size)).to(device)
-    path = diffusion.trajectory(model, x_t, sampler=sampler, steps=steps, seed=seed, y=y)
-    for k, (_, x_next, x_0) in enumerate(tqdm(path, total=len(levels) - 1, desc="sampling", unit="call")):
-        if k in wanted:
-            yield levels[k], x_t, x_0
-        x_t = x_next
-    yield -1, x_t, x_t
-
 
 # ---- Attention
-
-def attention_layers(model):
-    """{name: SelfAttention} in the order of the file. Raises ValueError if there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SelfAttention)}
-    if not found:
-        raise ValueError(f"this {type(model).__name__} has no attention to draw; train a network that has it with "
-                         "python train.py --dataset NAME --preset fabrics_laptop (or quick, for small pictures)")
-    return found
-
-
-@contextlib.contextmanager
-def recording(*layers):
-    """Inside the `with`, these layers keep the weights of their last call."""
-    for layer in layers:
-        layer.record = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.record, layer.weights = False, None
-
-
-@torch.no_grad()
-def choose_layer(model, name, image_size):
-    """(name, layer, side of its map): the one asked for, or of those with the finest map the last.
-
-    Raises ValueError for a name that is not there.
-    """
-    layers, device = attention_layers(model), next(model.parameters()).device
-    if name is not None and name not in layers:
-        raise ValueError(f"unknown layer {name!r}; choose from {', '.join(layers)}")
-    with recording(*layers.values()):
-        model(torch.zeros(1, model.image_channels, image_size, image_size, device=device),
-              torch.zeros(1, dtype=torch.long, device=device))
-        sides = {key: math.isqrt(layer.weights.shape[-1]) for key, layer in layers.items()}
-    name = name or max(reversed(sides), key=sides.get)
-    return name, layers[name], sides[name]
-
-
-def attention_maps(model, diffusion, layer, timesteps, image_size, **settings):
-    """Sample a picture and keep what the layer's heads did at the levels nearest to `timesteps`.
-
-    settings: see sampled.  Returns ([(t, x_t, x_0 estimate, weights)], picture): images [C, H, W], weights
-    [heads, positions, positions], whose row i says where position i looked and sums to 1.
-    """
-    moments = []
-    with recording(layer):
-        for t, x_t, x_0 in sampled(model, diffusion, timesteps, image_size, **settings):
-            if t >= 0:
-                moments.append((t, x_t[0].cpu(), x_0[0].cpu(), layer.weights[0].float().cpu()))
-    return moments, x_0[0].cpu()
-
-
-def busiest(picture, side):
-    """(row, column) of the cell, of side x side, whose pixels differ most: a place worth asking about."""
-    cells = F.pixel_unshuffle(picture.mean(dim=0, keepdim=True), picture.shape[-1] // side)   # [pixels, side, side]
-    return divmod(int(cells.std(dim=0, unbiased=False).argmax()), side)
-
-
-def reach(weights, side):
-    """How far the heads look, on average over all positions, in cells. weights: [heads, N, N] -> [heads]."""
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    places = torch.stack([rows.flatten(), columns.flatten()], dim=1).float()                # [N, 2]
-    return (weights * torch.cdist(places, places)).sum(-1).mean(-1)
 
 
 def mark(axes, row, column, size):
@@ -248,24 +127,13 @@ def activations_figure(x_t, seen, picture, path, title=None, channels=8):
             show(axis, output[k], cmap="viridis")
             axis.set_title(f"channel {k}", fontsize=8, pad=2)
         count, height, width = output.shape
-        panels[0].set_ylabel(f"{name}\n{count} of {height}x{width}", fontsize=9.5, rotation=0, ha="right", va="center", labelpad=6)
+        panels[0].set_ylabel(f"{name}\n{count} of {height}x{width}", fontsize=9.5, rotation=0, ha="right",
+                             va="center", labelpad=6)
     figure.suptitle(title, fontsize=12)
     save_figure(figure, path)
 
 
 # ---- Time embeddings
-
-@torch.no_grad()
-def time_embeddings(model, num_timesteps):
-    """(sines and cosines [T, dim], what the learned network makes of them [T, dim']) for t = 0..T-1.
-
-    Raises ValueError for a network whose embedding is not ours.
-    """
-    table = next((module for module in model.modules() if isinstance(module, TimeEmbedding)), None)
-    if table is None:
-        raise ValueError("this network embeds the time in a way of its own; the figure time draws TimeEmbedding")
-    t = torch.arange(num_timesteps, device=next(model.parameters()).device)
-    return table(t).cpu(), model.time_mlp(t).float().cpu()
 
 
 def time_figure(sines, learned, timesteps, path, title=None):
@@ -305,62 +173,14 @@ def time_figure(sines, learned, timesteps, path, title=None):
 
 # ---- Features of the bottleneck
 
-@torch.no_grad()
-def bottleneck_features(model, diffusion, images, t, *, seed=0, flatten=False, batch_size=100):
-    """What the bottleneck gives back for real images at noise level t: [N, channels], the mean over its positions,
-    or [N, channels * H * W] if flatten.
-
-    images: uint8 [N, C, H, W].  The noise depends on the seed alone, not on t. The model is not told the class:
-    what the features know of it comes from the picture.
-    """
-    names = [name for name in parts(model) if name.split(".")[-1].startswith(("bottleneck", "mid"))]
-    if not names:
-        raise ValueError("this network has no part called bottleneck or mid, whose features could be drawn")
-    device, found = next(model.parameters()).device, []
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    for x_0, part in zip(images.split(batch_size), noise.split(batch_size)):
-        x_t, _ = diffusion.forward_diffusion(to_signed(x_0), torch.full((len(x_0),), t), part)
-        output = dict(activations(model, x_t.to(device), t))[names[-1]].float().cpu()
-        found.append(output.flatten(1) if flatten else output.mean(dim=(2, 3)))
-    return torch.cat(found)
-
-
-def pca(features, dim=2):
-    """Principal components: the directions in which the features spread most (Pearson 1901).
-
-    features: [N, D].  Returns (coordinates [N, dim], the share of the variance in each of them).
-    """
-    centred = features.double() - features.double().mean(dim=0)
-    _, lengths, directions = torch.linalg.svd(centred, full_matrices=False)
-    variance = lengths.square()
-    return (centred @ directions[:dim].T).float(), (variance / variance.sum())[:dim].tolist()
-
-
-def tsne(features, seed=0):
-    """Neighbours stay neighbours, distances mean little (van der Maaten & Hinton 2008). [N, D] -> [N, 2]."""
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise ValueError("--projection tsne needs scikit-learn: pip install scikit-learn; or take pca") from error
-    perplexity = min(30, (len(features) - 1) / 3)
-    return torch.from_numpy(TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(features.numpy()))
-
-
-def centre_accuracy(features, labels):
-    """How well the classes stand apart: the share of the second half of the images whose nearest class centre,
-    made from the first half, is that of their own class."""
-    half = len(features) // 2
-    known = labels[:half].unique()
-    centres = torch.stack([features[:half][labels[:half] == k].mean(dim=0) for k in known])
-    return float((known[torch.cdist(features[half:], centres).argmin(dim=1)] == labels[half:]).float().mean())
-
 
 def scatter_classes(axis, points, labels, names):
     """Points in the colours of their classes, whose names stand at the middle (median) of each."""
     for k, name in enumerate(names):
         own = points[labels == k]
         if len(own):
-            axis.scatter(*own.T, s=7, color=PALETTE[k % len(PALETTE)], marker=MARKERS[k // len(PALETTE) % len(MARKERS)],
+            axis.scatter(*own.T, s=7, color=PALETTE[k % len(PALETTE)],
+                         marker=MARKERS[k // len(PALETTE) % len(MARKERS)],
                          alpha=0.6, linewidths=0)
     for k, name in enumerate(names):
         if (labels == k).any():
@@ -409,127 +229,6 @@ def features_figure(features, labels, names, path, project, heading=None):
 
 # ---- The table
 
-class PlainUNet(nn.Module):
-    """A U-Net reduced to what decides its size: no norms, no activations, no time, no output layer.
-
-    channels: of each level, from the top.  On the way down a 3x3 convolution, then a 2x2 max-pool; at the bottom a
-    3x3 convolution that keeps the channels; on the way up a transposed 4x4 convolution (stride 2) to the level's
-    channels and a 3x3 convolution on the concatenation with the skip. Height and width: multiples of 2^levels.
-    """
-
-    def __init__(self, channels, image_channels=3):
-        super().__init__()
-        below = [*channels[1:], channels[-1]]
-        self.image_channels = image_channels
-        self.encoder = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1)
-                                     for i, o in zip([image_channels, *channels[:-1]], channels))
-        self.bottleneck = nn.Conv2d(channels[-1], channels[-1], 3, padding=1)
-        self.upsample = nn.ModuleList(nn.ConvTranspose2d(b, c, 4, stride=2, padding=1)
-                                      for b, c in reversed(list(zip(below, channels))))
-        self.decoder = nn.ModuleList(nn.Conv2d(2 * c, c, 3, padding=1) for c in reversed(channels))
-
-    def forward(self, x, t=None, y=None):
-        skips = []
-        for encode in self.encoder:
-            skips.append(encode(x))
-            x = F.max_pool2d(skips[-1], 2)
-        x = self.bottleneck(x)
-        for upsample, decode in zip(self.upsample, self.decoder):
-            x = decode(torch.cat([upsample(x), skips.pop()], dim=1))
-        return x
-
-
-class Memory(TorchDispatchMode):
-    """Inside the `with`, counts the bytes of all tensors made there: `alive` now, the most at once as `peak`.
-
-    A view counts with the tensor it looks into, and not at all if that is a parameter of the model. The scratch
-    space within one operation is not seen.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.alive = self.peak = self.part = 0
-        self.made = {}                                      # address: (bytes, part that was running)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if torch.is_tensor(tensor):
-                self.count(tensor.untyped_storage())
-        return made
-
-    def count(self, storage):
-        place, size = storage.data_ptr(), storage.nbytes()
-        if place and place not in self.made and place not in self.parameters:
-            self.made[place] = size, self.part
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self.forget, place)
-
-    def forget(self, place):
-        self.alive -= self.made.pop(place)[0]
-
-
-class Level(NamedTuple):
-    name: str
-    shape: tuple  # of what it gives back, without the batch: (channels, height, width), or (values,)
-    parameters: int
-    activation: int  # bytes of what it gives back
-    kept: int  # bytes that training keeps until the backward pass
-
-
-def model_table(model, image_size):
-    """Measure a network with one image: (a Level for each part in the order of the calls, peak bytes in sampling).
-
-    activation: the output of the part alone, as a forward hook sees it: channels x height x width x 4 bytes.
-    kept: of what was made from the end of the part before to the end of this one, in a forward pass with gradients
-        and in training mode, all that is still there when the pass is over, because the backward pass needs it:
-        inputs of convolutions and norms, concatenations, dropout's choices. The answer is in the last row.
-    peak: the most bytes alive at one moment of a forward pass without gradients: skips, concatenations and all
-        else that is being worked on. Neither counts the input, parameters or the scratch space of an operation.
-    A part that is called twice has its parameters in the first row; parameters of no part that was called stand in
-    a last row of their own. Batch 1, in the precision of the weights (float32).
-    """
-    model = copy.deepcopy(model).requires_grad_(True)
-    device, rows, seen = next(model.parameters()).device, [], set()
-    x_t = torch.zeros(1, model.image_channels, image_size, image_size, device=device)
-    t = torch.zeros(1, dtype=torch.long, device=device)
-
-    def look(name, module, output):
-        new = [p for p in module.parameters() if id(p) not in seen]
-        seen.update(map(id, new))
-        rows.append((name, tuple(output.shape[1:]), sum(p.numel() for p in new), output.nbytes))
-        memory.part += 1
-
-    with torch.no_grad(), Memory(model) as memory:
-        model.eval()(x_t, t)
-    peak = memory.peak
-    with watching(model, look), torch.enable_grad(), Memory(model) as memory:
-        answer = model.train()(x_t, t)
-    kept = [0] * len(rows)
-    for size, part in memory.made.values():
-        kept[min(part, len(rows) - 1)] += size
-    del answer                                              # it held all that the backward pass needs
-    levels = [Level(*row, size) for row, size in zip(rows, kept)]
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in seen)
-    return levels + [Level("other", (), rest, 0, 0)] * (rest > 0), peak
-
-
-def table_lines(levels, peak):
-    """What model_table found, as lines of text with the totals."""
-    head = ("level", "channels", "resolution", "parameters", "activation, bytes", "kept to train, bytes")
-    rows = [(name, str(shape[0]) if shape else "", "x".join(map(str, shape[1:])) or "-", f"{parameters:,}",
-             f"{activation:,}", f"{kept:,}") for name, shape, parameters, activation, kept in levels]
-    parameters, activation, kept = (sum(getattr(level, key) for level in levels)
-                                    for key in ("parameters", "activation", "kept"))
-    rows = [head, *rows, ("total", "", "", f"{parameters:,}", f"{activation:,}", f"{kept:,}")]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
-             for row in rows]
-    return [*lines, f"peak memory of a forward pass (sampling one image): {peak:,} bytes of activations, "
-            f"{peak + 4 * parameters:,} with the parameters in float32"]
-
 
 def table_figure(levels, path, title=None):
     """Bars: where the parameters are, and where the memory goes."""
@@ -558,7 +257,8 @@ def table_figure(levels, path, title=None):
 def draw_table(args, path, device):
     if args.channels:
         if len(args.channels) > 8 or max(args.channels) > 4096:
-            raise ValueError(f"--channels {' '.join(map(str, args.channels))}: up to 8 levels of up to 4096 channels")
+            raise ValueError(f"--channels {' '.join(map(str, args.channels))}: up to 8 levels of up to 4096 "
+                             "channels")
         size, multiple = args.image_size or 64, 2 ** len(args.channels)
         model, name = PlainUNet(args.channels), f"plain U-Net {args.channels}"
     elif args.model:
@@ -605,14 +305,15 @@ def draw_from_model(name, args, path, device):
     what += "" if y is None or int(y) < 0 else f", class {data['classes'][int(y)]}"
     if name == "attention":
         moments, picture = attention_maps(model, diffusion, layer, timesteps, size, **settings)
-        query = (args.query[0] * side // size, args.query[1] * side // size) if args.query else busiest(picture, side)
+        query = tuple(place * side // size for place in args.query) if args.query else busiest(picture, side)
         print(f"layer {layer_name}, {side}x{side}, asked at row {query[0]}, column {query[1]}")
-        return attention_figure(moments, query, path, f"where {layer_name} ({side}x{side}) looks from the framed cell"
+        return attention_figure(moments, query, path, f"where {layer_name} ({side}x{side}) looks from the "
+                                                      "framed cell"
                                 f": {what}")
     (t, x_t, _), *_, (_, picture, _) = sampled(model, diffusion, timesteps[:1], size, **settings)
     boxes = parts(model)
     seen = [(part, output) for part, output in activations(model, x_t, t, settings["y"])
-            if any(True for _ in boxes[part].parameters())]                 # a pool shows what came before it again
+            if any(True for _ in boxes[part].parameters())]                 # a pool repeats what came before
     return activations_figure(x_t[0].cpu(), seen, picture[0].cpu(), path, f"feature maps at t = {t}: {what}")
 
 
@@ -664,7 +365,8 @@ def main(argv=None):
     add("--dataset", DATASET_HELP.split(";")[0] + "; default: what the model was trained on", metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--num_images", "how many", 500, type=positive_int)
-    add("--flatten", "keep the bottleneck's positions apart instead of taking their mean", False, action="store_true")
+    add("--flatten", "keep the bottleneck's positions apart instead of taking their mean", False,
+        action="store_true")
     add("--projection", "from many numbers to two; tsne needs scikit-learn", "pca", choices=("pca", "tsne"))
     parser.group("table, of --checkpoint or instead of")
     add("--channels", "a plain U-Net with these channels, one level each: conv 3x3 down, conv 3x3 at the bottom, "
@@ -674,7 +376,8 @@ def main(argv=None):
         type=positive_int)
     args = parser.parse_args(argv)
     if len(args.timesteps or []) > 8 or len(set(args.timesteps or [])) < len(args.timesteps or []):
-        raise ValueError(f"--timesteps takes up to 8 numbers, each once; got {' '.join(map(str, args.timesteps[:9]))}")
+        raise ValueError("--timesteps takes up to 8 numbers, each once; got "
+                         f"{' '.join(map(str, args.timesteps[:9]))}")
     if args.num_images > 20_000:
         raise ValueError(f"--num_images {args.num_images}: at most 20000 in a figure")
     if args.channels and args.model:

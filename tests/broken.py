@@ -16,12 +16,13 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line import Parser, command, positive_int, seed_number                        # noqa: E402
 from data import Batches, get_dataset                                                      # noqa: E402
 from diagnose import diagnose                                                              # noqa: E402
 from diffusion import DiffusionProcess                                                     # noqa: E402
 from models import create_model                                                            # noqa: E402
 from train import train_epoch                                                              # noqa: E402
-from utils import EMA, Parser, command, positive_int, seed_number, seed_step              # noqa: E402
+from utils import EMA, seed_step                                                           # noqa: E402
 
 BROKEN = {  # what is broken: words of the true cause
     "images in [0, 1]": "images in [0, 1]",

@@ -8,14 +8,13 @@ from PIL import Image
 import data
 import sample
 import train as train_module
-import utils
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import DiffusionProcess
+from images import png_bytes, read_note
 from sample import choose_labels, generate, load_model, thinned
 from test_commands import fails
 from test_figures import write_model
 from train import train, train_step
-from utils import read_note
 
 TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, image_size=8, device="cpu", precision="float32",
             num_samples=4, sample_every=1000)
@@ -196,7 +195,7 @@ def test_a_single_image_is_made_again_byte_for_byte(two_shades, tmp_path, capsys
 def test_the_note_tells_all_that_decides_the_pixels_and_nothing_private(two_shades, tmp_path):
     drawn(two_shades, tmp_path, "--steps", "3")
     raw = (tmp_path / "generated_samples.png").read_bytes()
-    note = utils.read_note(tmp_path / "generated_samples.png")
+    note = read_note(tmp_path / "generated_samples.png")
     assert note["checkpoint"] == load_checkpoint(two_shades)["digest"] and note["steps"] == 3 and note["eta"] == 0
     assert note["command"].startswith("sample.py --num_images=64") and note["threads"] == torch.get_num_threads()
     assert str(tmp_path).encode() not in raw and "/" not in str(note)
@@ -208,8 +207,8 @@ def test_another_checkpoint_and_other_pictures_are_refused(two_shades, tmp_path,
     entries["ema"] = {name: value * 1.001 for name, value in entries["ema"].items()}
     save_checkpoint(tmp_path / "other.pt", entries)
     Image.new("L", (8, 8)).save(tmp_path / "plain.png")
-    (tmp_path / "real.png").write_bytes(utils.png_bytes(np.zeros((8, 8, 3), np.uint8), note={"made_from": "a photo"}))
-    (tmp_path / "half.png").write_bytes(utils.png_bytes(np.zeros((8, 8, 3), np.uint8), note={"seed": 1}))
+    (tmp_path / "real.png").write_bytes(png_bytes(np.zeros((8, 8, 3), np.uint8), note={"made_from": "a photo"}))
+    (tmp_path / "half.png").write_bytes(png_bytes(np.zeros((8, 8, 3), np.uint8), note={"seed": 1}))
     (tmp_path / "text.png").write_text("no picture")
     picture = str(tmp_path / "generated_samples.png")
     capsys.readouterr()

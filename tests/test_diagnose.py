@@ -1,4 +1,5 @@
-"""The diagnosis against networks whose fault is known, because they are formulas. tests/broken.py trains real ones."""
+"""The diagnosis against networks whose fault is known, because they are formulas. tests/broken.py trains real
+ones."""
 
 import math
 

@@ -254,7 +254,8 @@ def test_clip_loss_forgives_what_clipping_mends_and_nothing_else(objective):
 
 
 def test_clip_loss_leaves_the_best_answer_the_mean():
-    """Of one pixel that is -1, -1 and 0.5 with equal chance, and of one that is always -1: there any value below."""
+    """Of one pixel that is -1, -1 and 0.5 with equal chance, and of one that is always -1: there any value
+    below."""
     x_0 = torch.tensor([[-1.0, -1], [-1, -1], [0.5, -1]]).view(3, 1, 1, 2)
     diffusion, guesses = DiffusionProcess(10, objective="x0", clip_loss=True), torch.linspace(-2, 2, 401)
     losses = [[float(diffusion.training_loss(lambda x, t, y: torch.where(torch.arange(2) == k, guess, -1.0).expand_as(x),

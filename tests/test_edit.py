@@ -1,4 +1,5 @@
-"""The operators against their definition, the rule against closed-form posteriors, the command on a tiny model."""
+"""The operators against their definition, the rule against closed-form posteriors, the command on a tiny
+model."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 import edit
 from diffusion import DiffusionProcess
 from edit import colourise, deblur, inpaint, read_mask, solve, upscale
-from utils import to_uint8
+from images import to_uint8
 
 SIZE = 12
 OPERATORS = {"inpaint": (inpaint(SIZE, read_mask("lower", SIZE)), 1), "upscale": (upscale(SIZE, 4), 1),
@@ -23,8 +24,8 @@ def test_what_is_given_back_has_the_measurement_it_was_made_from(name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_measuring_and_giving_back_is_an_orthogonal_projection(name):
-    """Written out as a matrix, column by column, it is symmetric and its own square: then a correction changes what
-    contradicts the measurement and nothing else."""
+    """Written out as a matrix, column by column, it is symmetric and its own square: then a correction
+    changes what contradicts the measurement and nothing else."""
     operator, channels = OPERATORS[name]
     basis = torch.eye(channels * SIZE * SIZE).view(-1, channels, SIZE, SIZE)
     matrix = operator.back(operator.measure(basis)).flatten(1)
@@ -54,7 +55,8 @@ MEAN, STD, RHO = -0.1, 0.3, 0.8
 
 
 def correlated_pair(diffusion):
-    """The exact denoiser of pairs of pixels, Gaussian with correlation RHO: E[x_0 | x_t] from the joint Gaussian."""
+    """The exact denoiser of pairs of pixels, Gaussian with correlation RHO: E[x_0 | x_t] from the joint
+    Gaussian."""
     covariance = STD**2 * torch.tensor([[1.0, RHO], [RHO, 1.0]], dtype=torch.float64)
 
     def model(x_t, t, y=None):
@@ -78,7 +80,8 @@ def second_pixel(given, travel, steps=50, count=800):
 
 def test_a_missing_pixel_follows_its_neighbour_as_the_posterior_says():
     """Given the first pixel, the second is Gaussian with mean m + rho (x_1 - m). The rule is too timid: it
-    takes the estimate at its word, as though it were certain. Going back up and down again makes good half of that."""
+    takes the estimate at its word, as though it were certain. Going back up and down again makes good half of
+    that."""
     given = MEAN + 1.5 * STD
     expected = MEAN + RHO * (given - MEAN)
     errors = [abs(float(second_pixel(given, travel).mean()) - expected) for travel in (1, 5)]

@@ -12,12 +12,12 @@ import data
 import evaluate
 from classifier import Classifier, get_classifier, load_classifier, look, save_classifier, train_classifier
 from data import get_dataset
-from measures import (copied_share, frechet_between, frechet_distance, kernel_distance, nearest, nearest_images,
-                      precision_recall)
+from images import to_signed, to_uint8
+from measures import (copied_share, frechet_between, frechet_distance, kernel_distance, nearest,
+                      nearest_images, precision_recall)
 from sample import generate, load_model
 from synthetic import digits
 from test_commands import fails
-from utils import to_signed, to_uint8
 
 
 def test_the_distance_of_one_dimensional_gaussians_is_the_closed_form():
@@ -86,7 +86,8 @@ def test_nearest_equals_a_plain_loop():
 
 
 def test_planted_copies_are_counted_also_those_moved_by_a_pixel():
-    """10 % copies, half of them shifted, among images that the training set does not hold; and none among those."""
+    """10 % copies, half of them shifted, among images that the training set does not hold; and none among
+    those."""
     images, _ = digits(3000, seed=5)
     training, held, others = images[:2000], images[2000:2500], images[2500:].clone()
     others[:25] = training[100:125]
@@ -126,7 +127,8 @@ def test_pictures_are_shown_in_the_order_of_their_classes():
 
 
 def test_test_images_come_in_random_order_with_their_labels(monkeypatch):
-    """MNIST's are sorted by who wrote them: the first 2,000 were taken for a floor, and it was three times too high."""
+    """MNIST's are sorted by who wrote them: the first 2,000 were taken for a floor, and it was three times
+    too high."""
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 200)
     plain, plain_labels = data.get_dataset("synthetic_digits", train=False)
     like = {"name": "synthetic_digits", "image_size": 28, "channels": 1, "classes": None}
@@ -180,7 +182,8 @@ def test_a_foreign_file_is_no_classifier(tmp_path):
 
 
 def test_spoilt_sets_score_worse_than_real_images(data_dir):
-    """Blurred, of one class only, and each image ten times: all worse than the test set, by the shipped classifier."""
+    """Blurred, of one class only, and each image ten times: all worse than the test set, by the shipped
+    classifier."""
     images, labels = get_dataset("mnist", data_dir)
     held, held_labels = get_dataset("mnist", data_dir, train=False)
     shipped, card = load_classifier(classifier_module.PRETRAINED / "classifier_mnist.pt")
@@ -198,7 +201,8 @@ def test_spoilt_sets_score_worse_than_real_images(data_dir):
 
 
 def test_the_command_writes_its_numbers_and_tells_them_again(two_shades, tmp_path, monkeypatch, capsys):
-    """A model of dark and bright squares: the classifier agrees with the labels asked for, three dark to a bright."""
+    """A model of dark and bright squares: the classifier agrees with the labels asked for, three dark to a
+    bright."""
     shades = torch.cat([torch.full((48, 1, 8, 8), 40), torch.full((16, 1, 8, 8), 215)]).to(torch.uint8)
     shades = (shades + torch.randint(0, 9, shades.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
     monkeypatch.setitem(data.DATASETS, "shades", data.Row(None, ("dark", "bright")))
@@ -238,7 +242,8 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(argv, mess
 
 
 def test_several_labels_and_more_samples_than_held_out_images(command, tmp_path, capsys):
-    """Labels come in full rows, 202 for 201 pictures; and distances are those of as many samples as real images."""
+    """Labels come in full rows, 202 for 201 pictures; and distances are those of as many samples as real
+    images."""
     evaluate.main([*map(str, command), "--num_images", "201", "--label", "dark,bright", "--steps", "2"])
     found = json.loads((tmp_path / "evaluation.json").read_text())
     held = found["num_held_out"]
@@ -246,7 +251,8 @@ def test_several_labels_and_more_samples_than_held_out_images(command, tmp_path,
 
 
 def test_the_race_draws_the_same_noises_by_every_sampler(command, tmp_path, monkeypatch):
-    """Each row's distance is that of what sample.py would draw; numbers of calls beyond the timesteps are left out."""
+    """Each row's distance is that of what sample.py would draw; numbers of calls beyond the timesteps are
+    left out."""
     monkeypatch.setattr(evaluate, "RACE", {"ddim": (1, 50, 1000)})             # the model has 50 timesteps
     evaluate.main([*map(str, command), "--race", "--num_images", "100", "--seed", "3"])
     found = json.loads((tmp_path / "race.json").read_text())

@@ -8,9 +8,9 @@ import torch
 import export
 import sample
 from checkpoint import load_checkpoint, save_checkpoint
+from images import read_note
 from sample import load_model
 from test_commands import fails
-from utils import read_note
 
 
 @pytest.fixture

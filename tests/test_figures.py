@@ -12,11 +12,12 @@ import data
 import visualize_diffusion as figures
 from checkpoint import save_checkpoint
 from convergence import MIXTURES, even_noise, exact_denoiser, exact_flow, solver_errors
-from diffusion import SPACINGS, DiffusionProcess, seeded_noise
+from diffusion import DiffusionProcess, seeded_noise
+from images import save_images, to_uint8
 from models import create_model
 from sample import load_model
+from schedules import SPACINGS
 from test_commands import fails
-from utils import save_images, to_uint8
 
 FACTS = {  # t: linear alpha_bar, dB, cosine alpha_bar, dB; computed elsewhere
     0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34), 250: (0.521, 0.37, 0.846, 7.39),

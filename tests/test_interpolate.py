@@ -10,10 +10,10 @@ from PIL import Image
 import interpolate
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import DiffusionProcess, seeded_noise
+from images import to_signed
 from interpolate import lerp, psnr, slerp, walk
 from sample import load_model
 from test_diffusion import MEAN, STD, GaussianModel
-from utils import to_signed
 
 
 def noises(count):

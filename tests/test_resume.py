@@ -312,7 +312,8 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, tmp_path):
 
 
 def test_a_signal_waits_until_a_save_is_done(tmp_path, monkeypatch):
-    """It used to be raised inside torch.save, which sometimes made a RuntimeError of it: exit code 1, a traceback."""
+    """It used to be raised inside torch.save, which sometimes made a RuntimeError of it: exit code 1, a
+    traceback."""
     done, whole = [], train_module.save_checkpoint
 
     def interrupted(path, entries):

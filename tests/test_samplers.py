@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import SAMPLERS, SPACINGS, DiffusionProcess, distinct, seeded_noise
+from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
+from schedules import SPACINGS, distinct
 from test_diffusion import MEAN, STD, GaussianModel
 
 FAST = [name for name, row in SAMPLERS.items() if row.order > 1]

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import presets
 import sample
 import train
 import visualize_diffusion
@@ -379,7 +380,7 @@ CLAIMS = [
     (f"copy of the 34 M network is {N} MB; with average and Adam's moments a checkpoint is {N} MB",
      34_146_243 * 4 / 1e6, 34_146_243 * 16 / 1e6),
     (f"with 1,000 pictures, 950 of them trained on, about {N} times",
-     train.PRESETS["fabrics_laptop"]["steps"] * train.PRESETS["fabrics_laptop"]["batch_size"] / 950),
+     presets.PRESETS["fabrics_laptop"]["steps"] * presets.PRESETS["fabrics_laptop"]["batch_size"] / 950),
     (f"`fabrics_100k` keeps {N} of them, {N} GB; ", 100, 100 * 34_146_243 * 16 / 1e9),
     (f"[|] the model is {N} MB; average", 34_146_243 * 4 / 1e6),
 ]
@@ -390,7 +391,7 @@ def test_the_table_of_presets_is_right():
     named = set()
     for names, _, count, gflop, length in table("preset"):
         for name in re.findall(r"`(\w+)`", names):
-            row = train.PRESETS[name]
+            row = presets.PRESETS[name]
             named.add(name)
             config = {flag: row[flag] for flag in train.MODEL_FLAGS if flag in row}
             size = row.get("image_size") or (32 if name == "cifar10" else 28)
@@ -401,7 +402,7 @@ def test_the_table_of_presets_is_right():
             assert int(count.replace(",", "")) == sum(p.numel() for p in model.parameters()), name
             assert agrees(gflop, counter.get_total_flops() / 1e9), name
             assert f"{row.get('steps', row.get('epochs')):,}" in length, name
-    assert named == set(train.PRESETS)
+    assert named == set(presets.PRESETS)
 
 
 @pytest.mark.parametrize("pattern, values", [

@@ -17,10 +17,11 @@ from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT
 from data import Batches
 from diffusion import DiffusionProcess
+from images import moving_average, to_signed
 from models import create_model
 from sample import generate, load_model
 from train import measure_seconds, sample_images, train, train_epoch
-from utils import EMA, get_precision, get_timesteps, moving_average, seed_step, to_signed
+from utils import EMA, get_precision, get_timesteps, seed_step
 
 TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32")
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import inside
 import visualize_model as figures
 from conftest import awake
 from diffusion import DiffusionProcess, seeded_noise
@@ -24,7 +25,7 @@ def attentive():
 
 def test_the_plain_table_is_what_one_counts_by_hand():
     """[64, 128, 256] at 3x64x64: parameters and activations of each convolution, written out."""
-    levels, peak = figures.model_table(figures.PlainUNet([64, 128, 256]), 64)
+    levels, peak = inside.model_table(figures.PlainUNet([64, 128, 256]), 64)
     by_name = {level.name: level for level in levels}
     conv = lambda i, o, k=3: i * o * k * k + o                                          # noqa: E731
     expected = {  # name: parameters, (channels, side)
@@ -38,13 +39,14 @@ def test_the_plain_table_is_what_one_counts_by_hand():
         level = by_name[name]
         assert level.parameters == parameters, name
         assert level.shape == (channels, side, side) and level.activation == 4 * channels * side**2, name
-    # At the top, on the way up: three skips' worth at full size are alive at once (skip, upsampled, both together).
+    # At the top, on the way up: three skips' worth at full size are alive at once (skip, upsampled, both
+    # together).
     assert peak >= 4 * (64 + 64 + 128) * 64**2
 
 
 def test_the_table_has_all_parameters_of_any_model(attentive):
     for model, size in ((create_model(base_channels=16), 28), (attentive, 16)):
-        levels, _ = figures.model_table(model, size)
+        levels, _ = inside.model_table(model, size)
         assert sum(level.parameters for level in levels) == sum(p.numel() for p in model.parameters())
 
 
@@ -59,7 +61,7 @@ def test_a_part_that_is_called_twice_is_counted_once():
         def forward(self, x, t=None, y=None):
             return self.last(self.first(self.first(x)))
 
-    levels, _ = figures.model_table(Twice(), 8)
+    levels, _ = inside.model_table(Twice(), 8)
     assert [(level.name, level.parameters) for level in levels] == [("first", 10), ("first", 0), ("last", 2)]
 
 
@@ -75,7 +77,7 @@ def test_what_training_keeps_is_near_what_torch_saves():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         answer = model(torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long))
-    kept = sum(level.kept for level in figures.model_table(model, 28)[0])
+    kept = sum(level.kept for level in inside.model_table(model, 28)[0])
     assert answer.shape == (1, 1, 28, 28)
     assert kept == pytest.approx(sum(saved.values()), rel=0.05)
 
@@ -84,7 +86,7 @@ def test_attention_weights_are_the_softmax_of_a_plain_loop(attentive):
     layer = next(m for m in attentive.modules() if isinstance(m, SelfAttention))
     channels = layer.norm.num_channels
     x = torch.randn(1, channels, 3, 3, generator=torch.Generator().manual_seed(0))
-    with figures.recording(layer):
+    with inside.recording(layer):
         layer(x)
         weights = layer.weights[0]
     qkv = layer.qkv(layer.norm(x))[0].reshape(3, layer.heads, channels // layer.heads, 9)
@@ -98,8 +100,8 @@ def test_attention_weights_are_the_softmax_of_a_plain_loop(attentive):
 
 def test_watching_attention_does_not_change_the_picture(attentive):
     diffusion = DiffusionProcess(20)
-    name, layer, side = figures.choose_layer(attentive, None, 16)
-    moments, picture = figures.attention_maps(attentive, diffusion, layer, [19, 10], 16, seed=3, steps=5)
+    name, layer, side = inside.choose_layer(attentive, None, 16)
+    moments, picture = inside.attention_maps(attentive, diffusion, layer, [19, 10], 16, seed=3, steps=5)
     plain = diffusion.sample(attentive, x_T=seeded_noise(3, [0], 0, (1, 16, 16)), sampler="ddim", steps=5, seed=3)
     assert torch.allclose(picture, plain[0], atol=1e-5) and side == 8
     assert [t for t, *_ in moments] == [19, 11]             # of the levels 19 15 11 7 3, the nearest
@@ -110,13 +112,13 @@ def test_reach_of_even_and_of_own_attention():
     side = 3
     alone, even = torch.eye(9)[None], torch.full((1, 9, 9), 1 / 9)
     by_loop = sum(math.dist(divmod(i, side), divmod(j, side)) for i in range(9) for j in range(9)) / 81
-    assert figures.reach(alone, side).item() == 0
-    assert figures.reach(even, side).item() == pytest.approx(by_loop, rel=1e-6)
+    assert inside.reach(alone, side).item() == 0
+    assert inside.reach(even, side).item() == pytest.approx(by_loop, rel=1e-6)
 
 
 def test_activations_are_the_outputs_of_the_parts(tiny_model):
     x_t = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    seen = dict(figures.activations(tiny_model, x_t, 7))
+    seen = dict(inside.activations(tiny_model, x_t, 7))
     t_emb = tiny_model.time_mlp(torch.tensor([7]))
     down1 = tiny_model.down1(tiny_model.conv_in(x_t), t_emb)
     assert torch.equal(seen["down1"], down1) and torch.equal(seen["time_mlp"], t_emb)
@@ -124,7 +126,7 @@ def test_activations_are_the_outputs_of_the_parts(tiny_model):
 
 def test_principal_components_equal_those_of_the_covariance():
     features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 3, 1, 1, 1])
-    points, shares = figures.pca(features)
+    points, shares = inside.pca(features)
     values, vectors = np.linalg.eigh(np.cov(features.double().numpy().T))
     assert shares == pytest.approx((values[::-1][:2] / values.sum()).tolist(), rel=1e-6)
     centred = (features - features.mean(0)).double().numpy()
@@ -136,17 +138,17 @@ def test_principal_components_equal_those_of_the_covariance():
 def test_classes_that_stand_apart_are_told_by_their_centres():
     labels = torch.arange(40) % 2
     features = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) + 10 * labels[:, None]
-    assert figures.centre_accuracy(features, labels) == 1
-    assert figures.centre_accuracy(features, torch.arange(40) // 4 % 2) < 0.7
+    assert inside.centre_accuracy(features, labels) == 1
+    assert inside.centre_accuracy(features, torch.arange(40) // 4 % 2) < 0.7
 
 
 def test_bottleneck_features_are_its_mean_over_the_picture(tiny_model):
     images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     diffusion = DiffusionProcess(50)
-    found = figures.bottleneck_features(tiny_model, diffusion, images, 20, seed=4)
+    found = inside.bottleneck_features(tiny_model, diffusion, images, 20, seed=4)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(4))
     x_t, _ = diffusion.forward_diffusion(images.float() / 127.5 - 1, torch.full((3,), 20), noise)
-    deep = dict(figures.activations(tiny_model, x_t, 20))["bottleneck"]
+    deep = dict(inside.activations(tiny_model, x_t, 20))["bottleneck"]
     assert torch.allclose(found, deep.mean((2, 3)), atol=1e-6) and found.shape == (3, deep.shape[1])
 
 

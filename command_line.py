@@ -1,0 +1,152 @@
+"""What every command needs: one-line errors with exit code 2, flags that explain themselves, a results folder.
+"""
+
+import argparse
+import functools
+import math
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+from utils import keep_memory, write_file
+
+
+def speaks():
+    """Is this the process that prints? Of several that torchrun has started, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def command(main):
+    """Decorate main(argv=None): turn a bad value or a file that cannot be used into one clear line."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")   # an odd file name must not end a training
+        keep_memory()
+        try:
+            return main(argv)
+        except (RuntimeError, MemoryError) as error:
+            mine = True
+            full = re.search("out of memory|t allocate memory", str(error))
+            if not isinstance(error, MemoryError) and not full:
+                raise
+            message = ("out of memory; try a smaller --batch_size, and in training --accumulate 2, fewer "
+                       "--num_samples, --grad_checkpoint, a smaller --base_channels or --image_size")
+        except OSError as error:
+            mine = True
+            name = f"{error.filename}: " if error.filename else ""
+            message = f"{name}{error.strerror or error}"
+        except (ValueError, FloatingPointError) as error:
+            mine = False                                # of several processes, the others meet the same
+            message = str(error)
+        except KeyboardInterrupt as stop:
+            print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
+            sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+        if not speaks() and mine:
+            message = f"process {os.environ['RANK']}: {message}"
+        if speaks() or mine:
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+    return wrapped
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help states every default."""
+
+    _place = None
+
+    def group(self, title):
+        """The flags added from here on stand under this title in the help."""
+        self._place = self.add_argument_group(title)
+
+    def add(self, flag, help, default=None, **settings):
+        if default is not None and default is not False:
+            help += f" (default: {default})"
+        (self._place or self).add_argument(flag, help=help, default=default, **settings)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def positive_int(text):
+    """An argparse type: 1, 2, 3, ... 10^9."""
+    value = int(text)
+    if not 1 <= value <= 10**9:
+        raise ValueError
+    return value
+
+
+def whole_number(text):
+    """An argparse type: 0, 1, 2, ... 10^9."""
+    return 0 if text.strip() == "0" else positive_int(text)
+
+
+def int_tuple(text):
+    """An argparse type: 1,2,4."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def positive_float(text):
+    """An argparse type: a finite number above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def guidance_number(text):
+    """An argparse type: 0 to 100."""
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise ValueError
+    return value
+
+
+def seed_number(text):
+    """An argparse type: 0, 1, 2, ..."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise ValueError
+    return value
+
+
+def fraction(text):
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+# argparse says "invalid <__name__> value: ..."
+positive_int.__name__ = "positive whole number"
+whole_number.__name__ = "whole number"
+int_tuple.__name__ = "list of numbers (1,2,4)"
+positive_float.__name__ = "positive number"
+guidance_number.__name__ = "number from 0 to 100"
+seed_number.__name__ = "seed (a whole number from 0)"
+fraction.__name__ = "number from 0 to 1"
+
+
+def format_seconds(seconds):
+    """0.42 -> "0.4 s", 75 -> "75 s", 400 -> "6.7 min", 9000 -> "2.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def make_output_dir(path, *files):
+    """Create a folder for results and check that it, and each of `files` in it, can be written: a run of
+    hours must not find out at its end that something is in the way. Returns the folder as a Path."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f".write_test.{os.getpid()}"
+    write_file(probe, b"")
+    probe.unlink()
+    for file in files:
+        if (path / file).is_dir():
+            raise IsADirectoryError(21, "a folder is in the way", str(path / file))
+    return path

@@ -1,0 +1,165 @@
+"""Pictures as files: sheets, strips, GIFs, plots. Images are float in [-1, 1] everywhere but here.
+"""
+
+import io
+import json
+import math
+
+import matplotlib.backends.backend_agg  # noqa: F401: else at the first plot, where a signal may break it
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torchvision.utils import make_grid
+
+from utils import write_file
+
+
+# Colours that stay apart for the colour-blind too (Okabe & Ito 2008), each with a line of its own.
+COLOURS, LINES = ("#d55e00", "#0072b2", "#009e73", "#000000"), ("-", "--", "-.", ":")
+
+
+def to_signed(images):
+    """uint8 0..255 -> float32 [-1, 1]: centred on zero, like the noise that is to be mixed in."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """[-1, 1] -> 0..255, for saving only; values outside are cut off."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def image_grid(images, columns=None, padding=2, background=255):
+    """Lay images side by side. uint8 [N, C, H, W] -> uint8 [H', W', 3], as square as possible."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return make_grid(images, nrow=columns, padding=padding, pad_value=background).permute(1, 2, 0)
+
+
+NOTE = "diffusion"  # the name of the text chunk in our PNGs
+
+
+def png_bytes(pixels, upscale=1, note=None):
+    """A uint8 array [H, W, 3] as the bytes of a PNG file, every pixel shown upscale x upscale.
+
+    note: a dict that goes with the picture, as JSON: how it was made.
+    """
+    picture = Image.fromarray(np.asarray(pixels))
+    picture = picture.resize((picture.width * upscale, picture.height * upscale), Image.NEAREST)
+    buffer, chunks = io.BytesIO(), PngInfo()
+    if note is not None:
+        chunks.add_text(NOTE, json.dumps(note))
+    picture.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def read_note(path):
+    """The note in a PNG that we wrote. Raises ValueError if there is none."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            note = json.loads(picture.text[NOTE])
+        if isinstance(note, dict):
+            return note
+    except FileNotFoundError:
+        raise
+    except (KeyError, ValueError, SyntaxError, OSError, RecursionError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} does not tell how it was made: it is not a PNG written by this "
+                         "project") from error
+    raise ValueError(f"{path}: what it tells of how it was made is damaged")
+
+
+def save_images(images, path, columns=None, padding=2, upscale=None, note=None):
+    """Save a grid of images as PNG. images: [N, C, H, W] in [-1, 1], grey or colour.
+
+    upscale: show every pixel upscale x upscale; by default so that an image is 84 pixels wide or more.
+    note: see png_bytes.
+    """
+    upscale = upscale or max(1, math.ceil(84 / images.shape[-1]))
+    write_file(path, png_bytes(image_grid(to_uint8(images), columns, padding), upscale, note))
+
+
+def save_gif(pictures, path, seconds=0.12, last_seconds=2.0):
+    """Save PIL images as a GIF that loops, resting on the last one."""
+    buffer = io.BytesIO()
+    durations = [int(1000 * seconds)] * (len(pictures) - 1) + [int(1000 * last_seconds)]
+    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations,
+                     loop=0)
+    write_file(path, buffer.getvalue())
+
+
+def save_figure(figure, path):
+    """Save a matplotlib figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", facecolor="white")
+    write_file(path, buffer.getvalue())
+
+
+def save_strip(rows, column_labels, path, row_labels=None, title=None):
+    """Save a labelled table of images as PNG.
+
+    rows: a list of rows, each [K, C, H, W] in [-1, 1].  column_labels: K strings.
+    """
+    count, channels, height, width = rows[0].shape
+    pad = 2
+    grid = image_grid(to_uint8(torch.cat(list(rows))), columns=count, padding=pad)
+    scale = 0.95 / (width + pad)                                    # inches per pixel: 0.95 per image
+    figure = Figure(figsize=(grid.shape[1] * scale, grid.shape[0] * scale))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(np.asarray(grid), interpolation="nearest")
+    axes.set_xticks([pad + width / 2 + k * (width + pad) for k in range(count)], column_labels)
+    axes.set_yticks([pad + height / 2 + k * (height + pad) for k in range(len(rows))],
+                    row_labels or [""] * len(rows))
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, labelsize=10.5)
+    axes.spines[:].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=13, pad=14)
+    save_figure(figure, path)
+
+
+def new_figure(width, height, rows=1, columns=1, **settings):
+    """An empty figure in the style of plot_losses, sizes in inches: (figure, axes [rows, columns])."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **settings)
+    for one in axes.flat:
+        one.grid(alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def moving_average(values, window):
+    """The mean of the last `window` values at each point; at the start, of the later half of all so far."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, ends // 2)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def plot_losses(losses, path, held_out=None, window=100):
+    """Plot the loss of every step and its moving average.
+
+    losses: a list of numbers.  held_out: {step: loss on images that are not trained on}.
+    """
+    losses = np.asarray(losses, dtype=np.float64)
+    window = max(1, min(window, len(losses) // 4))
+    steps = np.arange(1, len(losses) + 1)
+    average = moving_average(losses, window)
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#b8c4d6", linewidth=0.6, label="each step")
+    axes.plot(steps, average, color="#d55e00", linewidth=1.8, label=f"mean of the last {window} steps")
+    if held_out:
+        axes.plot(list(held_out), list(held_out.values()), "o-", color="#0072b2", markersize=3, linewidth=1.2,
+                  label="held-out images, averaged weights")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))         # 0.02, not 2e-02
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (mean squared error)")
+    axes.set_title(f"Training loss after {len(losses)} steps: {average[-1]:.4f} on average")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save_figure(figure, path)

@@ -1,0 +1,105 @@
+"""How much of an image each noise level keeps, and at which levels sampling stops.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+# ---- Schedules: a function of T that returns alpha_bar, float64 [T], strictly decreasing in (0, 1).
+
+MAX_TIMESTEPS = 100_000
+MAX_BETA = 0.999  # keeps alpha_bar above zero: its square root divides in predict_x0
+
+
+def linear_alpha_bar(num_timesteps, beta_start=None, beta_end=None):
+    """Betas on a straight line, 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4).
+
+    Unless they are given, both ends are scaled by 1000 / T, so that a chain of any length ends in
+    noise: left unscaled, T = 200 would stop at alpha_bar = 0.13, with the image still visible.
+    """
+    scale = 1000 / num_timesteps
+    start = 1e-4 * scale if beta_start is None else beta_start
+    end = 0.02 * scale if beta_end is None else beta_end
+    if not 0 < start < math.inf or not 0 < end < math.inf:
+        raise ValueError(f"betas must be positive numbers, got beta_start={start}, beta_end={end}")
+    # Drawn from the end backwards, so that T = 1 keeps beta_end and still ends in noise.
+    betas = torch.linspace(end, start, num_timesteps, dtype=torch.float64).flip(0)
+    return torch.cumprod(1 - betas.clamp(max=MAX_BETA), dim=0)
+
+
+def _from_curve(f):
+    """alpha_bar for t = 0..T-1 from a curve at the T + 1 points 0, 1/T, ... 1, no beta above the cap."""
+    betas = (1 - f[1:] / f[:-1]).clamp(max=MAX_BETA)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def cosine_alpha_bar(num_timesteps, s=0.008):
+    """alpha_bar falls like a squared cosine (Nichol & Dhariwal 2021, eq. 17): gentler at both ends."""
+    level = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    return _from_curve(torch.cos((level + s) / (1 + s) * math.pi / 2) ** 2)
+
+
+def sigmoid_alpha_bar(num_timesteps, start=-3.0, end=3.0):
+    """alpha_bar falls like a logistic curve between `start` and `end`, stretched to reach from 1 to 0 (Jabri
+    et al. 2022; Chen 2023)."""
+    level = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = torch.sigmoid(-(start + level * (end - start)))
+    return _from_curve((f - f[-1]) / (f[0] - f[-1]))
+
+
+SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar, "sigmoid": sigmoid_alpha_bar}
+
+
+def log_snr(alpha_bar):
+    """Half the logarithm of the signal-to-noise ratio, lambda in Lu et al. 2022; infinite for a clean image."""
+    return math.inf if alpha_bar >= 1 else 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
+# ---- Spacings: a function of alpha_bar (float64 [T]) and the number of steps; it returns as many levels,
+# real numbers from T-1 down, and -1 (clean) as the last. They are rounded to distinct integers.
+
+def uniform_spacing(alpha_bar, steps):
+    """Equal strides from T-1 down to -1."""
+    return np.linspace(-1, len(alpha_bar) - 1, steps + 1)[::-1]
+
+
+def trailing_spacing(alpha_bar, steps):
+    """The same in the rounding of Lin et al. 2023 (table 2): it differs by one level, where T / steps is odd."""
+    return np.round(np.arange(steps, -1, -1) * (len(alpha_bar) / steps)) - 1
+
+
+def _even_in(value, steps):
+    """Levels whose `value` (a function of t, as an array that rises or falls all the way) is evenly spread."""
+    t = np.arange(len(value))
+    wanted = np.linspace(value[-1], value[0], steps)
+    rising = value[0] < value[-1]
+    return np.append(np.interp(wanted, *(value, t) if rising else (value[::-1], t[::-1])), -1)
+
+
+def log_snr_spacing(alpha_bar, steps):
+    """Equal strides in the logarithm of signal over noise, down to t = 0 (Lu et al. 2022)."""
+    return _even_in(np.log(alpha_bar / (1 - alpha_bar)), steps)
+
+
+def karras_spacing(alpha_bar, steps, rho=7):
+    """Equal strides in s^(1/rho), where s = sqrt((1 - ab) / ab), Karras' sigma (Karras et al. 2022, eq. 5)."""
+    return _even_in(((1 - alpha_bar) / alpha_bar) ** (0.5 / rho), steps)
+
+
+SPACINGS = {"uniform": uniform_spacing, "trailing": trailing_spacing, "log_snr": log_snr_spacing,
+            "karras": karras_spacing}
+
+
+def distinct(levels):
+    """Round levels that fall from T-1 to -1 to integers of which no two are equal."""
+    levels = [round(level) for level in levels]
+    top = levels[0]
+    for k in reversed(range(len(levels) - 1)):          # where several meet, they move up,
+        levels[k] = max(levels[k], levels[k + 1] + 1)
+    return [min(level, top - k) for k, level in enumerate(levels)]      # but none above the first
+
+
+def nearest(levels, timesteps):
+    """Where in `levels`, which a sampler visits, the wanted timesteps are, or what is nearest; in order."""
+    return sorted({min(range(len(levels)), key=lambda k: abs(levels[k] - t)) for t in timesteps})
