@@ -23,7 +23,8 @@ from diffusion import DiffusionProcess
 from models import create_model
 from presets import PRESETS
 from train import MODEL_FLAGS, train_step
-from utils import EMA, PRECISIONS, count_parameters, describe_device, get_device, measure, peak_memory
+from utils import (EMA, PRECISIONS, count_parameters, describe_device, get_device, has_bfloat16, measure,
+                   peak_memory)
 
 
 # ---- The networks: (image size, a function that builds one)
@@ -137,7 +138,7 @@ def main(argv=None):
     add("--networks", f"which: {', '.join(NETWORKS)}", ["simple", "quick"], nargs="+", choices=list(NETWORKS),
         metavar="NAME")
     add("--batch_size", "images at a time; default: 128 on a GPU, 32 elsewhere", type=positive_int)
-    add("--modes", "plain: float32 and bf16 only; all: also channels_last and compiled", "plain",
+    add("--modes", "plain: float32, and bf16 where the device has it; all: also channels_last and compiled", "plain",
         choices=("plain", "all"))
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     args = parser.parse_args(argv)
@@ -149,14 +150,17 @@ def main(argv=None):
     print(f"device: {describe_device(device, args.device)}; torch {torch.__version__}; "
           f"batches of {batch_size}")
     switches = (False, True) if args.modes == "all" else (False,)
-    modes = list(itertools.product(PRECISIONS, switches, switches))
+    precisions = {name: precision for name, precision in PRECISIONS.items() if name != "bf16" or has_bfloat16(device)}
+    if "bf16" not in precisions:
+        print("no bf16 rows: the device has no instructions for it")
+    modes = list(itertools.product(precisions, switches, switches))
     print(f"cost: {len(args.networks) * len(modes)} rows of some seconds each"
           + ", the compiled ones a minute or more" * (args.modes == "all"), flush=True)
 
     rows, first = [], None
     flops_per_image = {name: training_flops(build, size) for name, (size, build) in NETWORKS.items()
                        if name in args.networks}
-    limits = {name: best_convolution(device, precision, batch_size) for name, precision in PRECISIONS.items()}
+    limits = {name: best_convolution(device, precision, batch_size) for name, precision in precisions.items()}
     rates = ", ".join(f"{limit / 1e12:.3f} TFLOP/s in {name}" for name, limit in limits.items())
     print(f"fastest convolution: {rates}")
     runs = list(itertools.product(args.networks, modes))

@@ -29,7 +29,7 @@ from measures import (copied_share, frechet_distance, kernel_distance, nearest, 
 from sample import (CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, load_model, load_weak,
                     seconds_for, thinned)
 from schedules import SPACINGS
-from utils import PRECISIONS, describe_device, get_device, write_file
+from utils import PRECISIONS, describe_device, get_device, get_precision, write_file
 
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
@@ -257,7 +257,8 @@ def main(argv=None):
     if args.label is None and y is not None and labels and int(labels[0].max()) < len(data["classes"]):
         y = labels_like(labels[0], args.num_images, args.seed)
         args.label = "by chance"                                # so in evaluation.json
-    print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
+    precision, precision_reason = get_precision(args.precision, device)
+    print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and {len(held)} "
           f"{held_name}")
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
@@ -265,7 +266,7 @@ def main(argv=None):
     print(f"features: {name}")
     calls = sum(steps for _, steps in entrants) * (1 if args.guidance in (0, 1) else 2)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
-                          PRECISIONS[args.precision])
+                          precision)
     print(f"cost: {args.num_images} images, {calls} calls of the model for each"
           + f", guidance {args.guidance:g}" * (args.guidance != 1) + f", about {format_seconds(seconds)} here",
           flush=True)
@@ -276,7 +277,7 @@ def main(argv=None):
                     checkpoint=Path(args.checkpoint).name)
     draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"], seed=args.seed,
                              eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, weak=weak,
-                             batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision])
+                             batch_size=args.batch_size, device=device, precision=precision)
     if args.race:
         rows, pictures = race(draw, images, classifier, entrants, to_show(y))
         floor, error = frechet_distance(look(classifier, held[:args.num_images])[1], look(classifier, images)[1])

@@ -27,7 +27,7 @@ from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from images import image_grid, png_bytes, read_note, save_gif, save_images, save_strip, to_uint8
 from models import create_model
 from schedules import SPACINGS
-from utils import PRECISIONS, describe_device, get_device, measure, write_file
+from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
@@ -393,11 +393,12 @@ def main(argv=None):
     note = make_note(args, diffusion, data["digest"], device)
     if weak_digest:
         note["weak"] = weak_digest
-    print(f"device: {describe_device(device, args.device)}; precision: {args.precision}")
+    precision, precision_reason = get_precision(args.precision, device)
+    print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})")
     evaluations = note["steps"] * (1 if args.guidance in (0, 1) else 2)
     seconds = seconds_for(model, diffusion, args.num_images, size, args.batch_size, evaluations, device,
-                          PRECISIONS[args.precision])
+                          precision)
     print(f"cost: {args.num_images} images in {note['steps']} steps of {args.sampler}"
           + f" with guidance {args.guidance:g}" * (args.guidance != 1) + ", about "
           f"{format_seconds(seconds)} here", flush=True)
@@ -405,7 +406,7 @@ def main(argv=None):
     images, frames = generate(
         model, diffusion, args.num_images, size, seed=args.seed, sampler=args.sampler, steps=args.steps,
         eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, weak=weak, first_index=args.first_index,
-        batch_size=args.batch_size, device=device, precision=PRECISIONS[args.precision],
+        batch_size=args.batch_size, device=device, precision=precision,
         num_frames=51 if args.show_intermediate else 0)
     one = again.get("picture") if again else None
     if one is not None:

@@ -50,25 +50,30 @@ def describe_device(device, name="auto"):
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
-def get_precision(name, device):
-    """(dtype, reason) for training: bfloat16 where the hardware multiplies in it, else float32.
-
-    name: "auto", "float32" or "bf16".
-    """
-    if name != "auto":
-        if name not in PRECISIONS:
-            raise ValueError(f"unknown precision {name!r}; choose from {['auto', *PRECISIONS]}")
-        return PRECISIONS[name], f"{name} (as asked)"
+def has_bfloat16(device):
+    """Does this hardware multiply in bfloat16? Where it does not, torch imitates it, far slower than float32."""
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return True                                     # the newer ones do
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+
+
+def get_precision(name, device):
+    """(dtype, a phrase that says which and why): what is asked for, "float32" or "bf16", or, with "auto", bfloat16
+    where the hardware multiplies in it, else float32. ValueError for another name.
+    """
+    if name != "auto" and name not in PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}; choose from {['auto', *PRECISIONS]}")
+    native = has_bfloat16(device)
+    if name == "auto" and device.type == "mps":
         return torch.float32, "float32 (bf16 is not tried on Apple GPUs unless asked for)"
-    else:
-        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        native = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
-    if native:
-        return torch.bfloat16, "bf16 autocast (the device has bfloat16 instructions)"
-    return torch.float32, "float32 (the device has no bfloat16 instructions)"
+    if name == "auto":
+        name, why = ("bf16", "has") if native else ("float32", "has no")
+        return PRECISIONS[name], f"{name} (the device {why} bfloat16 instructions)"
+    slow = name == "bf16" and not native
+    return PRECISIONS[name], name + " (the device has no instructions for it: float32 would be faster)" * slow
 
 
 def seed_step(seed, step):

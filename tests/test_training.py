@@ -337,11 +337,14 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
 
 # ---- Small things
 
-def test_precision_is_chosen_or_taken_as_asked():
+def test_precision_is_chosen_or_taken_as_asked(monkeypatch):
     cpu = torch.device("cpu")
-    assert get_precision("auto", cpu)[0] in (torch.float32, torch.bfloat16)
-    assert get_precision("bf16", cpu)[0] is torch.bfloat16
-    assert get_precision("float32", cpu)[0] is torch.float32
+    for native, chosen in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
+        assert get_precision("auto", cpu)[0] is chosen
+        dtype, told = get_precision("bf16", cpu)
+        assert dtype is torch.bfloat16 and ("float32 would be faster" in told) == (not native)
+        assert get_precision("float32", cpu) == (torch.float32, "float32")
     with pytest.raises(ValueError):
         get_precision("int8", cpu)
 
