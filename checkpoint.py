@@ -149,6 +149,13 @@ def digest_of(path, entries):
         raise ValueError(f"{path}: refused, it holds {error}") from error
 
 
+def drawing_digest(entries):
+    """A hash over what decides the pictures of a checkpoint: its averaged weights, network and process. A newer card
+    or the rest of a training does not change it."""
+    kept = ("ema", "model_name", "model_config", "diffusion_config")
+    return _digest({name: entries[name] for name in kept})
+
+
 def load_checkpoint(path, entries=None):
     """Read what save_checkpoint wrote: its entries, with their digest.
 
@@ -218,6 +225,13 @@ class State:
                 raise ValueError(f"{saved['step']} steps, but losses of shape {tuple(saved['losses'].shape)}")
             self.ema.updates, self.losses = saved["ema_updates"], saved["losses"].tolist()
             self.held_out_losses, self.reported = saved["held_out_losses"], saved["reported"]
+            told = [self.ema.updates, self.reported, *self.held_out_losses]
+            own, now = self.optimizer.defaults, self.optimizer.param_groups
+            if any(type(number) is not int or number < 0 for number in told) or not all(
+                    type(loss) is float for loss in self.held_out_losses.values()):
+                raise ValueError("its counts or held-out losses are no numbers")
+            if any(type(group.get(name)) is not type(value) for group in now for name, value in own.items()):
+                raise ValueError("the settings of its optimizer are of another kind")
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).removeprefix(str(path)).split())[:200]
             raise ValueError(f"{path} cannot be resumed: {reason}") from error
@@ -295,9 +309,9 @@ def run_files(folder):
     return [path for pattern in RUN_FILES for path in Path(folder).glob(pattern)]
 
 
-def clear_run(folder):
-    """Delete what an earlier run has written into a folder."""
-    old = run_files(folder)
+def clear_run(folder, keep):
+    """Delete what an earlier run has written into a folder. keep: the first file of the new one."""
+    old = [path for path in run_files(folder) if path.name != keep]
     if old:
         print(f"replacing an earlier run in {folder} ({len(old)} files)")
     for path in old:
@@ -311,13 +325,17 @@ def check_settings(path, saved, now):
     changed = [f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
                for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
     if changed:
-        raise ValueError(f"{path} belongs to a run with other settings ({'; '.join(changed)})")
+        raise ValueError(f"{path} belongs to a run with other settings ({'; '.join(changed)}): give "
+                         "those it began with, --epochs or --steps among them, or another --output_dir")
 
 
 # ---- Stopping in good order
 
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last: the terminal was closed
+
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came."""
+    """SIGINT, SIGTERM or SIGHUP came. told: the user knows already."""
+    told = False
 
     def __init__(self, number):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -325,7 +343,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """While it is entered, SIGINT and SIGTERM raise Stopped; one more, a second or more later, ends the
+    """While it is entered, the signals of STOPS raise Stopped; one more, a second or more later, ends the
     process at once."""
 
     def __init__(self, ignore=False):
@@ -333,7 +351,7 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():       # elsewhere Python allows no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in [getattr(signal, name) for name in STOPS if hasattr(signal, name)]:
                 self.before[number] = signal.signal(number, self._handle)
         return self
 

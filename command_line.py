@@ -13,28 +13,36 @@ from pathlib import Path
 from utils import keep_memory, write_file
 
 
+FULL = "out of memory|t allocate memory|size calculation overflowed"  # what torch says of a full memory
+
+
 def speaks():
     """Is this the process that prints? Of several that torchrun has started, the first."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def command(main):
     """Decorate main(argv=None): turn a bad value or a file that cannot be used into one clear line."""
     @functools.wraps(main)
     def wrapped(argv=None):
-        for stream in (sys.stdout, sys.stderr):
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:                          # closed by the shell: >&-
+                setattr(sys, name, open(os.devnull, "w"))
+            stream = getattr(sys, name)
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")   # an odd file name must not end a training
         keep_memory()
         try:
             return main(argv)
         except (RuntimeError, MemoryError) as error:
-            mine = True
-            full = re.search("out of memory|t allocate memory", str(error))
-            if not isinstance(error, MemoryError) and not full:
+            mine, text = True, str(error).strip()
+            if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+                message = f"--compile does not work here: {text.splitlines()[0]}"
+            elif isinstance(error, MemoryError) or re.search(FULL, text):
+                message = ("out of memory; try fewer or smaller images at a time, and in training --accumulate 2, "
+                           "fewer --num_samples, --grad_checkpoint, a smaller --base_channels or --image_size")
+            else:
                 raise
-            message = ("out of memory; try a smaller --batch_size, and in training --accumulate 2, fewer "
-                       "--num_samples, --grad_checkpoint, a smaller --base_channels or --image_size")
         except OSError as error:
             mine = True
             name = f"{error.filename}: " if error.filename else ""
@@ -43,7 +51,8 @@ def command(main):
             mine = False                                # of several processes, the others meet the same
             message = str(error)
         except KeyboardInterrupt as stop:
-            print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
+            if not getattr(stop, "told", False):
+                print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
             sys.exit(128 + getattr(stop, "number", signal.SIGINT))
         if not speaks() and mine:
             message = f"process {os.environ['RANK']}: {message}"
@@ -64,8 +73,15 @@ class Parser(argparse.ArgumentParser):
 
     def add(self, flag, help, default=None, **settings):
         if default is not None and default is not False:
-            help += f" (default: {default})"
+            help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
         (self._place or self).add_argument(flag, help=help, default=default, **settings)
+
+    def parse_args(self, argv=None, namespace=None):
+        args = super().parse_args(argv, namespace)
+        for name, value in vars(args).items():          # as from a variable of the shell that was never set
+            if value == "" or isinstance(value, list) and "" in value:
+                self.error(f"--{name} is given, but empty")
+        return args
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -150,3 +166,11 @@ def make_output_dir(path, *files):
         if (path / file).is_dir():
             raise IsADirectoryError(21, "a folder is in the way", str(path / file))
     return path
+
+
+def spare(inputs, *outputs):
+    """Raise ValueError if a file that is to be read would be written over."""
+    for path in inputs:
+        for output in map(Path, outputs):
+            if output.exists() and Path(path).exists() and output.samefile(path):
+                raise ValueError(f"{path} would be written over: give another --output_dir")

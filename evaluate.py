@@ -21,7 +21,7 @@ from tqdm import tqdm
 from classifier import get_classifier, look
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, make_output_dir,
                           positive_int, seed_number)
-from data import DATASETS, class_names, get_dataset, split_held_out
+from data import DATASETS, Batches, class_names, get_dataset, split_held_out
 from diffusion import SAMPLERS
 from images import save_strip, to_signed, to_uint8
 from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images,
@@ -29,8 +29,9 @@ from measures import (copied_share, frechet_distance, kernel_distance, nearest, 
 from sample import (CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, load_model, load_weak,
                     seconds_for, thinned)
 from schedules import SPACINGS
-from utils import PRECISIONS, describe_device, get_device, get_precision, write_file
+from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
 
+FEWEST = 10  # images, or a distance means nothing
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
 MAX_IMAGES = 200_000
@@ -47,23 +48,39 @@ def load_reference(data, data_dir, name=None):
     Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
     A named set has its test set, here in random order, since the first half of MNIST's is by other writers than
     the second (LeCun et al. 1998, section III.A). Of a folder they are those that training held out
-    (--val_fraction), or else a tenth, which the model has seen.
+    (--val_fraction), or else a tenth (ten at least), which the model has seen. ValueError for too few.
     """
-    name, like = name or data["name"], dict(image_size=data["image_size"], channels=data.get("channels"))
+    other, name = name is not None, name or data["name"]
+    like = dict(image_size=data["image_size"], channels=data.get("channels"))
     if name in DATASETS:
         images, labels = get_dataset(name, data_dir, **like)
         held, held_labels = get_dataset(name, data_dir, train=False, **like)
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
-        return images, held[order], (labels, held_labels[order]), "test images"
-    images, labels = get_dataset(name, data_dir, with_labels=bool(data["classes"] and class_names(name, True)),
-                                 fit="stretch" if data.get("fit") == "stretch" else "crop", **like)
-    share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
-    if type(share) not in (int, float) or type(seed) is not int or seed < 0:
-        raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, "
-                         f"seed {seed!r:.40}")
-    kept, held = split_held_out(len(images), share or 0.1, seed)
-    return (images[kept], images[held], None if labels is None else (labels[kept], labels[held]),
-            "held-out images" if share else "images that it was trained on: nothing was held out")
+        held, held_labels, what = held[order], held_labels[order], "test images"
+    else:
+        everything, y = get_dataset(name, data_dir, with_labels=bool(data["classes"] and class_names(name, True)),
+                                    fit="stretch" if data.get("fit") == "stretch" else "crop", **like)
+        share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
+        if type(share) not in (int, float) or not 0 <= share < 1 or type(seed) is not int or seed < 0:
+            raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, "
+                             f"seed {seed!r:.40}")
+        share_here = share or min(0.5, max(0.1, FEWEST / len(everything)))
+        if len(everything) < 2 * FEWEST or round(share_here * len(everything)) < FEWEST:
+            raise ValueError(f"{name}: {len(everything)} images, of which {share_here:.0%} are held out: too few to "
+                             f"measure, {FEWEST} to hold against are needed")
+        kept, aside = split_held_out(len(everything), share_here, seed)
+        images, held = everything[kept], everything[aside]
+        labels, held_labels = (None, None) if y is None else (y[kept], y[aside])
+        same = data.get("held_out") in (None, Batches(everything, y if data["classes"] else None,
+                                                      indices=aside).fingerprint())
+        if other:
+            what = f"images of {name} that are set aside here"
+        elif not share:
+            what = "images that it was trained on: nothing was held out"
+        else:
+            what = "held-out images" if same else ("images of a folder that has changed: it was trained on some "
+                                                   "of them")
+    return images, held, None if labels is None else (labels, held_labels), what
 
 
 def labels_like(labels, count, seed=0):
@@ -142,7 +159,7 @@ def print_quality(found, floor, count, held_count, held_name):
     print(f"{count} samples".rjust(60) + "floor".rjust(20))
     line("FD, small classifier", f"{found['fd']:.3f} +- {found['fd_error']:.3f}",
          f"{floor['fd']:.3f} +- {floor['fd_error']:.3f}")
-    line("  in units of the floor", f"{found['fd'] / floor['fd']:.2f}", "1")
+    line("  in units of the floor", f"{found['fd'] / floor['fd']:.2f}" if floor["fd"] > 0 else "-", "1")
     line("KID, small classifier, x 1000", f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
          f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
     for key, title in (("precision", "precision: looks real"), ("recall", "recall: has the variety"),
@@ -169,25 +186,37 @@ def save_nearest(images, training, index, path):
 # ---- Commands
 
 def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, classifier, device):
-    """Measure all that this file knows of the pictures drawn. Returns (a dict of plain numbers, the index of the
-    training image next to each)."""
-    _, reference = look(classifier, images)
-    held, held_y = held[:len(drawn)], labels[1][:len(drawn)] if labels else None
-    held_probabilities, held_features = look(classifier, held)
-    probabilities, features = look(classifier, drawn)
-    known = y if y is not None and labels and len(data["classes"]) == probabilities.shape[1] else None
-    found = quality(probabilities, features, reference, known)
-    count = min(len(drawn), len(held))
-    if count < len(drawn):                  # only of equal numbers do distances compare
-        equal = quality(probabilities[:count], features[:count], reference)
-        found.update({key: equal[key] for key in ("fd", "fd_error", "kid", "kid_error", "precision", "recall")})
-    floor = quality(held_probabilities, held_features, reference, held_y)
-    copied, index = copies(drawn[:2000], features[:2000], images, reference, held[:2000],
-                           held_features[:2000], mirrored=data.get("flip") is True)
-    _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
-                                 held_y[:256].to(device) if known is not None else None)
+    """Measure all that this file knows of the pictures drawn. y: the classes asked for, if `labels` are of the same
+    ones. Returns (a dict of plain numbers, the index of the training image next to each)."""
+    with tqdm(total=4, desc="measuring", unit="part") as bar:
+        _, reference = look(classifier, images)
+        held, held_y = held[:len(drawn)], labels[1][:len(drawn)] if labels else None
+        held_probabilities, held_features = look(classifier, held)
+        probabilities, features = look(classifier, drawn)
+        bar.update()
+        found = quality(probabilities, features, reference, y)
+        count = min(len(drawn), len(held))
+        if count < len(drawn):              # only of equal numbers do distances compare
+            equal = quality(probabilities[:count], features[:count], reference)
+            found.update({key: equal[key] for key in ("fd", "fd_error", "kid", "kid_error", "precision", "recall")})
+        floor = quality(held_probabilities, held_features, reference, held_y)
+        bar.update()
+        copied, index = copies(drawn[:2000], features[:2000], images, reference, held[:2000],
+                               held_features[:2000], mirrored=data.get("flip") is True)
+        bar.update()
+        _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
+                                     held_y[:256].to(device) if y is not None else None)
+        bar.update()
     return {"samples": found, "floor": floor, "held_out": held_name, "copies": copied, "loss_by_timestep": losses,
             "num_images": len(drawn), "num_held_out": len(held)}, index
+
+
+def seconds_to_measure(classifier, images, num_images):
+    """How long evaluate will take here, from timing its two longest parts on a few images."""
+    some, count = images[:100], min(num_images, 2000)
+    one_look = measure(lambda: look(classifier, some), torch.device("cpu"))
+    one_search = measure(lambda: nearest_images(some, images), torch.device("cpu"))
+    return (one_look * (len(images) + 2 * num_images) + one_search * 2 * count) / len(some)
 
 
 def race(draw, images, classifier, entrants, shown):
@@ -244,7 +273,7 @@ def main(argv=None):
                                  "race.png")
     model, diffusion, data = load_model(args.checkpoint, device)
     fill_in(args, data)
-    weak, weak_digest = load_weak(args.weak, model, diffusion, device)
+    weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     if args.race:
         args.sampler = args.steps = None                        # in race.json: all of them
         entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
@@ -254,7 +283,8 @@ def main(argv=None):
         entrants = [(args.sampler, args.steps)]
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
-    if args.label is None and y is not None and labels and int(labels[0].max()) < len(data["classes"]):
+    same_classes = labels is not None and data["classes"] == class_names(args.dataset or data["name"], True)
+    if args.label is None and same_classes:
         y = labels_like(labels[0], args.num_images, args.seed)
         args.label = "by chance"                                # so in evaluation.json
     precision, precision_reason = get_precision(args.precision, device)
@@ -268,8 +298,9 @@ def main(argv=None):
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
                           precision)
     print(f"cost: {args.num_images} images, {calls} calls of the model for each"
-          + f", guidance {args.guidance:g}" * (args.guidance != 1) + f", about {format_seconds(seconds)} here",
-          flush=True)
+          + f", guidance {args.guidance:g}" * (args.guidance != 1) + f", about {format_seconds(seconds)} here"
+          + f", then {format_seconds(seconds_to_measure(classifier, images, args.num_images))} to measure"
+          * (not args.race), flush=True)
 
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("output_dir", "data_dir", "weak")}
@@ -290,8 +321,8 @@ def main(argv=None):
         print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
         return
     drawn = to_uint8(draw(sampler=args.sampler, steps=args.steps)[0])
-    print("measuring", flush=True)
-    found, index = evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, classifier, device)
+    found, index = evaluate(drawn, model, diffusion, data, y if same_classes else None, images, held, labels, held_name,
+                            classifier, device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     copied = found["copies"]
     print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of the "

@@ -9,7 +9,7 @@ model was trained and what evaluate.py found: print it with python export.py --c
 import json
 from pathlib import Path
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import drawing_digest, load_checkpoint, save_checkpoint
 from command_line import Parser, command, make_output_dir
 
 KEPT = ("model_name", "model_config", "diffusion_config", "data")
@@ -33,12 +33,13 @@ def export(checkpoint, output, evaluation=None, **card):
         weights = {name: value.half() if value.is_floating_point() else value
                    for name, value in entries["ema"].items()}
         kept = {name: entries[name] for name in KEPT}
+        kept["data"] = {**kept["data"], "name": Path(kept["data"]["name"]).name}    # a path is nobody's business
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint} is not what train.py or export.py writes") from error
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError(f"{checkpoint}: not all weights are numbers that half precision can hold")
     if evaluation:
-        card.update(read_evaluation(evaluation, checkpoint, entries["digest"]))
+        card.update(read_evaluation(evaluation, checkpoint, drawing_digest(entries)))
     save_checkpoint(output, {**kept, "ema": weights, "card": card})
 
 

@@ -114,7 +114,7 @@ def read_picture(path, name, image_size, fit="crop", channels=None):
             if min(size) < MIN_SIDE:
                 return Picture(name, f"{size[0]}x{size[1]} pixels are too few", tiny=True)
             return Picture(name, "", False, size, mode, _cut(picture, image_size, fit, channels))
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:                # a damaged file makes PIL raise nearly anything
         reason = " ".join(str(error).replace(repr(str(path)), "").split())
         return Picture(name, reason or type(error).__name__)
 
@@ -152,7 +152,7 @@ def common_size(files):
         try:
             with _own_limit(), _open(path) as picture:
                 sizes[picture.size] += 1
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except Exception:
             continue                          # read_picture names it
     (width, height), count = sizes.most_common(1)[0] if sizes else ((0, 1), 0)
     return width if width == height <= DEFAULT_SIZE and count > 0.9 * sizes.total() else DEFAULT_SIZE
@@ -199,6 +199,9 @@ def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labe
             raise ValueError(f"{folder}: with labels every image lies in a sub-folder named like its class; "
                              f"{outside} does not")
         labels = torch.tensor([classes.index(Path(name).parts[0]) for name in names])
+        bare = [name for k, name in enumerate(classes) if not (labels == k).any()]
+        if bare:
+            raise ValueError(f"{folder}: no usable image of {', '.join(bare)}: every sub-folder is a class")
     return images, labels
 
 
@@ -232,6 +235,16 @@ def _decode(folder, files, image_size, fit, channels, out=None):
     return images, names, problems
 
 
+def _array_on_disk(path, shape):
+    """A new uint8 array in a file, mapped into memory. Its place on the disk is taken at once: on a full one that is
+    an OSError, while a page that finds no place later would end the process."""
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return array
+
+
 def _cached(cache_dir, folder, files, image_size, fit, channels):
     """What _decode returns, with the images mapped from a file in cache_dir, which is made if need be.
 
@@ -246,10 +259,10 @@ def _cached(cache_dir, folder, files, image_size, fit, channels):
         part = cache_dir / f".{pixels.name}.{os.getpid()}.tmp"
         try:
             shape = (len(files), 1 if channels == 1 else 3, image_size, image_size)
-            out = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+            out = _array_on_disk(part, shape)
             images, names, problems = _decode(folder, files, image_size, fit, channels, out)
             if images.shape != shape:         # grey after all, or some files skipped: the array is smaller
-                smaller = np.lib.format.open_memmap(f"{part}2", "w+", np.uint8, tuple(images.shape))
+                smaller = _array_on_disk(f"{part}2", tuple(images.shape))
                 for first in range(0, len(images), 1024):
                     smaller[first:first + 1024] = images[first:first + 1024].numpy()
                 out = smaller
@@ -261,9 +274,15 @@ def _cached(cache_dir, folder, files, image_size, fit, channels):
                 leftover.unlink(missing_ok=True)
         write_file(notes, json.dumps(dict(names=names, problems=problems)).encode())
         print(f"wrote {pixels} ({pixels.stat().st_size / 1e6:.0f} MB)")
-    told = json.loads(notes.read_text())
-    # "c": a private copy on write, because torch wants arrays that it could write to.
-    return torch.from_numpy(np.load(pixels, mmap_mode="c")), told["names"], told["problems"]
+    try:
+        told = json.loads(notes.read_text())
+        # "c": a private copy on write, because torch wants arrays that it could write to.
+        images, names, problems = np.load(pixels, mmap_mode="c"), list(told["names"]), list(told["problems"])
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(names):
+            raise ValueError("an array of another kind")
+    except Exception as error:                # numpy and json raise nearly anything, too
+        raise ValueError(f"{pixels} or its .json is damaged ({error}): delete both, they are made anew") from error
+    return torch.from_numpy(images), names, problems
 
 
 # ---- A look at a data set before training

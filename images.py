@@ -63,9 +63,9 @@ def read_note(path):
             return note
     except FileNotFoundError:
         raise
-    except (KeyError, ValueError, SyntaxError, OSError, RecursionError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} does not tell how it was made: it is not a PNG written by this "
-                         "project") from error
+    except Exception as error:                  # PIL raises nearly anything for a damaged file
+        raise ValueError(f"{path} does not tell how it was made: of our pictures only the sheets and "
+                         "single images of sample.py do") from error
     raise ValueError(f"{path}: what it tells of how it was made is damaged")
 
 
@@ -83,9 +83,17 @@ def save_gif(pictures, path, seconds=0.12, last_seconds=2.0):
     """Save PIL images as a GIF that loops, resting on the last one."""
     buffer = io.BytesIO()
     durations = [int(1000 * seconds)] * (len(pictures) - 1) + [int(1000 * last_seconds)]
-    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations,
-                     loop=0)
+    try:
+        pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations,
+                         loop=0)
+    except OverflowError as error:              # equal ones are made one, and their times added
+        raise ValueError(f"{path}: a GIF cannot rest on one picture for so long") from error
     write_file(path, buffer.getvalue())
+
+
+def as_text(name):
+    """A name from outside (a folder, a class) for a figure: no formula, and no byte that is not a character."""
+    return str(name).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def save_figure(figure, path):
@@ -152,7 +160,7 @@ def plot_losses(losses, path, held_out=None, window=100):
         axes.plot(list(held_out), list(held_out.values()), "o-", color="#0072b2", markersize=3, linewidth=1.2,
                   label="held-out images, averaged weights")
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))         # 0.02, not 2e-02
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -16,11 +16,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float, positive_int,
-                          seed_number)
+                          seed_number, spare)
 from diffusion import seeded_noise
 from folders import read_picture
 from images import save_gif, save_images, save_strip, to_signed, to_uint8
-from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model
+from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model, seconds_for
 from utils import describe_device, get_device
 
 
@@ -42,6 +42,7 @@ def slerp(a, b, share):
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / angle.sin()
 
 
+MAX_GIF = 1_000_000_000  # pixels, three bytes each while it is made
 PATHS = {"lerp": lerp, "slerp": slerp}
 
 
@@ -109,14 +110,15 @@ def main(argv=None):
                          f"and {args.frames}")
     if args.frames < len(keys) or args.compare and len(keys) != 2:
         raise ValueError(f"{len(keys)} key frames need as many frames, and --compare draws between two")
-    if args.size > 4096 or args.frames > 10_000 or not 0.1 <= args.fps <= 50:
-        raise ValueError(f"at most 4096 pixels and 10000 frames, 0.1 to 50 of them a second; got {args.size}, "
-                         f"{args.frames} and {args.fps:g}")
+    if args.size > 4096 or args.frames * args.size**2 > MAX_GIF or not 0.1 <= args.fps <= 50:
+        raise ValueError(f"at most 4096 pixels, {MAX_GIF / 1e6:.0f} million of them in all frames, and 0.1 to 50 "
+                         f"frames a second; got {args.size}, {args.frames} frames and {args.fps:g}")
     if args.images and args.seeds != parser.get_default("seeds"):
         raise ValueError("--images and --seeds: give one of them")
     if args.label and (args.label == "all" or "," in args.label):
         raise ValueError(f"--label {args.label}: a walk stays within one class")
 
+    spare(args.images or [], *(Path(args.output_dir) / name for name in ("morph.png", "lerp_slerp.png")))
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint)
     output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
@@ -124,7 +126,12 @@ def main(argv=None):
     size, classes = data["image_size"], data["classes"]
     y, _ = choose_labels(args.label or ("none" if classes else None), classes, max(args.frames, len(keys)))
     y = None if y is None else y.to(device)
-    print(f"device: {describe_device(device, args.device)}")
+    print(f"device: {describe_device(device, args.device)}; model: {args.checkpoint}, "
+          + (f"class {args.label or 'none'}" if classes else "no classes"))
+    count = 2 * min(args.frames, 9) if args.compare else args.frames
+    seconds = seconds_for(model, diffusion, count, size, 64, min(args.steps, diffusion.num_timesteps), device)
+    print(f"cost: {count} pictures, {args.steps} calls of the model for each, about {format_seconds(seconds)} here"
+          + ", and for the way to their noise three times as many calls" * bool(args.images), flush=True)
     shape = (model.image_channels, size, size)
     if args.images:
         real = load_pictures(args.images, size, model.image_channels).to(device)
@@ -148,8 +155,8 @@ def main(argv=None):
     frames = [Image.fromarray(picture.permute(1, 2, 0).expand(-1, -1, 3).numpy()).resize(
         (args.size, args.size), Image.NEAREST) for picture in to_uint8(pictures)]
     seconds = 1 / args.fps
-    save_gif(frames, output_dir / "morph.gif", seconds, seconds if args.loop else 2.0)
     save_images(pictures, output_dir / "morph.png")
+    save_gif(frames, output_dir / "morph.gif", seconds, seconds if args.loop else 2.0)
     for name in ("morph.gif", "morph.png"):
         print(f"wrote {output_dir / name}")
     print(f"{len(frames)} frames, {format_seconds(len(frames) * seconds)}")

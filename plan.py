@@ -38,10 +38,9 @@ class Plan(NamedTuple):
         return self.next_report(step - 1) == step
 
     def num_reports(self):
-        step, count = 0, 0
-        while step < self.total_steps:
-            step, count = self.next_report(step), count + 1
-        return count
+        one, other, total = self._intervals()[0], self._intervals()[-1], self.total_steps
+        return (total // one + total // other - total // math.lcm(one, other)
+                + bool(total % one and total % other))                          # and the last step
 
     def is_due(self, every, step):
         return step % every == 0 or step == self.total_steps

@@ -69,6 +69,10 @@ def parse(parser, argv):
             if bool(given.steps) != ("steps" in row):                  # what is counted changes
                 row = {flag: value for flag, value in row.items() if flag not in ("sample_every", "save_every")}
             row = {flag: value for flag, value in row.items() if flag not in ("epochs", "steps")}
+        if given.steps and row.get("warmup", 0) >= given.steps:            # a short trial
+            row["warmup"] = given.steps // 10
+        if given.steps and 10 * row.get("ema_every", 1) > given.steps:
+            row["ema_every"] = 1
         if row.get("dataset", "mnist") is None and given.dataset is None:
             raise ValueError(f"--preset {given.preset} is for a folder of your own: add --dataset FOLDER")
         parser.set_defaults(**row)

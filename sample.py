@@ -9,20 +9,22 @@ Writes outputs/generated_samples.png; with --show_intermediate also generation_s
 and generation_frames/. The PNG tells how it was made, and --recreate makes it again.
 """
 
+import contextlib
 import io
 import math
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import interop
-from checkpoint import check_weights, load_checkpoint, read_container
+from checkpoint import check_weights, drawing_digest, load_checkpoint, read_container
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, make_output_dir,
-                          positive_int, seed_number, whole_number)
+                          positive_int, seed_number, spare, whole_number)
 from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from images import image_grid, png_bytes, read_note, save_gif, save_images, save_strip, to_uint8
 from models import create_model
@@ -36,20 +38,28 @@ WEAK_GUIDANCE = 2.0
 CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
 
 
-def find_model(checkpoint=None, dataset=None):
+def find_model(checkpoint=None, dataset=None, made_with=None):
     """The path of the weights to draw from: your own, or as long as there are none those that are shipped.
 
     checkpoint: a file, or None for OWN.  dataset: take the shipped weights of this data set.
+    made_with: where neither is named, take those of this digest.
     Raises ValueError where there is nothing.
     """
     shipped = sorted(path.stem for path in PRETRAINED.glob("*.pt") if not path.stem.startswith("classifier"))
+    if made_with is not None and checkpoint is None and dataset is None:
+        own = [Path(OWN)] * Path(OWN).exists()
+        for path in [*own, *(PRETRAINED / f"{name}.pt" for name in shipped)]:
+            with contextlib.suppress(ValueError):                      # a damaged file is not the one
+                if load_model(path)[2]["digest"] == made_with:
+                    return path
+        raise ValueError(f"neither {OWN} nor shipped weights made that picture: name with --checkpoint what did")
     if dataset is not None:
         if dataset not in shipped:
             raise ValueError(f"no weights are shipped for {dataset!r}; choose from {', '.join(shipped)}, or "
                              f"train your own with python train.py --dataset {dataset}")
         return PRETRAINED / f"{dataset}.pt"
     if checkpoint is None and not Path(OWN).exists() and "mnist" in shipped:
-        print(f"no {OWN} yet: drawing with the weights that are shipped, pretrained/mnist.pt")
+        print(f"no {OWN} yet: taking the weights that are shipped, pretrained/mnist.pt")
         return PRETRAINED / "mnist.pt"
     checkpoint = checkpoint or OWN
     if not Path(checkpoint).exists():
@@ -64,8 +74,8 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     ema: take the averaged weights (better pictures), not those of the last step.
     image_size: of a foreign checkpoint that does not tell it (interop.py).
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
-    name, image_size, channels, classes, the checkpoint's digest, and the sampler, steps and guidance to take
-    where none are named: see card_recipe). Raises FileNotFoundError, or ValueError for an unusable file.
+    name, image_size, channels, classes, a digest of what it draws with, and the sampler, steps and guidance to
+    take where none are named: see card_recipe). Raises FileNotFoundError, or ValueError for an unusable file.
     """
     entries = None if Path(path).is_dir() else read_container(path)
     if entries is None or interop.is_trainer(entries):
@@ -84,7 +94,8 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         check_weights(path, weights, model)
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
-        data = {"classes": None, **entries["data"], "digest": entries["digest"],
+        data = {"classes": None, **entries["data"], "digest": drawing_digest(entries),
+                "held_out": told_of(entries).get("held_out"),
                 **card_recipe(entries.get("card"), diffusion.num_timesteps)}
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
@@ -98,6 +109,13 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights and settings do not fit together ({reason})") from error
     return model.to(device).eval().requires_grad_(False), diffusion, data
+
+
+def told_of(entries):
+    """The settings of the training that made a checkpoint, as far as it tells them: a dict."""
+    card = entries.get("card")
+    settings = entries.get("settings", card.get("settings") if isinstance(card, dict) else None)
+    return settings if isinstance(settings, dict) else {}
 
 
 def card_recipe(card, T):
@@ -124,14 +142,16 @@ def fill_in(args, data):
                          + ("--label none has none" if data["classes"] else "the model was trained without"))
 
 
-def load_weak(path, model, diffusion, device="cpu"):
-    """(the model of --weak, its digest), or (None, None) without one. ValueError for one of another process."""
+def load_weak(path, model, diffusion, own, device="cpu"):
+    """(the model of --weak, its digest), or (None, None) without one. own: what the model's checkpoint says of its
+    data. Raises ValueError for a model of other images or another process."""
     if path is None:
         return None, None
     weak, process, data = load_model(path, device)
     same = (weak.image_channels, process.objective) == (model.image_channels, diffusion.objective)
-    if not same or not torch.equal(process.alpha_bar, diffusion.alpha_bar):
-        raise ValueError(f"--weak {path} has other channels, another schedule or objective than the model")
+    facts = [(Path(told["name"]).name, told["image_size"], told["classes"]) for told in (own, data)]
+    if not same or facts[0] != facts[1] or not torch.equal(process.alpha_bar, diffusion.alpha_bar):
+        raise ValueError(f"--weak {path} was trained on other images, or with another schedule or objective")
     return weak, data["digest"]
 
 
@@ -272,7 +292,7 @@ def save_intermediate(frames, output_dir):
 RECIPE = ("num_images", "first_index", "seed", "sampler", "steps", "eta", "spacing", "label", "guidance",
           "batch_size", "precision", "upscale")
 SURROUNDINGS = ("device", "threads", "torch")  # these change single bits: sums are taken in another order
-MAX_IMAGES, MAX_SHEET = 1_000_000, 200_000_000
+MAX_IMAGES, MAX_SHEET = 1_000_000, 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
 
 
 def make_note(args, diffusion, digest, device):
@@ -304,7 +324,7 @@ def read_recipe(path):
         raise ValueError(f"{path} does not tell its {', '.join(missing)}")
     numbers = [note["num_images"], note["threads"], note.get("picture", 0)]
     if any(type(number) is not int for number in numbers) or not (
-            0 <= numbers[2] < numbers[0] <= MAX_IMAGES and 1 <= numbers[1] <= 1024) or not (
+            0 <= numbers[2] < MAX_IMAGES and 1 <= numbers[0] <= MAX_IMAGES and 1 <= numbers[1] <= 1024) or not (
             note["label"] is None or isinstance(note["label"], str)):
         raise ValueError(f"{path}: what it tells of how it was made is damaged")
     return note
@@ -315,10 +335,17 @@ def compare(picture, reference, note, again):
     if picture.read_bytes() == reference:
         return "byte for byte the same"
     with Image.open(picture) as a, Image.open(io.BytesIO(reference)) as b:
-        same = a.size == b.size and a.convert("RGB").tobytes() == b.convert("RGB").tobytes()
+        a, b = (np.asarray(image.convert("RGB")).astype(int) for image in (a, b))
+    apart = np.abs(a - b) if a.shape == b.shape else None
     differ = [f"{name} {str(again[name])[:40]!r} then, {note[name]!r} now" for name in SURROUNDINGS
               if again[name] != note[name]]
-    return ("the same pixels" if same else "NOT the same pixels") + (f" ({'; '.join(differ)})" if differ else "")
+    if apart is None:
+        verdict = "NOT of the same size"
+    elif apart.any():
+        verdict = f"NOT the same pixels: {(apart > 0).mean():.4%} of the values differ, by {apart.max()} of 255 at most"
+    else:
+        verdict = "the same pixels"
+    return verdict + (f" ({'; '.join(differ)})" if differ else "")
 
 
 @command
@@ -351,8 +378,8 @@ def main(argv=None):
         type=positive_int)
     add("--single_images", "also write each image to a file of its own, in the folder generated_samples", False,
         action="store_true")
-    add("--recreate", "make this picture again as recreated.png: its own settings go before all other flags, and "
-        "--checkpoint has to be the same", metavar="PNG")
+    add("--recreate", "make this picture again as recreated.png: its own settings go before all other flags; "
+        "--checkpoint is found by itself if it is outputs/model_final.pt or shipped", metavar="PNG")
     add("--batch_size", "images at a time", 64, type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
@@ -363,6 +390,7 @@ def main(argv=None):
     again = read_recipe(args.recreate) if args.recreate else None
     if again:
         picture, reference = picture.with_name("recreated.png"), Path(args.recreate).read_bytes()
+        spare([args.recreate], picture)
         args = parser.parse_args([*(sys.argv[1:] if argv is None else argv), *as_flags(again)])
         for name in ("label", "upscale"):               # what the picture does not have
             if again[name] is None:
@@ -372,21 +400,21 @@ def main(argv=None):
     device = get_device(args.device)
     if args.dataset and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: give one of them")
-    args.checkpoint = find_model(args.checkpoint, args.dataset)
+    args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["checkpoint"])
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
     model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
     if again and again["checkpoint"] != data["digest"]:
-        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with the checkpoint of "
+        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
                          f"digest {str(again['checkpoint'])[:12]}..., not {data['digest'][:12]}...")
     fill_in(args, data)
     size, classes = data["image_size"], data["classes"]
     y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
-    args.num_images = args.num_images if y is None else len(y)
-    pixels = args.num_images * (size * (args.upscale or max(1, math.ceil(84 / size)))) ** 2
+    count = args.num_images if y is None else len(y)
+    pixels = count * ((size + 2) * (args.upscale or max(1, math.ceil(84 / size)))) ** 2
     if pixels > MAX_SHEET:
         raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} "
                          "million: lower --num_images or --upscale")
-    weak, weak_digest = load_weak(args.weak, model, diffusion, device)
+    weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     if again and again.get("weak") != weak_digest:
         raise ValueError(f"{args.recreate} was made " + ("without --weak" if "weak" not in again else
                          f"with --weak and the checkpoint of digest {str(again['weak'])[:12]}...: name it"))
@@ -397,32 +425,31 @@ def main(argv=None):
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})")
     evaluations = note["steps"] * (1 if args.guidance in (0, 1) else 2)
-    seconds = seconds_for(model, diffusion, args.num_images, size, args.batch_size, evaluations, device,
-                          precision)
-    print(f"cost: {args.num_images} images in {note['steps']} steps of {args.sampler}"
+    seconds = seconds_for(model, diffusion, count, size, args.batch_size, evaluations, device, precision)
+    print(f"cost: {count} images in {note['steps']} steps of {args.sampler}"
           + f" with guidance {args.guidance:g}" * (args.guidance != 1) + ", about "
           f"{format_seconds(seconds)} here", flush=True)
 
     images, frames = generate(
-        model, diffusion, args.num_images, size, seed=args.seed, sampler=args.sampler, steps=args.steps,
+        model, diffusion, count, size, seed=args.seed, sampler=args.sampler, steps=args.steps,
         eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, weak=weak, first_index=args.first_index,
         batch_size=args.batch_size, device=device, precision=precision,
         num_frames=51 if args.show_intermediate else 0)
     one = again.get("picture") if again else None
     if one is not None:
+        if one >= count:
+            raise ValueError(f"{args.recreate} says that it is picture {one} of {count}")
         save_images(images[one:one + 1], picture, padding=0, upscale=args.upscale, note={**note, "picture": one})
     else:
         save_images(images, picture, columns, upscale=args.upscale, note=note)
     print(f"wrote {picture}")
     if again:
         verdict = compare(picture, reference, note, again)
-        print(f"{verdict} as {args.recreate}")
+        print(f"beside {args.recreate}: {verdict}")
         if verdict.startswith("NOT"):
             sys.exit(1)
     elif args.single_images:
         folder = make_output_dir(output_dir / "generated_samples")
-        for old in folder.glob("[0-9]*.png"):       # an earlier run may have left more of them
-            old.unlink()
         for k, image in enumerate(images):
             save_images(image[None], folder / f"{args.first_index + k:04d}.png", padding=0, upscale=args.upscale,
                         note={**note, "picture": k})

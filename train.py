@@ -311,6 +311,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     with (Signals(ignore=rank > 0) as signals,
           only_run(output_dir) if rank == 0 else contextlib.nullcontext()):
         origin, same_run = find_checkpoint(output_dir, resume, overwrite)
+        replacing = not same_run        # what an earlier run has left in the folder
         dataset_name, classes, batches, held_out = load_batches(
             dataset_name, batch_size * accumulate, seed, flip, labels, data_dir, val_dir, val_fraction, device,
             image_size=image_size, channels=channels, fit=fit, cache_dir=cache_dir)
@@ -320,7 +321,10 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         channels, image_size = batches.images.shape[1], batches.images.shape[-1]
         plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every)
         if warmup >= plan.total_steps:
-            raise ValueError(f"warmup must be shorter than the run of {plan.total_steps} steps, got {warmup}")
+            raise ValueError(f"warmup must be shorter than the run of {plan.total_steps} steps, got {warmup}: "
+                             f"give --warmup {plan.total_steps // 10}, for instance")
+        if ema_every > plan.total_steps:
+            raise ValueError(f"--ema_every {ema_every}: in {plan.total_steps} steps nothing would be averaged")
         model_config = dict(model_defaults(model_name), **model_config, image_channels=channels,
                             add_input=objective == "eps", num_classes=classes and len(classes))
         model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
@@ -355,24 +359,33 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
                              label_drop=label_drop if classes else 0.0, min_snr=min_snr, density=density)
         batch = tuple(part.to(device) for part in next(iter(batches)))
+        if rank == 0:
+            print("measuring how fast this is here ...", flush=True)
         step_seconds, call_seconds = measure_seconds(
             network, EMA(model), batch, diffusion, (num_samples, *batch[0].shape[1:]), optimizer, **step_settings)
         step_seconds = float(distributed.mean_over_ranks(torch.tensor(step_seconds, device=device)))
         picture_calls = len(diffusion.sampling_levels("ddim")) - 1
         print_cost(plan, len(state.losses), batches, held_out, step_seconds, call_seconds, picture_calls,
                    num_samples, peak_memory(device))
-        if rank == 0 and not same_run:
-            clear_run(output_dir)
 
         # ---- Training
         def rate(step):
             return rate_at(step, plan.total_steps, learning_rate, lr_schedule, warmup)
 
+        def write(name):
+            nonlocal replacing
+            save_state(output_dir / name, state, facts, len(batches))
+            if replacing:               # only now: a run that fails at once has replaced nothing
+                clear_run(output_dir, keep=name)
+                replacing = False
+
         def save(name):
             with signals.held():        # torch.save turns an exception in its midst into one of its own
-                save_state(output_dir / name, state, facts, len(batches))
+                write(name)
 
         def look(seconds):
+            if replacing:
+                save(LATEST)
             report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size,
                    device, precision, signals.held)
 
@@ -385,10 +398,10 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
                 save(FINAL)
         except (Stopped, OSError) as stop:
             if rank == 0 and state.losses:
-                save_state(output_dir / LATEST, state, facts, len(batches))
+                write(LATEST)
                 print(f"{stop} after step {len(state.losses)} of {plan.total_steps}: saved to "
-                      f"{output_dir / LATEST}, "
-                      "which sample.py can draw from; the same command with --resume goes on")
+                      f"{output_dir / LATEST}, which sample.py can draw from; the same command with --resume goes on")
+                stop.told = isinstance(stop, Stopped)
             raise
         if rank == 0:
             (output_dir / LATEST).unlink(missing_ok=True)

@@ -24,7 +24,7 @@ def get_device(name="auto"):
     if name != "auto":
         try:
             device = torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
         if device.type not in ("cpu", "cuda", "mps"):
             raise ValueError(f"device {name!r} cannot be used; choose from auto, cpu, cuda, cuda:1, mps")

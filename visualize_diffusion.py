@@ -33,8 +33,8 @@ from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_li
 from data import DATASETS, DATASET_HELP, class_names, get_dataset, get_default_dataset
 from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from evaluate import loss_by_timestep
-from images import (COLOURS, LINES, image_grid, new_figure, plot_losses, save_figure, save_gif, save_strip,
-                    to_signed, to_uint8)
+from images import (COLOURS, LINES, as_text, image_grid, new_figure, plot_losses, save_figure, save_gif,
+                    save_strip, to_signed, to_uint8)
 from sample import (CHECKPOINT_HELP, choose_labels, draw_frame, find_model, generate, load_model,
                     save_generation_strip, seconds_for)
 from schedules import SCHEDULES, SPACINGS, nearest
@@ -108,7 +108,7 @@ def dataset_figure(images, labels, names, path, columns=10, seed=0, title=None):
         chosen = [order[labels[order] == k][:columns] for k in range(len(names))]
     blank = torch.full((columns, *images.shape[1:]), 255, dtype=torch.uint8)    # where a class has too few
     rows = [to_signed(torch.cat([images[row], blank[len(row):]])) for row in chosen]
-    save_strip(rows, [""] * columns, path, row_labels=names, title=title)
+    save_strip(rows, [""] * columns, path, row_labels=names and [*map(as_text, names)], title=title)
 
 
 # ---- Figures of formulas
@@ -342,7 +342,8 @@ def epochs_figure(run, path, image_size, count, columns=8):
             raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images")
         here = range(2, min(pixels.shape[2] - 2, count * cell), cell)
         tiles.append(to_signed(torch.stack([pixels[:, 2:cell, x:x + image_size] for x in here])))
-    save_strip(list(torch.stack(tiles, dim=1)), [when(sheet) for sheet in sheets], path)
+    fewest = min(len(row) for row in tiles)                 # a resumed run may draw more
+    save_strip(list(torch.stack([row[:fewest] for row in tiles], dim=1)), [when(sheet) for sheet in sheets], path)
 
 
 def loss_figure(run, path):
@@ -352,9 +353,9 @@ def loss_figure(run, path):
         rows = list(csv.DictReader(table.read_text().splitlines()))
         losses = [float(row["loss"]) for row in rows]
         held_out = {int(row["step"]): float(row["held_out_loss"]) for row in rows if row["held_out_loss"]}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise ValueError(f"{table} is not a table that train.py wrote") from error
-    if not losses:
+    if not any(0 < loss < math.inf for loss in losses):
         raise ValueError(f"{table} holds no step yet")
     plot_losses(losses, path, held_out)
 
@@ -396,12 +397,12 @@ def draw_from_data(name, args, path, loaded=None):
     if name == "dataset":
         shape = "x".join(map(str, images.shape[1:]))
         dataset_figure(images, labels, class_names(dataset), path, count, args.seed,
-                       title=f"{dataset}: {len(images):,} images of {shape}")
+                       title=f"{as_text(dataset)}: {len(images):,} images of {shape}")
     else:
         pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:count]
         schedule = "the model's own" if loaded else args.schedule
         forward_figure(images[pick], diffusion, path, timesteps, args.seed,
-                       title=f"{dataset}: the forward process, {schedule} schedule")
+                       title=f"{as_text(dataset)}: the forward process, {schedule} schedule")
     return [path]
 
 
@@ -445,9 +446,13 @@ def draw_from_model(name, args, path, loaded):
     calls = len(diffusion.sampling_levels(sampler, args.steps)) - 1
     calls = {"steps": sum(len(diffusion.timesteps(steps)) - 1 for steps in steps_list),
              "seeds": 2 * calls * len(args.seeds)}.get(name, calls)
+    # As the model's card says, so that these are the pictures of sample.py; one step is explained plainly.
+    guidance = data["guidance"] if y is not None and name != "one_step" and args.label != "none" else 1.0
+    calls *= 1 if guidance in (0, 1) else 2
     cost = format_seconds(seconds_for(model, diffusion, count, size, 64, calls, device))
     print(f"{name}: {calls} calls of the model on {count} images, about {cost} here", flush=True)
-    settings = dict(image_size=size, seed=args.seed, sampler=sampler, steps=args.steps, y=y, device=device)
+    settings = dict(image_size=size, seed=args.seed, sampler=sampler, steps=args.steps, y=y, device=device,
+                    guidance=guidance)
     if name == "reverse":
         timesteps = choose_timesteps(args.timesteps, TIMESTEPS["reverse"], T)
         return reverse_figure(model, diffusion, path, timesteps, count, **settings)
@@ -491,7 +496,7 @@ def draw_from_run(name, args, path, device):
         losses.append(column)
     kind = "test images" if dataset in DATASETS else "images"
     timestep_loss_figure(edges, losses, [when(file) for file in files], path,
-                         f"loss at each noise level, {len(x_0)} {kind} of {dataset}")
+                         f"loss at each noise level, {len(x_0)} {kind} of {as_text(dataset)}")
     return [path]
 
 

@@ -26,7 +26,7 @@ from command_line import (Parser, command, format_seconds, make_output_dir, posi
                           whole_number)
 from data import DATASET_HELP, class_names
 from diffusion import SAMPLERS
-from images import COLOURS, image_grid, new_figure, save_figure, to_uint8
+from images import COLOURS, as_text, image_grid, new_figure, save_figure, to_uint8
 from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest, centre_accuracy,
                     choose_layer, model_table, parts, pca, reach, sampled, table_lines, time_embeddings, tsne)
 from models import MODELS, create_model
@@ -49,7 +49,7 @@ FIGURES = {
     "table":       Row("model_table.png", (), "channels, parameters and memory of each level"),
 }
 # Marks that stay apart for the colour-blind (Okabe & Ito 2008, but the yellow, which white paper swallows).
-PALETTE, MARKERS = (*COLOURS, "#e69f00", "#56b4e9", "#cc79a7"), "o^sDvP*"
+PALETTE, MARKERS = (*COLOURS, "#e69f00", "#56b4e9", "#cc79a7", "#999999", "#8c510a", "#5e3c99"), "o^sDvP*"
 
 
 # ---- Looking inside: a forward hook on each part
@@ -174,19 +174,30 @@ def time_figure(sines, learned, timesteps, path, title=None):
 # ---- Features of the bottleneck
 
 
+def apart(places, distance, rounds=50):
+    """Move points [N, 2] that are nearer to each other than `distance` [2], so that what is written there can be
+    read."""
+    places = places / distance
+    for _ in range(rounds):
+        away = places[:, None] - places[None]                                       # [N, N, 2]
+        length = away.norm(dim=2, keepdim=True).clamp(min=1e-3)
+        places = places + (away / length * (1 - length).clamp(min=0) / 2).sum(dim=1)
+    return places * distance
+
+
 def scatter_classes(axis, points, labels, names):
-    """Points in the colours of their classes, whose names stand at the middle (median) of each."""
+    """Points in the colours of their classes, whose names stand near the middle (median) of each."""
     for k, name in enumerate(names):
         own = points[labels == k]
         if len(own):
             axis.scatter(*own.T, s=7, color=PALETTE[k % len(PALETTE)],
                          marker=MARKERS[k // len(PALETTE) % len(MARKERS)],
                          alpha=0.6, linewidths=0)
-    for k, name in enumerate(names):
-        if (labels == k).any():
-            axis.text(*points[labels == k].median(dim=0).values, name, ha="center", va="center", fontsize=11,
-                      weight="bold", color=PALETTE[k % len(PALETTE)],
-                      path_effects=[withStroke(linewidth=3, foreground="white")])
+    seen = labels.unique().tolist()
+    middles = torch.stack([points[labels == k].median(dim=0).values for k in seen])
+    for k, place in zip(seen, apart(middles, 0.07 * (points.amax(0) - points.amin(0)))):
+        axis.text(*place, names[k], ha="center", va="center", fontsize=11, weight="bold",
+                  color=PALETTE[k % len(PALETTE)], path_effects=[withStroke(linewidth=3, foreground="white")])
 
 
 def features_figure(features, labels, names, path, project, heading=None):
@@ -286,7 +297,7 @@ def draw_from_model(name, args, path, device):
     model, diffusion, data, _ = load(args, device)
     T, size = diffusion.num_timesteps, data["image_size"]
     timesteps = choose_timesteps(args.timesteps, FIGURES[name].timesteps, T)
-    what = f"{type(model).__name__}, {data['name']}"
+    what = f"{type(model).__name__}, {as_text(data['name'])}"
     if name == "time":
         sines, learned = time_embeddings(model, T)
         return time_figure(sines, learned, timesteps, path, f"time embedding: {what}")
@@ -302,7 +313,7 @@ def draw_from_model(name, args, path, device):
     calls = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
     cost = format_seconds(seconds_for(model, diffusion, 1, size, 1, calls, device))
     print(f"{name}: {calls} calls of the model on one image, about {cost} here", flush=True)
-    what += "" if y is None or int(y) < 0 else f", class {data['classes'][int(y)]}"
+    what += "" if y is None or int(y) < 0 else f", class {as_text(data['classes'][int(y)])}"
     if name == "attention":
         moments, picture = attention_maps(model, diffusion, layer, timesteps, size, **settings)
         query = tuple(place * side // size for place in args.query) if args.query else busiest(picture, side)
@@ -337,9 +348,10 @@ def draw_features(args, path, device):
 
     features = {t: bottleneck_features(model, diffusion, images[pick], t, seed=args.seed, flatten=args.flatten)
                 for t in tqdm(timesteps, desc="noise levels")}
-    title = f"the bottleneck's features of {count} pictures: {type(model).__name__}, {dataset}"
-    labels = labels[pick] if labels is not None and class_names(dataset) else None
-    print(*features_figure(features, labels, class_names(dataset), path, project, title), sep="\n")
+    title = f"the bottleneck's features of {count} pictures: {type(model).__name__}, {as_text(dataset)}"
+    names = class_names(dataset)
+    labels = labels[pick] if labels is not None and names else None
+    print(*features_figure(features, labels, names and [*map(as_text, names)], path, project, title), sep="\n")
 
 
 @command

@@ -116,7 +116,7 @@ def test_where_there_is_no_sheet_each_label_is_drawn_as_often(text, count, count
 
 @pytest.mark.parametrize("argv, words", [
     (["--label", "purple"], "unknown class 'purple'; choose from all, none, 0 (dark), 1 (bright)"),
-    (["--label", "2"], "unknown class '2'"), (["--label", ""], "unknown class ''"),
+    (["--label", "2"], "unknown class '2'"), (["--label", ""], "--label is given, but empty"),
     (["--guidance", "2", "--label", "none"], "needs classes to guide towards"),
     (["--guidance", "-1"], "invalid number from 0 to 100"), (["--guidance", "nan"], "invalid number")])
 def test_a_class_that_is_not_there_is_one_line(argv, words, two_shades, tmp_path, capsys):
@@ -196,7 +196,7 @@ def test_the_note_tells_all_that_decides_the_pixels_and_nothing_private(two_shad
     drawn(two_shades, tmp_path, "--steps", "3")
     raw = (tmp_path / "generated_samples.png").read_bytes()
     note = read_note(tmp_path / "generated_samples.png")
-    assert note["checkpoint"] == load_checkpoint(two_shades)["digest"] and note["steps"] == 3 and note["eta"] == 0
+    assert note["checkpoint"] == load_model(two_shades)[2]["digest"] and note["steps"] == 3 and note["eta"] == 0
     assert note["command"].startswith("sample.py --num_images=64") and note["threads"] == torch.get_num_threads()
     assert str(tmp_path).encode() not in raw and "/" not in str(note)
 

@@ -152,6 +152,7 @@ def test_the_command_says_what_to_do_next(two_shades, tmp_path, capsys, monkeypa
     save_checkpoint(tmp_path / "model.pt", entries)
     shades = torch.cat([torch.full((32, 1, 8, 8), 40), torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
     monkeypatch.setattr(d, "load_reference", lambda *args: (shades, shades, (torch.arange(64) // 32,) * 2, "images"))
+    monkeypatch.setattr(d, "class_names", lambda *args: ["dark", "bright"])
     d.main(["--checkpoint", str(tmp_path / "model.pt"), "--device", "cpu"])
     out = capsys.readouterr().out
     assert "1. it was trained with another assumption: the objective x0" in out and "next: " in out
@@ -159,8 +160,6 @@ def test_the_command_says_what_to_do_next(two_shades, tmp_path, capsys, monkeypa
 
 def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
     assert "no checkpoint" in fails(capsys, d.main, "--checkpoint", tmp_path / "none.pt")
-
-
 
 
 @pytest.mark.parametrize("rate, losses, causes", [
@@ -171,3 +170,8 @@ def test_the_rate_is_blamed_if_it_is_high_or_if_nothing_falls_any_more(rate, los
     settings = {"learning_rate": rate, "optimizer": "adam"}
     assert [cause.key for cause in d.check_training(1.2, losses, settings)] == causes
     assert d.check_training(0.5, losses, settings) == []
+
+
+def test_sixty_steps_are_few_however_small_the_error():
+    """The preset quick learns so fast that its error had said nothing, and its digits could not be read."""
+    assert [cause.key for cause in d.check_training(0.4, [0.3] * 60, {})] == ["few steps"]

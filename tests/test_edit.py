@@ -121,7 +121,7 @@ def test_known_pixels_stay_as_they_are(two_shades, tmp_path, capsys):
     picture.save(tmp_path / "a.png")
     edit.main(["--checkpoint", str(two_shades), "--images", str(tmp_path / "a.png"), "--steps", "10", "--travel", "2",
                "--output_dir", str(tmp_path / "out"), "--device", "cpu"])
-    assert "PSNR of the model" in capsys.readouterr().out
+    assert "PSNR, likeness to the originals: given" in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "edited_only.png") as result:
         pixels = torch.tensor(list(result.convert("L").resize((12, 12), Image.NEAREST).tobytes()))
     assert (tmp_path / "out" / "edited.png").is_file() and len(pixels) == 144

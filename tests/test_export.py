@@ -16,7 +16,7 @@ from test_commands import fails
 @pytest.fixture
 def evaluation(two_shades, tmp_path):
     """What evaluate.py writes, as far as a card takes it."""
-    found = {"digest": load_checkpoint(two_shades)["digest"], "num_images": 100, "held_out": "test images",
+    found = {"digest": load_model(two_shades)[2]["digest"], "num_images": 100, "held_out": "test images",
              "sampler": "ddim", "steps": None, "guidance": 1.0, "label": "by chance", "seed": 0, "copies": {"copied": 0.0},
              "samples": {"fd": 2.0, "fd_error": 0.1, "agreement": 0.9}, "floor": {"fd": 1.0}}
     path = tmp_path / "evaluation.json"
@@ -42,7 +42,7 @@ def test_a_small_file_gets_a_newer_card_and_keeps_its_weights(two_shades, evalua
     small, newer = tmp_path / "small.pt", tmp_path / "newer.pt"
     export.export(two_shades, small, evaluation, training="a minute")
     found = json.loads(evaluation.read_text())
-    evaluation.write_text(json.dumps({**found, "digest": load_checkpoint(small)["digest"], "guidance": 1.5}))
+    evaluation.write_text(json.dumps({**found, "digest": load_model(small)[2]["digest"], "guidance": 1.5}))
     export.export(small, newer, evaluation)
     before, after = load_checkpoint(small), load_checkpoint(newer)
     assert {**before["card"], "guidance": 1.5} == after["card"]

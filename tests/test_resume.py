@@ -220,7 +220,8 @@ def test_other_images_are_named_and_moved_ones_are_not_minded(tmp_path):
         (tmp_path / name).mkdir()
         for k in range(count):
             Image.fromarray(images[k] ^ (name == "b" and k == 5)).save(tmp_path / name / f"{k}.png")
-    run = {**RUN, "val_fraction": 0.0, "lr_schedule": "constant", "warmup": 0, "output_dir": tmp_path / "out"}
+    run = {**RUN, "val_fraction": 0.0, "lr_schedule": "constant", "warmup": 0, "ema_every": 1,
+           "output_dir": tmp_path / "out"}
     train(**{**run, "dataset_name": str(tmp_path / "a"), "num_epochs": 1})
     for name in "bc":
         with pytest.raises(ValueError, match="images: '12 of 1x8x8, digest .* then, '1[23] of 1x8x8, digest"):
@@ -249,7 +250,7 @@ def test_a_file_system_without_locks_or_folder_syncs_will_do(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--resume"], "nothing to resume"), (["--resume="], "no such"), (["--resume", "no.pt"], "no such")])
+    (["--resume"], "nothing to resume"), (["--resume="], "empty"), (["--resume", "no.pt"], "no such")])
 def test_nothing_to_resume_is_one_line(argv, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*argv, "--dataset", "synthetic_digits", "--output_dir", str(tmp_path)])
