@@ -352,7 +352,8 @@ class Signals:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():       # elsewhere Python allows no handlers
             for number in [getattr(signal, name) for name in STOPS if hasattr(signal, name)]:
-                self.before[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) is not signal.SIG_IGN:          # nohup wants the last one ignored
+                    self.before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error):

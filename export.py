@@ -7,6 +7,7 @@ model was trained and what evaluate.py found: print it with python export.py --c
 """
 
 import json
+import math
 from pathlib import Path
 
 from checkpoint import drawing_digest, load_checkpoint, save_checkpoint
@@ -53,6 +54,11 @@ def read_evaluation(path, checkpoint, digest):
                  **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance",
                                                    "label", "seed")},
                  "sampler_steps": found["steps"]}
+        numbers = [facts["fd"], facts["fd_error"], facts["fd_floor"], facts["copied"], facts["guidance"]]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise ValueError("not all of its numbers are numbers")
+        if len(repr(facts)) > 10_000:
+            raise ValueError("its words are too many")
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no evaluation.json of evaluate.py") from error
     if found.get("weak"):

@@ -402,6 +402,9 @@ def main(argv=None):
         raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: give one of them")
     args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["checkpoint"])
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
+    for name, asked in (("generated_samples", args.single_images), ("generation_frames", args.show_intermediate)):
+        if asked:
+            make_output_dir(output_dir / name)
     model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
     if again and again["checkpoint"] != data["digest"]:
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "

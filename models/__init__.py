@@ -25,4 +25,6 @@ def create_model(name="simple", **config):
     try:
         return MODELS[name](**config)
     except TypeError as error:
-        raise ValueError(f"model {name!r}: {str(error).splitlines()[0]}") from error
+        foreign = sorted(set(config) - set(inspect.signature(MODELS[name]).parameters))
+        reason = f"it has no setting {', '.join(foreign)}" if foreign else str(error).splitlines()[0]
+        raise ValueError(f"model {name!r}: {reason}") from error
