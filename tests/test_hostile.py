@@ -1,0 +1,301 @@
+"""What a hostile tester broke once, each with its story. Nothing is lost, and bad input is one line."""
+
+import json
+import signal
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import edit
+import evaluate
+import export
+import folders
+import presets
+import sample
+import visualize_diffusion
+from command_line import Parser, speaks
+from data import Batches, split_held_out
+from images import as_text, read_note, save_gif
+from plan import Plan
+from sample import choose_labels, find_model, load_model
+from test_commands import fails
+from test_figures import write_model
+from train import train
+
+TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, device="cpu", precision="float32", num_samples=4)
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 32)
+    return dict(dataset_name="synthetic_digits", image_size=8)
+
+
+def sheets(folder, count, size=16, seed=0):
+    """A folder of that many noisy grey pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size), dtype=np.uint8)
+    for k, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{k:03d}.png")
+    return folder
+
+
+# ---- Nothing is lost
+
+def test_a_run_that_fails_at_once_has_replaced_nothing(few_digits, tmp_path):
+    """The files of a finished run were deleted before the first step of the next one, which then failed, and said
+    that earlier checkpoints were untouched."""
+    train(**few_digits, **TINY, steps=4, output_dir=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
+    with pytest.raises(ValueError, match="earlier checkpoints are untouched"):
+        train(**few_digits, **TINY, steps=4, learning_rate=1e30, sample_every=4, save_every=4, output_dir=tmp_path)
+    assert len(before) > 1 and before == {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
+
+
+def test_a_run_that_goes_well_replaces_all_of_the_earlier_one(few_digits, tmp_path):
+    train(**few_digits, **TINY, steps=4, save_every=1, output_dir=tmp_path)
+    train(**few_digits, **TINY, steps=2, save_every=2, output_dir=tmp_path)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.pt"))
+    assert names == ["checkpoints/model_step_0000002.pt", "model_final.pt"]
+
+
+def test_single_images_of_other_places_and_of_other_people_stay(two_shades, tmp_path):
+    """--first_index 4 deleted images 0 to 3, and whatever else began with a digit."""
+    flags = ["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), "--device", "cpu", "--num_images", "4",
+             "--steps", "1", "--single_images"]
+    sample.main(flags)
+    (tmp_path / "generated_samples" / "2024_my_favourite.png").write_bytes(b"mine")
+    sample.main([*flags, "--first_index", "4"])
+    names = sorted(path.name for path in (tmp_path / "generated_samples").iterdir())
+    assert names == [*(f"{k:04d}.png" for k in range(8)), "2024_my_favourite.png"]
+
+
+def test_what_is_read_is_not_written_over(two_shades, tmp_path, capsys):
+    flags = ["--checkpoint", two_shades, "--output_dir", tmp_path, "--device", "cpu"]
+    sample.main([*map(str, flags), "--num_images", "4", "--steps", "1"])
+    capsys.readouterr()
+    picture = (tmp_path / "generated_samples.png").rename(tmp_path / "recreated.png")
+    Image.new("L", (8, 8)).save(tmp_path / "edited_only.png")
+    before = [path.read_bytes() for path in (picture, tmp_path / "edited_only.png")]
+    assert "written over" in fails(capsys, sample.main, *flags, "--recreate", picture)
+    assert "written over" in fails(capsys, edit.main, *flags, "--images", tmp_path / "edited_only.png")
+    assert before == [path.read_bytes() for path in (picture, tmp_path / "edited_only.png")]
+
+
+def test_a_full_disk_ends_the_making_of_a_cache_in_good_order(tmp_path, monkeypatch):
+    """A page of a mapped file that found no place on the disk ended the process: a bus error, and half a file left."""
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folders.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        folders.load_folder(sheets(tmp_path / "in", 3), cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_closed_terminal_saves_and_nohup_goes_on():
+    with checkpoint.Signals(), pytest.raises(checkpoint.Stopped, match="SIGHUP"):
+        signal.raise_signal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)               # as nohup does
+    try:
+        with checkpoint.Signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ---- Nothing is silently wrong
+
+@pytest.mark.parametrize("text, count", [("1,2,3,4", 100), ("1,2,3", 20), ("all", 221)])
+def test_a_sheet_of_several_labels_remembers_what_was_asked_for(text, count, two_shades, tmp_path, monkeypatch):
+    """It remembered the number drawn, 104 for 100, and 104 asked for makes 108."""
+    classes = list("0123456789")
+    y, columns = choose_labels(text, classes, count)
+    assert len(choose_labels(text, classes, len(y))[0]) != len(y)       # why the number drawn will not do
+    drawn = []
+    monkeypatch.setattr(sample, "load_model", lambda *args, **settings: (
+        *load_model(two_shades)[:2], {**load_model(two_shades)[2], "classes": classes}))
+    monkeypatch.setattr(sample, "generate", lambda model, diffusion, num_images, *args, **settings: (
+        drawn.append(settings["y"]) or torch.zeros(num_images, 1, 8, 8), []))
+    monkeypatch.setattr(sample, "seconds_for", lambda *args: 0.0)
+    flags = ["--checkpoint", str(two_shades), "--device", "cpu"]
+    sample.main([*flags, "--label", text, "--num_images", str(count), "--output_dir", str(tmp_path)])
+    sample.main([*flags, "--recreate", str(tmp_path / "generated_samples.png"), "--output_dir", str(tmp_path / "b")])
+    assert torch.equal(drawn[0], y) and torch.equal(drawn[1], y)
+
+
+def test_classes_are_compared_by_name(two_shades, tmp_path):
+    """Ten folders named one, two, three were held against the digits in the order of the alphabet: 8 % agreement."""
+    for name in ("light", "night"):
+        sheets(tmp_path / "in" / name, 60, 8)
+    evaluate.main(["--checkpoint", str(two_shades), "--dataset", str(tmp_path / "in"), "--num_images", "100",
+                   "--steps", "2", "--device", "cpu", "--output_dir", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert "agreement" not in found["samples"] and "set aside here" in found["held_out"]
+
+
+def test_held_out_images_of_a_folder_that_has_grown_are_not_called_held_out(tmp_path):
+    """One more picture, and another fifth of them was taken for the images that were not trained on."""
+    folder = sheets(tmp_path / "in", 60)
+    images, _ = folders.load_folder(folder)
+    told = Batches(images, None, indices=split_held_out(60, 0.2, 0)[1]).fingerprint()
+    about = {"name": str(folder), "image_size": 16, "channels": 1, "classes": None, "val_fraction": 0.2, "seed": 0,
+             "held_out": told}
+    assert evaluate.load_reference(about, "data")[3] == "held-out images"
+    sheets(tmp_path / "more", 61, seed=1)
+    (tmp_path / "more" / "060.png").rename(folder / "0.png")           # before all others
+    assert "trained on some" in evaluate.load_reference(about, "data")[3]
+
+
+def test_an_average_that_never_begins_is_refused(few_digits, tmp_path, capsys):
+    """The model drawn with was then the untrained one."""
+    with pytest.raises(ValueError, match="nothing would be averaged"):
+        train(**few_digits, **TINY, steps=4, ema_every=10, output_dir=tmp_path)
+    settings = presets.parse(_parser(), ["--preset", "fabrics_100k", "--steps", "20"])
+    assert settings["ema_every"] == 1
+    assert presets.parse(_parser(), ["--preset", "quick", "--steps", "60"])["warmup"] == 6
+
+
+def _parser():
+    parser = Parser()
+    for flag in ("preset", "dataset", "device"):
+        parser.add(f"--{flag}", "", "cpu" if flag == "device" else None)
+    for flag in ("epochs", "steps"):
+        parser.add(f"--{flag}", "", type=int)
+    return parser
+
+
+def test_a_weak_model_of_other_images_is_refused(two_shades, tmp_path, capsys):
+    """Digits were led away from garments; with fewer classes it was a traceback."""
+    entries = checkpoint.load_checkpoint(two_shades)
+    entries["data"] = {**entries["data"], "classes": ["dark", "other"]}
+    checkpoint.save_checkpoint(tmp_path / "other.pt", entries)
+    assert "other images" in fails(capsys, sample.main, "--checkpoint", two_shades, "--weak", tmp_path / "other.pt",
+                                   "--output_dir", tmp_path)
+
+
+def test_what_is_given_empty_is_not_taken_for_not_given(tmp_path, capsys):
+    """--recreate "$NOT_SET" drew 64 new pictures over the old sheet."""
+    assert "--recreate is given, but empty" in fails(capsys, sample.main, "--recreate", "", "--output_dir", tmp_path)
+    assert "--images is given, but empty" in fails(capsys, edit.main, "--images", "", "--output_dir", tmp_path)
+
+
+def test_the_weights_that_made_a_picture_are_found():
+    digest = load_model(sample.PRETRAINED / "synthetic_digits.pt")[2]["digest"]
+    assert find_model(made_with=digest) == sample.PRETRAINED / "synthetic_digits.pt"
+    with pytest.raises(ValueError, match="name with --checkpoint"):
+        find_model(made_with="0")
+
+
+def test_a_shared_file_does_not_tell_where_the_images_lay(two_shades, tmp_path):
+    entries = checkpoint.load_checkpoint(two_shades)
+    entries["data"] = {**entries["data"], "name": "/home/me/private/photos"}
+    checkpoint.save_checkpoint(tmp_path / "own.pt", entries)
+    export.export(tmp_path / "own.pt", tmp_path / "small.pt")
+    assert b"private" not in (tmp_path / "small.pt").read_bytes()
+    assert load_model(tmp_path / "small.pt")[2]["name"] == "photos"
+
+
+# ---- Bad input is one line
+
+def test_a_class_without_pictures_is_named(tmp_path):
+    sheets(tmp_path / "a", 3)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match="no usable image of b"):
+        folders.load_folder(tmp_path, with_labels=True)
+
+
+def test_a_picture_that_confuses_its_decoder_is_named_and_skipped(tmp_path):
+    """An empty colour profile makes PIL raise IndexError: the whole folder could not be read."""
+    sheets(tmp_path, 3)
+    raw = (tmp_path / "000.png").read_bytes()
+    chunk = struct.pack(">I", 0) + b"iCCP" + struct.pack(">I", zlib.crc32(b"iCCP"))
+    (tmp_path / "bad.png").write_bytes(raw[:-12] + chunk + raw[-12:])
+    with pytest.raises(IndexError):
+        Image.open(tmp_path / "bad.png").load()
+    assert len(folders.load_folder(tmp_path)[0]) == 3
+    with pytest.raises(ValueError, match="does not tell"):
+        read_note(tmp_path / "bad.png")
+
+
+@pytest.mark.parametrize("suffix, damage", [
+    (".json", b"{}"), (".json", b"[1]"), (".json", b""), (".npy", b""), (".npy", b"\x93NUMPY\x01\x00"),
+    (".json", json.dumps({"names": ["a"], "problems": []}).encode())])
+def test_a_damaged_cache_is_one_line(suffix, damage, tmp_path):
+    folder = sheets(tmp_path / "in", 3)
+    folders.load_folder(folder, cache_dir=tmp_path / "cache")
+    path, = (tmp_path / "cache").glob(f"*{suffix}")
+    path.write_bytes(damage)
+    with pytest.raises(ValueError, match="delete both"):
+        folders.load_folder(folder, cache_dir=tmp_path / "cache")
+
+
+def test_labels_beyond_the_classes_are_damage(monkeypatch):
+    class Source:
+        def __init__(self, *args, **settings):
+            self.data, self.targets = torch.zeros(3, 28, 28, dtype=torch.uint8), torch.tensor([0, 9, 20])
+
+    with pytest.raises(ValueError, match="one is 20"):
+        data._torchvision_arrays("mnist", Source, "data", True)
+
+
+def test_too_few_images_to_measure_is_said_before_anything_is_drawn(tmp_path, capsys):
+    """It was a traceback after all had been drawn."""
+    folder = sheets(tmp_path / "in", 12, 8)
+    write_model(tmp_path / "model.pt")
+    assert "too few to measure" in fails(capsys, evaluate.main, "--checkpoint", tmp_path / "model.pt", "--dataset",
+                                         folder, "--output_dir", tmp_path)
+
+
+def test_reports_are_counted_without_counting_to_a_billion():
+    for plan in (Plan(17, 3, 5, 1, "step"), Plan(30, 3, 5, 1, "step"), Plan(12, 4, 20, 4, "epoch"), Plan(7, 7, 7, 1, "step")):
+        step, count = 0, 0
+        while step < plan.total_steps:
+            step, count = plan.next_report(step), count + 1
+        assert plan.num_reports() == count, plan
+    assert Plan(10**9, 1, 10**9, 1, "step").num_reports() == 10**9
+
+
+def test_names_from_outside_are_no_formulas():
+    assert as_text("$^$") == r"\$^\$" and as_text("lat\udce9in") == r"lat\udce9in"
+
+
+def test_sheets_of_different_lengths_share_a_figure(tmp_path):
+    """A resumed run may draw more pictures than before."""
+    for epoch, count in ((1, 2), (2, 4)):
+        path = tmp_path / "samples" / f"epoch_{epoch:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet = np.full((18 * 6, (18 * count + 2 - 2 + 2) * 6, 3), 255, np.uint8)[:, :(18 * count + 2) * 6]
+        Image.fromarray(np.pad(sheet, ((0, 12), (0, 0), (0, 0)), constant_values=255)).save(path)
+    visualize_diffusion.epochs_figure(tmp_path, tmp_path / "epochs.png", 16, 6)
+    assert (tmp_path / "epochs.png").exists()
+
+
+def test_a_picture_that_rests_too_long_is_one_line(tmp_path):
+    frames = [Image.new("RGB", (8, 8))] * 80
+    with pytest.raises(ValueError, match="rest"):
+        save_gif(frames, tmp_path / "long.gif", seconds=10)
+
+
+def test_a_rank_without_a_world_still_speaks(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert speaks()
+
+
+def test_altered_counts_of_a_checkpoint_are_refused(few_digits, tmp_path):
+    train(**few_digits, **TINY, steps=2, output_dir=tmp_path / "run")
+    entries = checkpoint.load_checkpoint(tmp_path / "run" / "model_final.pt")
+    for change in ({"ema_updates": "x"}, {"ema_updates": -10}, {"reported": "x"}, {"held_out_losses": None},
+                   {"held_out_losses": {1: "x"}}):
+        checkpoint.save_checkpoint(tmp_path / "bad.pt", {**entries, **change})
+        with pytest.raises(ValueError, match="cannot be resumed"):
+            train(**few_digits, **TINY, steps=2, resume=str(tmp_path / "bad.pt"), output_dir=tmp_path / "other")
+    assert Path(tmp_path / "run" / "model_final.pt").exists()
