@@ -210,6 +210,21 @@ EDITS = [
     Edit("components not centred", "inside.py",
          "features.double() - features.double().mean(dim=0)", "features.double()", "visualize_model"),
     Edit("Muon orthogonalises nothing", "muon.py", "for _ in range(steps):", "for _ in range(0):", "muon"),
+    Edit("a run deletes before it has begun", "train.py",
+         "replacing = not same_run ", 'replacing = not same_run; clear_run(output_dir, keep="") ', "hostile"),
+    Edit("a sheet remembers the number drawn", "sample.py",
+         "    count = args.num_images if y", "    count = args.num_images = args.num_images if y", "hostile"),
+    Edit("classes compared by their number", "evaluate.py",
+         'data["classes"] == class_names(args.dataset or data["name"], True)', 'bool(data["classes"])', "hostile"),
+    Edit("held out whatever has become of the folder", "evaluate.py",
+         'what = "held-out images" if same else', 'what = "held-out images" if True else', "hostile"),
+    Edit("empty is taken for not given", "command_line.py", 'if value == "" or', 'if value == "-" or', "hostile"),
+    Edit("nohup is not heeded", "checkpoint.py", "is not signal.SIG_IGN", "is not None", "hostile"),
+    Edit("one picture stops a folder", "folders.py",
+         "    except Exception as error:                # a damaged file", "    except OSError as error:  #", "hostile"),
+    Edit("a card decides what drew a picture", "checkpoint.py", 'kept = ("ema",', 'kept = ("card", "ema",', "export"),
+    Edit("sixty steps are enough", "diagnose.py", "FEW_STEPS = 300", "FEW_STEPS = 3", "diagnose"),
+    Edit("an average that never begins", "train.py", "if ema_every > plan.total_steps", "if False", "hostile"),
 ]
 
 

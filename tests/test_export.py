@@ -46,6 +46,7 @@ def test_a_small_file_gets_a_newer_card_and_keeps_its_weights(two_shades, evalua
     export.export(small, newer, evaluation)
     before, after = load_checkpoint(small), load_checkpoint(newer)
     assert {**before["card"], "guidance": 1.5} == after["card"]
+    assert load_model(small)[2]["digest"] == load_model(newer)[2]["digest"]     # it draws the same pictures
     assert all(torch.equal(before["ema"][name], after["ema"][name]) for name in before["ema"])
     with pytest.raises(ValueError, match="another checkpoint"):         # that of the large file
         evaluation.write_text(json.dumps(found))

@@ -107,6 +107,8 @@ def test_a_closed_terminal_saves_and_nohup_goes_on():
     try:
         with checkpoint.Signals():
             signal.raise_signal(signal.SIGHUP)
+    except checkpoint.Stopped:
+        pytest.fail("a closed terminal stopped what nohup had started")
     finally:
         signal.signal(signal.SIGHUP, before)
 
