@@ -198,7 +198,7 @@ def explain_step(model, diffusion, t, **settings):
     mean = to_x_0 x_0 + to_x_t x_t,   x_prev = mean + sigma noise          (Ho et al. 2020, eq. 6-7)
 
     Returns a dict: images [C, H, W] x_t, eps, x_0 (clamped), mean, noise, x_prev, and the numbers t, t_prev,
-    signal and spread (the weights of image and noise in x_t), to_x_0, to_x_t, sigma.
+    signal and spread (the weights of image and noise in x_t), to_x_0, to_x_t, sigma, and the objective.
     """
     settings = {**settings, "sampler": "ddpm"}
     levels = diffusion.sampling_levels("ddpm", settings.get("steps"))
@@ -218,7 +218,7 @@ def explain_step(model, diffusion, t, **settings):
     images = dict(x_t=x_t, eps=(x_t - signal * told) / spread, x_0=x_0, mean=to_x_0 * x_0 + to_x_t * x_t,
                   noise=seeded_noise(settings["seed"], [0], k + 1, x_t.shape[1:]), x_prev=x_prev)
     return dict({name: image[0].cpu() for name, image in images.items()}, t=t, t_prev=t_prev, signal=signal,
-                spread=spread, to_x_0=to_x_0, to_x_t=to_x_t, sigma=sigma)
+                spread=spread, to_x_0=to_x_0, to_x_t=to_x_t, sigma=sigma, objective=diffusion.objective)
 
 
 def step_rows(step):
@@ -229,7 +229,8 @@ def step_rows(step):
     text = {name: f"{value:.4f}" if value >= 0 else f"({value:.4f})" for name, value in v.items()}
     n = {name: f"{step[name]:.4f}" for name in ("signal", "spread", "to_x_0", "to_x_t", "sigma")}
     rows = [("x_t", f"noisy image, t = {step['t']}", "$x_t$", "where the chain has come to"),
-            ("eps", "predicted noise", r"$\epsilon$, from model$(x_t, t)$", "the model's answer"),
+            ("eps", "predicted noise", r"$\epsilon$, from model$(x_t, t)$",
+             "the model's answer" if step["objective"] == "eps" else f"from the model's answer ({step['objective']})"),
             ("x_0", "guess of the image", rf"$x_0 = (x_t - {n['spread']}\,\epsilon)\,/\,{n['signal']}$",
              f"({v['x_t']:.4f} - {n['spread']} * {text['eps']}) / {n['signal']}"),
             ("mean", "mean of the next", rf"$\mu = {n['to_x_0']}\,x_0 + {n['to_x_t']}\,x_t$",
