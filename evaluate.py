@@ -168,6 +168,8 @@ def print_quality(found, floor, count, held_count, held_name):
         if key in found:
             line(title, f"{found[key]:.1%}", f"{floor[key]:.1%}" if key in floor else "")
     line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
+    if abs(found["fd"] - floor["fd"]) < found["fd_error"] + floor["fd_error"]:
+        print("  the two distances lie within their errors: only more images can tell them apart")
     print(f"  floor: {held_count} {held_name}, measured in the same way"
           + f"; distances, precision and recall are those of {held_count} samples" * (held_count < count))
 
