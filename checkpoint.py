@@ -351,8 +351,9 @@ class Signals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():       # elsewhere Python allows no handlers
-            for number in [getattr(signal, name) for name in STOPS if hasattr(signal, name)]:
-                if signal.getsignal(number) is not signal.SIG_IGN:          # nohup wants the last one ignored
+            for name in STOPS:
+                number = getattr(signal, name, None)                        # Windows has no SIGHUP
+                if number and (name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN):     # nohup
                     self.before[number] = signal.signal(number, self._handle)
         return self
 

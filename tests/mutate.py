@@ -1,6 +1,6 @@
 """Does a test fail when the code is wrong? Makes one small wrong edit at a time and runs the tests.
 
-    python tests/mutate.py               # all of them, a table at the end
+    python tests/mutate.py               # all of them: an hour or two
     python tests/mutate.py --only ema    # those whose name contains "ema"
 
 Each edit is made in a copy of the project; an edit that no test notices makes the exit code 1.
@@ -256,8 +256,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         for edit in tqdm([edit for edit in EDITS if args.only.lower() in edit.name.lower()], unit="edit"):
             rows.append((edit, caught_by(edit, Path(folder))))
-    for edit, test in rows:
-        print(f"{edit.name:40} {edit.file:15} {test or '*** NOT CAUGHT ***'}")
+            tqdm.write(f"{edit.name:40} {edit.file:15} {rows[-1][1] or '*** NOT CAUGHT ***'}")
     missed = sum(test is None for _, test in rows)
     print(f"{len(rows) - missed} of {len(rows)} wrong edits caught")
     return 1 if missed else 0
