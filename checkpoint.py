@@ -3,7 +3,7 @@
     save_checkpoint("model.pt", {"model": model.state_dict(), ...})     # written whole or not at all
     entries = load_checkpoint("model.pt")                               # read with suspicion
 
-    with Signals() as signals, only_run("outputs"):     # Ctrl-C and SIGTERM raise Stopped,
+    with Signals() as signals, only_run("outputs"):     # Ctrl-C, SIGTERM and a closed terminal raise Stopped,
         with signals.held():                            # but in here only at the end
             ...
 """
@@ -150,10 +150,10 @@ def digest_of(path, entries):
 
 
 def drawing_digest(entries):
-    """A hash over what decides the pictures of a checkpoint: its averaged weights, network and process. A newer card
-    or the rest of a training does not change it."""
+    """A hash over what decides the pictures of a checkpoint: averaged weights, network, process and size. Optimizer,
+    losses and card do not count."""
     kept = ("ema", "model_name", "model_config", "diffusion_config")
-    return _digest({name: entries[name] for name in kept})
+    return _digest({**{name: entries[name] for name in kept}, "image_size": entries["data"]["image_size"]})
 
 
 def load_checkpoint(path, entries=None):
@@ -312,10 +312,10 @@ def run_files(folder):
 def clear_run(folder, keep):
     """Delete what an earlier run has written into a folder. keep: the first file of the new one."""
     old = [path for path in run_files(folder) if path.name != keep]
-    if old:
-        print(f"replacing an earlier run in {folder} ({len(old)} files)")
     for path in old:
         path.unlink()
+    if old:
+        print(f"replaced an earlier run in {folder} ({len(old)} files)")
 
 
 def check_settings(path, saved, now):

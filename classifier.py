@@ -116,7 +116,7 @@ def load_classifier(path):
 
 
 def get_classifier(name, images, labels, num_classes, folder):
-    """The classifier of a data set: the shipped one, one one in `folder`, or one trained now and kept there.
+    """The classifier of a data set: the shipped one, one in `folder`, or one trained now and kept there.
 
     name: of the data set.  images, labels: what to train on, without the test set.
     Returns (Classifier, a phrase that says which).

@@ -37,7 +37,7 @@ def command(main):
         except (RuntimeError, MemoryError) as error:
             mine, text = True, str(error).strip()
             if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-                message = f"--compile does not work here: {text.splitlines()[0]}"
+                message = f"--compile does not work here: {(text.splitlines() or ['no reason is given'])[0]}"
             elif isinstance(error, MemoryError) or re.search(FULL, text):
                 message = ("out of memory; try fewer or smaller images at a time, and in training --accumulate 2, "
                            "fewer --num_samples, --grad_checkpoint, a smaller --base_channels or --image_size")

@@ -132,8 +132,9 @@ def _torchvision_arrays(name, source, data_dir, train):
     if len(images) != len(dataset.targets):
         raise ValueError(f"{name}: {len(images)} images but {len(dataset.targets)} labels under {data_dir}")
     labels = torch.as_tensor(np.asarray(dataset.targets), dtype=torch.int64)
-    if not ((labels >= 0) & (labels < len(DATASETS[name].classes))).all():
-        raise ValueError(f"{name}: the labels under {data_dir} are damaged: one is {int(labels.max())}")
+    strange = labels[(labels < 0) | (labels >= len(DATASETS[name].classes))]
+    if len(strange):
+        raise ValueError(f"{name}: the labels under {data_dir} are damaged: one is {int(strange[0])}")
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)    # [N, C, H, W]
     return images.contiguous(), labels
 

@@ -19,9 +19,8 @@ import torch
 
 from checkpoint import load_checkpoint
 from command_line import Parser, command
-from data import class_names
 from diffusion import OBJECTIVES, seeded_noise
-from evaluate import load_reference
+from evaluate import load_reference, same_classes
 from images import to_signed, to_uint8
 from measures import copied_share, nearest_images
 from sample import CHECKPOINT_HELP, find_model, generate, load_model
@@ -329,8 +328,7 @@ def main(argv=None):
     average, diffusion, data = load_model(path, device)
     raw = load_model(path, device, ema=False)[0] if "model" in entries else None
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
-    same_classes = labels is not None and data["classes"] == class_names(args.dataset or data["name"], True)
-    labels = labels[1] if same_classes else None
+    labels = labels[1] if labels is not None and same_classes(data, args.dataset) else None
     print(f"device: {describe_device(device, args.device)}; model: {path}")
     print(f"data: {args.dataset or data['name']}, {len(images)} images and {len(held)} {held_name}", flush=True)
     losses, settings = entries.get("losses"), entries.get("settings")

@@ -190,7 +190,7 @@ def main(argv=None):
     if args.images and args.dataset:
         raise ValueError("--images and --dataset: give one of them")
 
-    spare(args.images or [], *(Path(args.output_dir) / name for name in ("edited.png", "edited_only.png")))
+    spare([*(args.images or []), *([args.mask] if args.mask else [])], *(Path(args.output_dir) / name for name in ("edited.png", "edited_only.png")))
     device = get_device(args.device)
     path = find_model(args.checkpoint)
     output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")

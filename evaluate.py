@@ -31,7 +31,7 @@ from sample import (CHECKPOINT_HELP, choose_labels, fill_in, find_model, generat
 from schedules import SPACINGS
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
 
-FEWEST = 10  # images, or a distance means nothing
+FEWEST = 5  # images, or precision and recall have no neighbours to look at
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
 MAX_IMAGES = 200_000
@@ -41,46 +41,50 @@ RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 1
 
 # ---- What the samples are held against
 
+def same_classes(data, name=None):
+    """Does the model know the very classes of this data set, or of its own? data: what the checkpoint says."""
+    return bool(data["classes"]) and data["classes"] == class_names(name or data["name"], True)
+
+
 def load_reference(data, data_dir, name=None):
     """The images that a model was trained on, and others like them.
 
     data: what the checkpoint says.  name: another data set instead.
     Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
     A named set has its test set, here in random order, since the first half of MNIST's is by other writers than
-    the second (LeCun et al. 1998, section III.A). Of a folder they are those that training held out
-    (--val_fraction), or else a tenth (ten at least), which the model has seen. ValueError for too few.
+    the second (LeCun et al. 1998, section III.A). A folder is divided as in the training (--val_fraction); where
+    nothing was held out, a tenth is set aside. It has labels if its classes are those of the model.
     """
-    other, name = name is not None, name or data["name"]
     like = dict(image_size=data["image_size"], channels=data.get("channels"))
-    if name in DATASETS:
-        images, labels = get_dataset(name, data_dir, **like)
-        held, held_labels = get_dataset(name, data_dir, train=False, **like)
-        order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
-        held, held_labels, what = held[order], held_labels[order], "test images"
-    else:
-        everything, y = get_dataset(name, data_dir, with_labels=bool(data["classes"] and class_names(name, True)),
-                                    fit="stretch" if data.get("fit") == "stretch" else "crop", **like)
-        share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
-        if type(share) not in (int, float) or not 0 <= share < 1 or type(seed) is not int or seed < 0:
-            raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, "
-                             f"seed {seed!r:.40}")
-        share_here = share or min(0.5, max(0.1, FEWEST / len(everything)))
-        if len(everything) < 2 * FEWEST or round(share_here * len(everything)) < FEWEST:
-            raise ValueError(f"{name}: {len(everything)} images, of which {share_here:.0%} are held out: too few to "
-                             f"measure, {FEWEST} to hold against are needed")
-        kept, aside = split_held_out(len(everything), share_here, seed)
-        images, held = everything[kept], everything[aside]
-        labels, held_labels = (None, None) if y is None else (y[kept], y[aside])
-        same = data.get("held_out") in (None, Batches(everything, y if data["classes"] else None,
-                                                      indices=aside).fingerprint())
-        if other:
-            what = f"images of {name} that are set aside here"
-        elif not share:
-            what = "images that it was trained on: nothing was held out"
-        else:
-            what = "held-out images" if same else ("images of a folder that has changed: it was trained on some "
-                                                   "of them")
-    return images, held, None if labels is None else (labels, held_labels), what
+    if (name or data["name"]) not in DATASETS:
+        return folder_reference(data, like, name)
+    images, labels = get_dataset(name or data["name"], data_dir, **like)
+    held, held_labels = get_dataset(name or data["name"], data_dir, train=False, **like)
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+    return images, held[order], (labels, held_labels[order]), "test images"
+
+
+def folder_reference(data, like, name=None):
+    """load_reference of a folder. The phrase follows from the fingerprints that the training has left."""
+    images, y = get_dataset(name or data["name"], with_labels=same_classes(data, name),
+                            fit="stretch" if data.get("fit") == "stretch" else "crop", **like)
+    share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
+    if type(share) not in (int, float) or not 0 <= share < 1 or type(seed) is not int or seed < 0:
+        raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, "
+                         f"seed {seed!r:.40}")
+    kept, aside = split_held_out(len(images), share or min(0.5, max(0.1, FEWEST / len(images))), seed)
+    trained_on, held_out = data.get("images"), data.get("held_out")
+    if share and held_out == Batches(images, y, indices=aside).fingerprint():
+        what = "held-out images"
+    elif not share and trained_on == Batches(images, y).fingerprint():
+        what = "images that it was trained on: nothing was held out"
+    elif name:
+        what = f"images of {name} that are set aside here"
+    elif trained_on or held_out:
+        what = "images of a folder that has changed since: it was trained on some of them"
+    else:                                                       # an older checkpoint has no fingerprints
+        what = "held-out images" if share else "images that it was trained on: nothing was held out"
+    return images[kept], images[aside], None if y is None else (y[kept], y[aside]), what
 
 
 def labels_like(labels, count, seed=0):
@@ -213,12 +217,13 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
             "num_images": len(drawn), "num_held_out": len(held)}, index
 
 
-def seconds_to_measure(classifier, images, num_images):
+def seconds_to_measure(classifier, images, num_images, mirrored=False):
     """How long evaluate will take here, from timing its two longest parts on a few images."""
     some, count = images[:100], min(num_images, 2000)
     one_look = measure(lambda: look(classifier, some), torch.device("cpu"))
     one_search = measure(lambda: nearest_images(some, images), torch.device("cpu"))
-    return (one_look * (len(images) + 2 * num_images) + one_search * 2 * count) / len(some)
+    views = 2 if mirrored else 1
+    return (one_look * (len(images) + 2 * num_images) + one_search * 2 * count * views) / len(some)
 
 
 def race(draw, images, classifier, entrants, shown):
@@ -285,8 +290,11 @@ def main(argv=None):
         entrants = [(args.sampler, args.steps)]
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
-    same_classes = labels is not None and data["classes"] == class_names(args.dataset or data["name"], True)
-    if args.label is None and same_classes:
+    if min(len(images), len(held)) < FEWEST:
+        raise ValueError(f"{len(images)} images and {len(held)} to hold them against: distances need {FEWEST} of each; "
+                         "name more with --dataset")
+    known = same_classes(data, args.dataset)
+    if args.label is None and known:
         y = labels_like(labels[0], args.num_images, args.seed)
         args.label = "by chance"                                # so in evaluation.json
     precision, precision_reason = get_precision(args.precision, device)
@@ -301,7 +309,7 @@ def main(argv=None):
                           precision)
     print(f"cost: {args.num_images} images, {calls} calls of the model for each"
           + f", guidance {args.guidance:g}" * (args.guidance != 1) + f", about {format_seconds(seconds)} here"
-          + f", then {format_seconds(seconds_to_measure(classifier, images, args.num_images))} to measure"
+          + f", then {format_seconds(seconds_to_measure(classifier, images, args.num_images, data.get('flip') is True))} to measure"
           * (not args.race), flush=True)
 
     settings = {name: value for name, value in vars(args).items()
@@ -323,7 +331,7 @@ def main(argv=None):
         print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
         return
     drawn = to_uint8(draw(sampler=args.sampler, steps=args.steps)[0])
-    found, index = evaluate(drawn, model, diffusion, data, y if same_classes else None, images, held, labels, held_name,
+    found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held, labels, held_name,
                             classifier, device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     copied = found["copies"]

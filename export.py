@@ -34,7 +34,7 @@ def export(checkpoint, output, evaluation=None, **card):
         weights = {name: value.half() if value.is_floating_point() else value
                    for name, value in entries["ema"].items()}
         kept = {name: entries[name] for name in KEPT}
-        kept["data"] = {**kept["data"], "name": Path(kept["data"]["name"]).name}    # a path is nobody's business
+        kept["data"] = {**kept["data"], "name": Path(kept["data"]["name"]).resolve().name}     # not the path
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint} is not what train.py or export.py writes") from error
     if not all(value.isfinite().all() for value in weights.values()):

@@ -114,6 +114,8 @@ def read_picture(path, name, image_size, fit="crop", channels=None):
             if min(size) < MIN_SIDE:
                 return Picture(name, f"{size[0]}x{size[1]} pixels are too few", tiny=True)
             return Picture(name, "", False, size, mode, _cut(picture, image_size, fit, channels))
+    except MemoryError:
+        raise
     except Exception as error:                # a damaged file makes PIL raise nearly anything
         reason = " ".join(str(error).replace(repr(str(path)), "").split())
         return Picture(name, reason or type(error).__name__)
@@ -152,6 +154,8 @@ def common_size(files):
         try:
             with _own_limit(), _open(path) as picture:
                 sizes[picture.size] += 1
+        except MemoryError:
+            raise
         except Exception:
             continue                          # read_picture names it
     (width, height), count = sizes.most_common(1)[0] if sizes else ((0, 1), 0)
@@ -199,9 +203,6 @@ def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labe
             raise ValueError(f"{folder}: with labels every image lies in a sub-folder named like its class; "
                              f"{outside} does not")
         labels = torch.tensor([classes.index(Path(name).parts[0]) for name in names])
-        bare = [name for k, name in enumerate(classes) if not (labels == k).any()]
-        if bare:
-            raise ValueError(f"{folder}: no usable image of {', '.join(bare)}: every sub-folder is a class")
     return images, labels
 
 

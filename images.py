@@ -61,9 +61,11 @@ def read_note(path):
             note = json.loads(picture.text[NOTE])
         if isinstance(note, dict):
             return note
-    except FileNotFoundError:
+    except MemoryError:
         raise
     except Exception as error:                  # PIL raises nearly anything for a damaged file
+        if isinstance(error, OSError) and error.errno:
+            raise                               # that is no fault of what the file says
         raise ValueError(f"{path} does not tell how it was made: of our pictures only the sheets and "
                          "single images of sample.py do") from error
     raise ValueError(f"{path}: what it tells of how it was made is damaged")

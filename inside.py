@@ -17,8 +17,10 @@ from diffusion import seeded_noise
 from images import to_signed
 from models.attention_unet import SelfAttention
 from models.unet import TimeEmbedding
-from schedules import nearest
+from schedules import nearest_levels
 
+
+# ---- A forward hook on each part
 
 def parts(model):
     """{name: module}: the boxes that one would draw, in the order of the file; lists of modules are opened."""
@@ -65,7 +67,7 @@ def sampled(model, diffusion, timesteps, image_size, *, seed=0, sampler="ddim", 
     """Sample one picture; yields (t, x_t, x_0 estimate made from x_t) at the levels nearest to `timesteps`, right
     after the model has answered there, and last (-1, picture, picture)."""
     levels = diffusion.sampling_levels(sampler, steps)
-    wanted = set(nearest(levels[:-1], timesteps))
+    wanted = set(nearest_levels(levels[:-1], timesteps))
     x_t = seeded_noise(seed, [0], 0, (model.image_channels, image_size, image_size)).to(device)
     path = diffusion.trajectory(model, x_t, sampler=sampler, steps=steps, seed=seed, y=y)
     for k, (_, x_next, x_0) in enumerate(tqdm(path, total=len(levels) - 1, desc="sampling", unit="call")):
@@ -74,6 +76,8 @@ def sampled(model, diffusion, timesteps, image_size, *, seed=0, sampler="ddim", 
         x_t = x_next
     yield -1, x_t, x_t
 
+
+# ---- Attention
 
 def attention_layers(model):
     """{name: SelfAttention} in the order of the file. Raises ValueError if there is none."""
@@ -142,6 +146,8 @@ def reach(weights, side):
     return (weights * torch.cdist(places, places)).sum(-1).mean(-1)
 
 
+# ---- Embeddings and features
+
 @torch.no_grad()
 def time_embeddings(model, num_timesteps):
     """(sines and cosines [T, dim], what the learned network makes of them [T, dim']) for t = 0..T-1.
@@ -205,6 +211,8 @@ def centre_accuracy(features, labels):
     centres = torch.stack([features[:half][labels[:half] == k].mean(dim=0) for k in known])
     return float((known[torch.cdist(features[half:], centres).argmin(dim=1)] == labels[half:]).float().mean())
 
+
+# ---- Sizes
 
 class PlainUNet(nn.Module):
     """A U-Net reduced to what decides its size: no norms, no activations, no time, no output layer.

@@ -128,8 +128,9 @@ def main(argv=None):
     y = None if y is None else y.to(device)
     print(f"device: {describe_device(device, args.device)}; model: {args.checkpoint}, "
           + (f"class {args.label or 'none'}" if classes else "no classes"))
+    diffusion.timesteps(args.steps)                         # refuses too many
     count = 2 * min(args.frames, 9) if args.compare else args.frames
-    seconds = seconds_for(model, diffusion, count, size, 64, min(args.steps, diffusion.num_timesteps), device)
+    seconds = seconds_for(model, diffusion, count, size, 64, args.steps, device)
     print(f"cost: {count} pictures, {args.steps} calls of the model for each, about {format_seconds(seconds)} here"
           + ", and for the way to their noise three times as many calls" * bool(args.images), flush=True)
     shape = (model.image_channels, size, size)

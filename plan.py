@@ -81,7 +81,7 @@ def print_cost(plan, done, batches, held_out, step_seconds, call_seconds, pictur
 
 def check_disk(output_dir, num_checkpoints, checkpoint_bytes, to_be_freed=0):
     """Raise OSError if so many checkpoints will not fit: better now than after hours."""
-    need = num_checkpoints * checkpoint_bytes - to_be_freed
+    need = max(num_checkpoints * checkpoint_bytes - to_be_freed, checkpoint_bytes)      # freed after the first
     if shutil.disk_usage(output_dir).free < need:
         raise OSError(28, f"{num_checkpoints} checkpoints of {checkpoint_bytes / 1e6:.0f} MB do not fit on the "
                       "disk; --save_every sets how many there are", str(output_dir))

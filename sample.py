@@ -95,7 +95,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
         data = {"classes": None, **entries["data"], "digest": drawing_digest(entries),
-                "held_out": told_of(entries).get("held_out"),
+                "images": told_of(entries).get("images"), "held_out": told_of(entries).get("held_out"),
                 **card_recipe(entries.get("card"), diffusion.num_timesteps)}
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
@@ -142,14 +142,14 @@ def fill_in(args, data):
                          + ("--label none has none" if data["classes"] else "the model was trained without"))
 
 
-def load_weak(path, model, diffusion, own, device="cpu"):
+def load_weak(path, model, diffusion, own, device="cpu", image_size=None):
     """(the model of --weak, its digest), or (None, None) without one. own: what the model's checkpoint says of its
     data. Raises ValueError for a model of other images or another process."""
     if path is None:
         return None, None
-    weak, process, data = load_model(path, device)
+    weak, process, data = load_model(path, device, image_size=image_size)
     same = (weak.image_channels, process.objective) == (model.image_channels, diffusion.objective)
-    facts = [(Path(told["name"]).name, told["image_size"], told["classes"]) for told in (own, data)]
+    facts = [(told["image_size"], told["classes"], told.get("images")) for told in (own, data)]
     if not same or facts[0] != facts[1] or not torch.equal(process.alpha_bar, diffusion.alpha_bar):
         raise ValueError(f"--weak {path} was trained on other images, or with another schedule or objective")
     return weak, data["digest"]
@@ -306,7 +306,7 @@ def make_note(args, diffusion, digest, device):
         note["image_size"] = args.image_size
     note["command"] = shlex.join(["sample.py", *as_flags(note)])
     return {**note, "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "checkpoint": digest}
+            "weights": digest}
 
 
 def as_flags(note):
@@ -319,7 +319,9 @@ def read_recipe(path):
     if "made_from" in note:
         raise ValueError(f"{path} cannot be made again from a seed: it was made from "
                          f"{str(note['made_from'])[:60]!r}")
-    missing = [name for name in (*RECIPE, *SURROUNDINGS, "checkpoint") if name not in note]
+    if "checkpoint" in note and "weights" not in note:
+        raise ValueError(f"{path} was made by an earlier version of sample.py, and does not tell its weights")
+    missing = [name for name in (*RECIPE, *SURROUNDINGS, "weights") if name not in note]
     if missing:
         raise ValueError(f"{path} does not tell its {', '.join(missing)}")
     numbers = [note["num_images"], note["threads"], note.get("picture", 0)]
@@ -335,7 +337,7 @@ def compare(picture, reference, note, again):
     if picture.read_bytes() == reference:
         return "byte for byte the same"
     with Image.open(picture) as a, Image.open(io.BytesIO(reference)) as b:
-        a, b = (np.asarray(image.convert("RGB")).astype(int) for image in (a, b))
+        a, b = (np.asarray(image.convert("RGB")).astype(np.int16) for image in (a, b))
     apart = np.abs(a - b) if a.shape == b.shape else None
     differ = [f"{name} {str(again[name])[:40]!r} then, {note[name]!r} now" for name in SURROUNDINGS
               if again[name] != note[name]]
@@ -400,24 +402,26 @@ def main(argv=None):
     device = get_device(args.device)
     if args.dataset and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: give one of them")
-    args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["checkpoint"])
+    args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["weights"])
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
     for name, asked in (("generated_samples", args.single_images), ("generation_frames", args.show_intermediate)):
         if asked:
             make_output_dir(output_dir / name)
     model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
-    if again and again["checkpoint"] != data["digest"]:
+    if again and again["weights"] != data["digest"]:
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
-                         f"digest {str(again['checkpoint'])[:12]}..., not {data['digest'][:12]}...")
+                         f"digest {str(again['weights'])[:12]}..., not {data['digest'][:12]}...")
     fill_in(args, data)
     size, classes = data["image_size"], data["classes"]
     y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
     count = args.num_images if y is None else len(y)
-    pixels = count * ((size + 2) * (args.upscale or max(1, math.ceil(84 / size)))) ** 2
+    across = columns or math.ceil(math.sqrt(count))
+    cells = across * math.ceil(count / across)
+    pixels = cells * ((size + 2) * (args.upscale or max(1, math.ceil(84 / size)))) ** 2
     if pixels > MAX_SHEET:
         raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} "
                          "million: lower --num_images or --upscale")
-    weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
+    weak, weak_digest = load_weak(args.weak, model, diffusion, data, device, args.image_size)
     if again and again.get("weak") != weak_digest:
         raise ValueError(f"{args.recreate} was made " + ("without --weak" if "weak" not in again else
                          f"with --weak and the checkpoint of digest {str(again['weak'])[:12]}...: name it"))
@@ -452,11 +456,12 @@ def main(argv=None):
         if verdict.startswith("NOT"):
             sys.exit(1)
     elif args.single_images:
-        folder = make_output_dir(output_dir / "generated_samples")
+        folder = output_dir / "generated_samples"
         for k, image in enumerate(images):
             save_images(image[None], folder / f"{args.first_index + k:04d}.png", padding=0, upscale=args.upscale,
                         note={**note, "picture": k})
-        print(f"wrote {folder}, {len(images)} images")
+        others = len(list(folder.iterdir())) - len(images)
+        print(f"wrote {folder}, {len(images)} images" + f"; {others} other files lie there" * (others > 0))
     if frames:
         for path in save_intermediate(frames, output_dir):
             print(f"wrote {path}")

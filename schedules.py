@@ -100,6 +100,6 @@ def distinct(levels):
     return [min(level, top - k) for k, level in enumerate(levels)]      # but none above the first
 
 
-def nearest(levels, timesteps):
+def nearest_levels(levels, timesteps):
     """Where in `levels`, which a sampler visits, the wanted timesteps are, or what is nearest; in order."""
     return sorted({min(range(len(levels)), key=lambda k: abs(levels[k] - t)) for t in timesteps})

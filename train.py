@@ -30,8 +30,8 @@ from checkpoint import (BEST, FINAL, LATEST, Signals, State, Stopped, check_sett
                         find_checkpoint, load_checkpoint, only_run, run_files, save_checkpoint)
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, speaks, whole_number)
-from data import (DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, split_held_out,
-                  verify_dataset)
+from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset,
+                  split_held_out, verify_dataset)
 from diffusion import OBJECTIVES, DiffusionProcess, seeded_noise
 from folders import FITS
 from images import plot_losses, save_images
@@ -224,6 +224,9 @@ def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir
             held_arrays = get_dataset(val_dir, data_dir, train=False, **like)
     classes = None if labels is False else class_names(dataset_name, bool(labels))
     y = arrays[1] if classes else None
+    bare = [name for k, name in enumerate(classes or []) if not (y == k).any()]
+    if bare and dataset_name not in DATASETS:
+        raise ValueError(f"{dataset_name}: no usable image of {', '.join(bare)}: every sub-folder is a class")
     if device.type == "cuda" and images.nbytes < torch.cuda.get_device_properties(device).total_memory / 8:
         images = images.to(device)            # then no step waits for a copy
     kept, held = split_held_out(len(images), 0.0 if val_dir else val_fraction, seed)
@@ -359,8 +362,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
                              label_drop=label_drop if classes else 0.0, min_snr=min_snr, density=density)
         batch = tuple(part.to(device) for part in next(iter(batches)))
-        if rank == 0:
-            print("measuring how fast this is here ...", flush=True)
+        print("measuring how fast this is here ...", flush=True)
         step_seconds, call_seconds = measure_seconds(
             network, EMA(model), batch, diffusion, (num_samples, *batch[0].shape[1:]), optimizer, **step_settings)
         step_seconds = float(distributed.mean_over_ranks(torch.tensor(step_seconds, device=device)))
@@ -399,8 +401,10 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         except (Stopped, OSError) as stop:
             if rank == 0 and state.losses:
                 write(LATEST)
-                print(f"{stop} after step {len(state.losses)} of {plan.total_steps}: saved to "
-                      f"{output_dir / LATEST}, which sample.py can draw from; the same command with --resume goes on")
+                with contextlib.suppress(OSError):              # the terminal may be gone
+                    print(f"{stop} after step {len(state.losses)} of {plan.total_steps}: saved to "
+                          f"{output_dir / LATEST}, which sample.py can draw from; the same command with --resume "
+                          "goes on", flush=True)
                 stop.told = isinstance(stop, Stopped)
             raise
         if rank == 0:

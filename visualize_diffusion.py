@@ -37,7 +37,7 @@ from images import (COLOURS, LINES, as_text, image_grid, new_figure, plot_losses
                     save_strip, to_signed, to_uint8)
 from sample import (CHECKPOINT_HELP, choose_labels, draw_frame, find_model, generate, load_model,
                     save_generation_strip, seconds_for)
-from schedules import SCHEDULES, SPACINGS, nearest
+from schedules import SCHEDULES, SPACINGS, nearest_levels
 from utils import describe_device, get_device
 
 
@@ -186,7 +186,7 @@ def reverse_figure(model, diffusion, path, timesteps, count, **settings):
     which are nearest to the timesteps asked for, and finished. Returns the two paths."""
     _, frames = generate(model, diffusion, count, num_frames=diffusion.num_timesteps + 1, **settings)
     visited = [t for t, _, _ in frames[:-1]]
-    frames = [*(frames[k] for k in nearest(visited, timesteps)), frames[-1]]
+    frames = [*(frames[k] for k in nearest_levels(visited, timesteps)), frames[-1]]
     save_generation_strip(frames, path, num_images=count, num_columns=len(frames))
     save_gif([draw_frame(*frame) for frame in frames], path.with_suffix(".gif"), seconds=0.5)
     return [path, path.with_suffix(".gif")]
@@ -205,7 +205,7 @@ def explain_step(model, diffusion, t, **settings):
     if len(levels) < 3:
         raise ValueError("a chain of one step adds no noise: --steps 2 or more")
     _, frames = generate(model, diffusion, 1, num_frames=len(levels), **settings)
-    k, = nearest(levels[:-2], [t])
+    k, = nearest_levels(levels[:-2], [t])
     (t, x_t, x_0), (t_prev, x_prev, _) = frames[k], frames[k + 1]
     ab, ab_prev = float(diffusion.alpha_bar[t]), float(diffusion.alpha_bar[t_prev])
     beta, signal, spread = 1 - ab / ab_prev, math.sqrt(ab), math.sqrt(1 - ab)
@@ -357,7 +357,7 @@ def loss_figure(run, path):
     except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise ValueError(f"{table} is not a table that train.py wrote") from error
     if not any(0 < loss < math.inf for loss in losses):
-        raise ValueError(f"{table} holds no step yet")
+        raise ValueError(f"{table} holds no loss to draw")
     plot_losses(losses, path, held_out)
 
 
@@ -447,11 +447,12 @@ def draw_from_model(name, args, path, loaded):
     calls = len(diffusion.sampling_levels(sampler, args.steps)) - 1
     calls = {"steps": sum(len(diffusion.timesteps(steps)) - 1 for steps in steps_list),
              "seeds": 2 * calls * len(args.seeds)}.get(name, calls)
-    # As the model's card says, so that these are the pictures of sample.py; one step is explained plainly.
+    # As the model's card says; one step is explained plainly.
     guidance = data["guidance"] if y is not None and name != "one_step" and args.label != "none" else 1.0
     calls *= 1 if guidance in (0, 1) else 2
     cost = format_seconds(seconds_for(model, diffusion, count, size, 64, calls, device))
-    print(f"{name}: {calls} calls of the model on {count} images, about {cost} here", flush=True)
+    print(f"{name}: {calls} calls of the model on {count} images" + f", guidance {guidance:g}" * (guidance != 1)
+          + f", about {cost} here", flush=True)
     settings = dict(image_size=size, seed=args.seed, sampler=sampler, steps=args.steps, y=y, device=device,
                     guidance=guidance)
     if name == "reverse":

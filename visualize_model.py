@@ -48,11 +48,8 @@ FIGURES = {
     "features":    Row("features.png", (0, 200, 400, 600, 800), "the bottleneck's features of real pictures"),
     "table":       Row("model_table.png", (), "channels, parameters and memory of each level"),
 }
-# Marks that stay apart for the colour-blind (Okabe & Ito 2008, but the yellow, which white paper swallows).
+# Okabe & Ito's colours, but the yellow, which white paper swallows, and three more: ten classes, ten colours.
 PALETTE, MARKERS = (*COLOURS, "#e69f00", "#56b4e9", "#cc79a7", "#999999", "#8c510a", "#5e3c99"), "o^sDvP*"
-
-
-# ---- Looking inside: a forward hook on each part
 
 
 # ---- Attention

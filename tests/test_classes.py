@@ -196,7 +196,7 @@ def test_the_note_tells_all_that_decides_the_pixels_and_nothing_private(two_shad
     drawn(two_shades, tmp_path, "--steps", "3")
     raw = (tmp_path / "generated_samples.png").read_bytes()
     note = read_note(tmp_path / "generated_samples.png")
-    assert note["checkpoint"] == load_model(two_shades)[2]["digest"] and note["steps"] == 3 and note["eta"] == 0
+    assert note["weights"] == load_model(two_shades)[2]["digest"] and note["steps"] == 3 and note["eta"] == 0
     assert note["command"].startswith("sample.py --num_images=64") and note["threads"] == torch.get_num_threads()
     assert str(tmp_path).encode() not in raw and "/" not in str(note)
 

@@ -152,7 +152,7 @@ def test_the_command_says_what_to_do_next(two_shades, tmp_path, capsys, monkeypa
     save_checkpoint(tmp_path / "model.pt", entries)
     shades = torch.cat([torch.full((32, 1, 8, 8), 40), torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
     monkeypatch.setattr(d, "load_reference", lambda *args: (shades, shades, (torch.arange(64) // 32,) * 2, "images"))
-    monkeypatch.setattr(d, "class_names", lambda *args: ["dark", "bright"])
+    monkeypatch.setattr(d, "same_classes", lambda *args: True)
     d.main(["--checkpoint", str(tmp_path / "model.pt"), "--device", "cpu"])
     out = capsys.readouterr().out
     assert "1. it was trained with another assumption: the objective x0" in out and "next: " in out

@@ -181,7 +181,7 @@ def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     (tmp_path / "samples" / "mine.png").write_bytes(b"x")
     save_checkpoint(tmp_path / "model_keep.pt", {})
     train(**{**RUN, "num_epochs": 1, "val_fraction": 0.0}, output_dir=tmp_path)
-    assert "replacing an earlier run" in capsys.readouterr().out
+    assert "replaced an earlier run" in capsys.readouterr().out
     assert sorted(Path(name).name for name in files(tmp_path)) == [
         "epoch_001.png", "mine.png", "model_final.pt", "model_keep.pt", "training_loss.csv", "training_loss.png"]
 

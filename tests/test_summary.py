@@ -63,6 +63,14 @@ def test_a_cited_name_exists(document, file, name):
         found = getattr(found, part)
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_the_documents_import_is_there(document):
+    blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if re.match("(from|import) ", line)]
+    assert lines or document.name != "README.md"
+    exec("\n".join(lines), {})
+
+
 def test_the_summary_cites_the_code():
     assert len(citations()) > 30
 
