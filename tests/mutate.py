@@ -155,7 +155,7 @@ EDITS = [
          "to_x_t = math.sqrt(ab / ab_prev) * (1 - ab_prev) / (1 - ab)",
          "to_x_t = math.sqrt(ab / ab_prev) * (1 - ab) / (1 - ab)", "figures"),
     Edit("a strip that ends before its picture", "visualize_diffusion.py",
-         "nearest(visited, timesteps)), frames[-1]]", "nearest(visited, timesteps)), frames[-2]]", "figures"),
+         "nearest_levels(visited, timesteps)), frames[-1]]", "nearest_levels(visited, timesteps)), frames[-2]]", "figures"),
     Edit("the exact denoiser without its spread", "convergence.py",
          "math.log(weight / std_t) - away**2 / 2", "math.log(weight) - away**2 / 2", "figures"),
     Edit("Frechet: the cross term once", "measures.py", "- 2 * cross)", "- cross)", "evaluate"),
