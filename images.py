@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torchvision.utils import make_grid
 
 from utils import write_file
 
@@ -32,9 +31,22 @@ def to_uint8(images):
 
 
 def image_grid(images, columns=None, padding=2, background=255):
-    """Lay images side by side. uint8 [N, C, H, W] -> uint8 [H', W', 3], as square as possible."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    return make_grid(images, nrow=columns, padding=padding, pad_value=background).permute(1, 2, 0)
+    """Lay images side by side. uint8 [N, C, H, W] -> uint8 [H', W', 3], as square as possible; one alone has no border.
+
+    As torchvision's make_grid does it, whose import alone would take two seconds of every command.
+    """
+    count, _, height, width = images.shape
+    images = images.expand(-1, 3, -1, -1)
+    if count == 1:
+        return images[0].permute(1, 2, 0)
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    down, across = height + padding, width + padding
+    grid = torch.full((3, math.ceil(count / columns) * down + padding, columns * across + padding), background,
+                      dtype=torch.uint8)
+    for k, image in enumerate(images):
+        top, left = padding + k // columns * down, padding + k % columns * across
+        grid[:, top:top + height, left:left + width] = image
+    return grid.permute(1, 2, 0)
 
 
 NOTE = "diffusion"  # the name of the text chunk in our PNGs

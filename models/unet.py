@@ -95,7 +95,10 @@ class UNet(nn.Module):
             nn.Linear(time_hidden_dim, time_emb_dim),
         )
         # Row 0 is "no class" (y = -1), rows 1.. are the classes.
-        self.class_emb = nn.Embedding(num_classes + 1, time_emb_dim) if num_classes else None
+        # The weights that Embedding would draw itself; but where it draws them on the device "meta", as load_model lets
+        # it, torch imports its compiler for that, two seconds long.
+        self.class_emb = (nn.Embedding.from_pretrained(torch.randn(num_classes + 1, time_emb_dim), freeze=False)
+                          if num_classes else None)
 
     def embed(self, t, y):
         """What every block is told: t [B], y [B] or None -> [B, time_emb_dim]."""

@@ -1,5 +1,6 @@
 """The three commands as a user meets them: what they write, and one clear line for every mistake."""
 
+import math
 import pickle
 import re
 import shutil
@@ -20,7 +21,7 @@ import visualize_diffusion
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT
 from diffusion import SAMPLERS, DiffusionProcess
-from images import save_images, to_uint8
+from images import image_grid, save_images, to_uint8
 from models import create_model
 
 
@@ -49,6 +50,15 @@ def fails(capsys, main, *argv):
 
 
 # ---- What they write
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 4), (2, 3, 4, 4), (7, 1, 6, 5), (9, 3, 5, 5)])
+@pytest.mark.parametrize("columns, padding", [(None, 2), (3, 0), (20, 1)])
+def test_a_grid_is_that_of_torchvision(shape, columns, padding):
+    from torchvision.utils import make_grid
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    want = make_grid(images, nrow=columns or math.ceil(len(images)**0.5), padding=padding, pad_value=255)
+    assert torch.equal(image_grid(images, columns, padding), want.permute(1, 2, 0))
+
 
 def test_visualize_writes_the_forward_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
@@ -318,6 +328,14 @@ def test_imports_run_one_way():
                 found = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)) & everything
                 assert found - {name} <= below, path
         below.update(storey.split())
+
+
+def test_drawing_does_not_wait_for_libraries_that_it_does_not_need():
+    """torchvision and torch's compiler were a third of the ten seconds that 64 digits took."""
+    code = ("import sys, sample\nsample.load_model(sample.PRETRAINED / 'mnist.pt')\n"
+            "sys.exit(' '.join({'torchvision', 'torch._dynamo'} & set(sys.modules)))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr, run.stderr
 
 
 def test_importing_a_file_runs_nothing(tmp_path):

@@ -160,3 +160,15 @@ def test_every_model_keeps_the_contract():
         x, t = torch.randn(1, 1, 28, 28), torch.tensor([10])
         assert model(x, t).shape == x.shape
         assert model(x, t, torch.tensor([-1])).shape == x.shape
+
+
+def test_the_classes_begin_as_embedding_would_draw_them():
+    torch.manual_seed(0)
+    model = create_model(base_channels=8, time_emb_dim=16, num_classes=3)
+    torch.manual_seed(0)
+    plain = create_model(base_channels=8, time_emb_dim=16)              # the same draws, up to the classes
+    drawn = model.class_emb.weight
+    torch.manual_seed(0)
+    torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+    assert torch.equal(drawn, torch.nn.Embedding(4, 16).weight) and drawn.requires_grad
+    assert torch.equal(model.time_mlp[1].weight, plain.time_mlp[1].weight)
