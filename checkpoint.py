@@ -333,6 +333,7 @@ def check_settings(path, saved, now):
 
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last: the terminal was closed
 
+
 class Stopped(KeyboardInterrupt):
     """SIGINT, SIGTERM or SIGHUP came. told: the user knows already."""
     told = False

@@ -113,14 +113,6 @@ def positive_float(text):
     return value
 
 
-def guidance_number(text):
-    """An argparse type: 0 to 100."""
-    value = float(text)
-    if not 0 <= value <= 100:
-        raise ValueError
-    return value
-
-
 def seed_number(text):
     """An argparse type: 0, 1, 2, ..."""
     value = int(text)
@@ -129,22 +121,26 @@ def seed_number(text):
     return value
 
 
-def fraction(text):
-    """An argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
+def number_from(low, high):
+    """An argparse type: a number from `low` to `high`, both included."""
+    def number(text):
+        value = float(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
 
+    number.__name__ = f"number from {low} to {high}"
+    return number
+
+
+fraction, guidance_number = number_from(0, 1), number_from(0, 100)
 
 # argparse says "invalid <__name__> value: ..."
 positive_int.__name__ = "positive whole number"
 whole_number.__name__ = "whole number"
 int_tuple.__name__ = "list of numbers (1,2,4)"
 positive_float.__name__ = "positive number"
-guidance_number.__name__ = "number from 0 to 100"
 seed_number.__name__ = "seed (a whole number from 0)"
-fraction.__name__ = "number from 0 to 1"
 
 
 def format_seconds(seconds):

@@ -190,7 +190,8 @@ def main(argv=None):
     if args.images and args.dataset:
         raise ValueError("--images and --dataset: give one of them")
 
-    spare([*(args.images or []), *([args.mask] if args.mask else [])], *(Path(args.output_dir) / name for name in ("edited.png", "edited_only.png")))
+    spare([*(args.images or []), *([args.mask] if args.mask else [])],
+          *(Path(args.output_dir) / name for name in ("edited.png", "edited_only.png")))
     device = get_device(args.device)
     path = find_model(args.checkpoint)
     output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")
@@ -209,8 +210,7 @@ def main(argv=None):
     calls = args.steps * args.travel * args.average
     seconds = seconds_for(model, diffusion, len(originals), size, len(originals), calls, device)
     print(f"cost: {len(originals)} pictures, {calls} calls of the model for each, "
-          f"about {format_seconds(seconds)} here",
-          flush=True)
+          f"about {format_seconds(seconds)} here", flush=True)
 
     given = operator.measure(originals)
     answers = []

@@ -26,8 +26,8 @@ from diffusion import SAMPLERS
 from images import save_strip, to_signed, to_uint8
 from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall)
-from sample import (CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, load_model, load_weak,
-                    seconds_for, thinned)
+from sample import (CHECKPOINT_HELP, calls_a_step, choose_labels, fill_in, find_model, generate, load_model,
+                    load_weak, seconds_for, thinned)
 from schedules import SPACINGS
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
 
@@ -56,10 +56,11 @@ def load_reference(data, data_dir, name=None):
     nothing was held out, a tenth is set aside. It has labels if its classes are those of the model.
     """
     like = dict(image_size=data["image_size"], channels=data.get("channels"))
-    if (name or data["name"]) not in DATASETS:
+    chosen = name or data["name"]
+    if chosen not in DATASETS:
         return folder_reference(data, like, name)
-    images, labels = get_dataset(name or data["name"], data_dir, **like)
-    held, held_labels = get_dataset(name or data["name"], data_dir, train=False, **like)
+    images, labels = get_dataset(chosen, data_dir, **like)
+    held, held_labels = get_dataset(chosen, data_dir, train=False, **like)
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
     return images, held[order], (labels, held_labels[order]), "test images"
 
@@ -304,7 +305,7 @@ def main(argv=None):
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
-    calls = sum(steps for _, steps in entrants) * (1 if args.guidance in (0, 1) else 2)
+    calls = sum(steps for _, steps in entrants) * calls_a_step(args.guidance)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
                           precision)
     print(f"cost: {args.num_images} images, {calls} calls of the model for each"

@@ -95,7 +95,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
         data = {"classes": None, **entries["data"], "digest": drawing_digest(entries),
-                "images": told_of(entries).get("images"), "held_out": told_of(entries).get("held_out"),
+                **{name: told_of(entries).get(name) for name in ("images", "held_out")},
                 **card_recipe(entries.get("card"), diffusion.num_timesteps)}
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
@@ -191,6 +191,11 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
                 frames.append((t, x_t, x_t))
             images.append(x_t)
     return torch.cat(images), frames
+
+
+def calls_a_step(guidance):
+    """How often a step asks a model: guidance of 0 and 1 takes one of the two answers as it is."""
+    return 1 if guidance in (0, 1) else 2
 
 
 def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device, precision=torch.float32):
@@ -431,7 +436,7 @@ def main(argv=None):
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})")
-    evaluations = note["steps"] * (1 if args.guidance in (0, 1) else 2)
+    evaluations = note["steps"] * calls_a_step(args.guidance)
     seconds = seconds_for(model, diffusion, count, size, args.batch_size, evaluations, device, precision)
     print(f"cost: {count} images in {note['steps']} steps of {args.sampler}"
           + f" with guidance {args.guidance:g}" * (args.guidance != 1) + ", about "

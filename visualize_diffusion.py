@@ -35,8 +35,8 @@ from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from evaluate import loss_by_timestep
 from images import (COLOURS, LINES, as_text, image_grid, new_figure, plot_losses, save_figure, save_gif,
                     save_strip, to_signed, to_uint8)
-from sample import (CHECKPOINT_HELP, choose_labels, draw_frame, find_model, generate, load_model,
-                    save_generation_strip, seconds_for)
+from sample import (CHECKPOINT_HELP, calls_a_step, choose_labels, draw_frame, find_model, generate,
+                    load_model, save_generation_strip, seconds_for)
 from schedules import SCHEDULES, SPACINGS, nearest_levels
 from utils import describe_device, get_device
 
@@ -449,7 +449,7 @@ def draw_from_model(name, args, path, loaded):
              "seeds": 2 * calls * len(args.seeds)}.get(name, calls)
     # As the model's card says; one step is explained plainly.
     guidance = data["guidance"] if y is not None and name != "one_step" and args.label != "none" else 1.0
-    calls *= 1 if guidance in (0, 1) else 2
+    calls *= calls_a_step(guidance)
     cost = format_seconds(seconds_for(model, diffusion, count, size, 64, calls, device))
     print(f"{name}: {calls} calls of the model on {count} images" + f", guidance {guidance:g}" * (guidance != 1)
           + f", about {cost} here", flush=True)
