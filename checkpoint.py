@@ -150,8 +150,8 @@ def digest_of(path, entries):
 
 
 def drawing_digest(entries):
-    """A hash over what decides the pictures of a checkpoint: averaged weights, network, process and size. Optimizer,
-    losses and card do not count."""
+    """A hash over what decides the pictures of a checkpoint: averaged weights, network, process and size.
+    Optimizer, losses and card do not count."""
     kept = ("ema", "model_name", "model_config", "diffusion_config")
     return _digest({**{name: entries[name] for name in kept}, "image_size": entries["data"]["image_size"]})
 
@@ -237,6 +237,38 @@ class State:
             raise ValueError(f"{path} cannot be resumed: {reason}") from error
 
 
+def take_weights(path, model, name, config, process):
+    """Give a new model the averaged weights of a checkpoint, to learn on from there. Returns their digest.
+
+    name, config: of the model.  process: the config of its DiffusionProcess.  They must be those of the
+    checkpoint, but for dropout, clip_loss and the classes; where these are not as many, the vectors that stand
+    for them stay random. Raises as load_checkpoint does, and ValueError for another network or process.
+    """
+    entries = load_checkpoint(path)
+
+    def what_counts(*parts):
+        free = ("dropout", "clip_loss", "num_classes")
+        return {key: value for part in parts for key, value in part.items() if key not in free}
+
+    try:
+        saved = entries["model_config"]
+        check_settings(path, what_counts({"model": entries["model_name"]}, saved, entries["diffusion_config"]),
+                       what_counts({"model": name}, config, process),
+                       "--start_from needs the flags it was trained with")
+        weights = {key: value.float() if value.dtype == torch.float16 else value    # as export.py writes them
+                   for key, value in entries["ema"].items()}
+        if saved["num_classes"] != config["num_classes"]:
+            weights.pop("class_emb.weight", None)
+            weights.update({key: value for key, value in model.state_dict().items() if key == "class_emb.weight"})
+        check_weights(path, weights, model)
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise ValueError(f"{path}: not all of its weights are finite numbers")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a checkpoint to start from ({error!r:.100})") from error
+    model.load_state_dict(weights)
+    return drawing_digest(entries)
+
+
 # ---- The folder of a run
 
 LATEST, FINAL = "model_latest.pt", "model_final.pt"  # the first is there while a run is not finished
@@ -318,15 +350,17 @@ def clear_run(folder, keep):
         print(f"replaced an earlier run in {folder} ({len(old)} files)")
 
 
-def check_settings(path, saved, now):
+GO_ON = "give those it began with, --epochs or --steps among them, or another --output_dir"
+
+
+def check_settings(path, saved, now, advice=GO_ON):
     """Raise ValueError if a run is to go on with other settings, naming each with both values."""
     if not isinstance(saved, dict):
         raise ValueError(f"{path} cannot be resumed: it was written by an earlier version, or only for sampling")
     changed = [f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
                for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
     if changed:
-        raise ValueError(f"{path} belongs to a run with other settings ({'; '.join(changed)}): give "
-                         "those it began with, --epochs or --steps among them, or another --output_dir")
+        raise ValueError(f"{path} belongs to a run with other settings ({'; '.join(changed)}): {advice}")
 
 
 # ---- Stopping in good order

@@ -5,6 +5,7 @@
     python train.py --dataset path/to/photos --verify     # look at a folder first
     python train.py --dataset path/to/photos --preset fabrics_laptop
     python train.py --dataset path/to/photos --preset fabrics_laptop --resume     # after Ctrl-C, or a crash
+    python train.py --dataset path/to/photos --preset fabrics_laptop --start_from pretrained/african_fabrics.pt
     torchrun --nproc_per_node=4 train.py --preset cifar10 # one process for each GPU
 
 Writes into outputs/: samples/epoch_001.png ... (64 images after each epoch), checkpoints/
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import (BEST, FINAL, LATEST, Signals, State, Stopped, check_settings, clear_run,
-                        find_checkpoint, load_checkpoint, only_run, run_files, save_checkpoint)
+                        find_checkpoint, load_checkpoint, only_run, run_files, save_checkpoint, take_weights)
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, speaks, whole_number)
 from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset,
@@ -287,7 +288,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
           model_name="simple", grad_checkpoint=False, compile=False,
           optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0, accumulate=1,
           grad_clip=None, min_snr=None, density="uniform", ema_decay=0.9995, ema_every=1, num_samples=64,
-          sample_every=None, save_every=None, resume=None, overwrite=False, **model_config):
+          sample_every=None, save_every=None, resume=None, overwrite=False, start_from=None, **model_config):
     """Train and write pictures, checkpoints and the loss; main() documents the settings.
 
     dataset_name: a key of DATASETS, a folder of images, or None for MNIST with synthetic digits to
@@ -295,6 +296,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     steps, else epochs.  model_config: base_channels and whatever else create_model takes.
     resume: "latest" or the path of a checkpoint to go on from: the result is bit for bit that of a run
     that never stopped (on a CPU, with as many processes).  overwrite: replace an unfinished run in output_dir.
+    start_from: the path of a checkpoint whose averaged weights are taken instead of random ones (take_weights).
     Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders, and
     Stopped (a KeyboardInterrupt) after a signal, with the state saved once there is any.
     """
@@ -331,6 +333,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         model_config = dict(model_defaults(model_name), **model_config, image_channels=channels,
                             add_input=objective == "eps", num_classes=classes and len(classes))
         model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
+        if start_from:
+            settings["start_from"] = take_weights(start_from, model, model_name, model_config, diffusion.config)
         state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
             model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay))
         # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
@@ -356,6 +360,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
               + f"; model: {count_parameters(model):,} parameters")
         if origin:
             restore(state, origin, facts, plan)
+        elif start_from:
+            print(f"starting from the weights of {start_from}")
         if compile:
             model.compile()
         network = DistributedDataParallel(model) if world > 1 else model
@@ -576,6 +582,8 @@ def main(argv=None):
         action=SWITCH)
     parser.group("results")
     add("--resume", "go on with the run in --output_dir, or from this checkpoint", nargs="?", const="latest",
+        metavar="FILE")
+    add("--start_from", "begin with the weights of this checkpoint, of the same network, in place of random ones",
         metavar="FILE")
     add("--overwrite", "replace an unfinished run in --output_dir", False, action="store_true")
     add("--output_dir", "where pictures and checkpoints go", "outputs")

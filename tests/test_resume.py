@@ -20,6 +20,7 @@ import utils
 from checkpoint import FINAL, LATEST, Signals, Stopped, load_checkpoint, only_run, save_checkpoint
 from conftest import ROOT, same
 from diffusion import SAMPLERS, DiffusionProcess
+from export import export
 from train import hold_back, main, train, train_step
 
 # 64 images, 48 of them trained on, 12 of them at a time: 4 steps an epoch. Everything random is on.
@@ -277,6 +278,87 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(spoil, words, whole, tmp_pat
     with pytest.raises(ValueError, match=words) as error:
         train(**RUN, output_dir=tmp_path / "out", resume=str(tmp_path / "x.pt"))
     assert "\n" not in str(error.value) and not (tmp_path / "out" / LATEST).exists()
+
+
+# ---- Starting from the weights of another run
+
+def start_from(path, folder, **changes):
+    """One step at a rate that is as good as zero: (averaged weights before, after)."""
+    settings = {**RUN, "num_epochs": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "warmup": 0, **changes}
+    train(**settings, output_dir=folder, start_from=path)
+    before = torch.load(path, weights_only=True)["ema"]
+    return before, torch.load(folder / FINAL, weights_only=True)["ema"]
+
+
+@pytest.fixture(scope="module")
+def finished(whole, tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished") / "model.pt"
+    save_checkpoint(path, whole[FINAL])
+    return path
+
+
+def test_a_run_starts_from_the_averaged_weights_of_another(finished, tmp_path, capsys):
+    before, after = start_from(finished, tmp_path, dropout=0.0, clip_loss=True, seed=1)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
+    assert load_checkpoint(tmp_path / FINAL)["step"] == 4 and len(load_checkpoint(tmp_path / FINAL)["losses"]) == 4
+    assert f"starting from the weights of {finished}" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_the_small_file_to_share(finished, tmp_path):
+    export(finished, tmp_path / "small.pt")
+    before, after = start_from(tmp_path / "small.pt", tmp_path)
+    for name, value in before.items():
+        assert value.dtype == torch.float16 and after[name].dtype == torch.float32
+        torch.testing.assert_close(after[name], value.float(), atol=1e-6, rtol=0)
+
+
+def test_without_classes_or_with_others_all_else_is_taken_over(finished, tmp_path):
+    before, after = start_from(finished, tmp_path / "none", labels=False)
+    assert before.keys() - after.keys() == {"class_emb.weight"}
+    torch.testing.assert_close(after["conv_in.weight"], before["conv_in.weight"], atol=1e-6, rtol=0)
+    bare = tmp_path / "none" / FINAL
+    before, after = start_from(bare, tmp_path / "ten")
+    assert after.keys() - before.keys() == {"class_emb.weight"} and after["class_emb.weight"].std() > 0.5
+    torch.testing.assert_close(after["conv_in.weight"], before["conv_in.weight"], atol=1e-6, rtol=0)
+
+
+def test_a_run_that_started_from_another_is_resumed_bit_for_bit(finished, tmp_path, monkeypatch):
+    train(**RUN, output_dir=tmp_path / "whole", start_from=finished)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_before(3, patch)
+        train(**RUN, output_dir=tmp_path / "stopped", start_from=finished)
+    with pytest.raises(ValueError, match="start_from: '[0-9a-f]{64}' then, None now"):
+        train(**RUN, output_dir=tmp_path / "stopped", resume="latest")
+    train(**RUN, output_dir=tmp_path / "stopped", start_from=finished, resume="latest")
+    assert same(files(tmp_path / "stopped"), files(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(objective="v"), r"objective: 'eps' then, 'v' now\): --start_from needs the flags it was trained with"),
+    (dict(heads=1), "heads: 2 then, 1 now"),
+    (dict(base_channels=16), "base_channels: 8 then, 16 now"),
+    (dict(schedule="cosine", timesteps=100), "num_timesteps: 1000 then, 100 now; schedule: 'linear' then, 'cosine'"),
+])
+def test_weights_of_another_network_or_process_are_refused_by_name(changes, words, finished, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        train(**{**RUN, **changes}, output_dir=tmp_path, start_from=finished)
+    assert not any(p.is_file() and p.name != ".lock" for p in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda e: e["ema"].pop("conv_in.bias"), r"another model: 1 of .* conv_in.bias \(missing"),
+    (lambda e: e["ema"]["conv_in.bias"].fill_(np.nan), "not all of its weights are finite"),
+    (lambda e: e.pop("diffusion_config"), "not a checkpoint to start from"),
+    (lambda e: e.update(ema=[1]), "not a checkpoint to start from"),
+])
+def test_weights_that_cannot_be_started_from_are_one_line(spoil, words, whole, tmp_path):
+    entries = copy.deepcopy(whole[FINAL])
+    spoil(entries)
+    save_checkpoint(tmp_path / "spoilt.pt", entries)
+    with pytest.raises(ValueError, match=words):
+        train(**RUN, output_dir=tmp_path / "new", start_from=tmp_path / "spoilt.pt")
 
 
 # ---- Signals
