@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from command_line import Parser, command, positive_int
 from diffusion import DiffusionProcess
+from loop import train_step
 from models import create_model
 from presets import PRESETS
-from train import MODEL_FLAGS, train_step
+from train import MODEL_FLAGS
 from utils import (EMA, PRECISIONS, count_parameters, describe_device, get_device, has_bfloat16, measure,
                    peak_memory)
 
@@ -150,7 +151,8 @@ def main(argv=None):
     print(f"device: {describe_device(device, args.device)}; torch {torch.__version__}; "
           f"batches of {batch_size}")
     switches = (False, True) if args.modes == "all" else (False,)
-    precisions = {name: precision for name, precision in PRECISIONS.items() if name != "bf16" or has_bfloat16(device)}
+    precisions = {name: precision for name, precision in PRECISIONS.items()
+                  if name != "bf16" or has_bfloat16(device)}
     if "bf16" not in precisions:
         print("no bf16 rows: the device has no instructions for it")
     modes = list(itertools.product(precisions, switches, switches))

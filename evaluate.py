@@ -193,8 +193,11 @@ def save_nearest(images, training, index, path):
 # ---- Commands
 
 def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, classifier, device):
-    """Measure all that this file knows of the pictures drawn. y: the classes asked for, if `labels` are of the same
-    ones. Returns (a dict of plain numbers, the index of the training image next to each)."""
+    """Measure all that this file knows of the pictures drawn.
+
+    y: the classes asked for, if `labels` are of the same ones.
+    Returns (a dict of plain numbers, the index of the training image next to each).
+    """
     with tqdm(total=4, desc="measuring", unit="part") as bar:
         _, reference = look(classifier, images)
         held, held_y = held[:len(drawn)], labels[1][:len(drawn)] if labels else None
@@ -292,26 +295,28 @@ def main(argv=None):
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
     if min(len(images), len(held)) < FEWEST:
-        raise ValueError(f"{len(images)} images and {len(held)} to hold them against: distances need {FEWEST} of each; "
-                         "name more with --dataset")
+        raise ValueError(f"{len(images)} images and {len(held)} to hold them against: distances need {FEWEST} of "
+                         "each; name more with --dataset")
     known = same_classes(data, args.dataset)
     if args.label is None and known:
         y = labels_like(labels[0], args.num_images, args.seed)
         args.label = "by chance"                                # so in evaluation.json
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
-    print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and {len(held)} "
-          f"{held_name}")
+    print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "
+          f"{len(held)} {held_name}")
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
     calls = sum(steps for _, steps in entrants) * calls_a_step(args.guidance)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
                           precision)
-    print(f"cost: {args.num_images} images, {calls} calls of the model for each"
-          + f", guidance {args.guidance:g}" * (args.guidance != 1) + f", about {format_seconds(seconds)} here"
-          + f", then {format_seconds(seconds_to_measure(classifier, images, args.num_images, data.get('flip') is True))} to measure"
-          * (not args.race), flush=True)
+    cost = (f"{args.num_images} images, {calls} calls of the model for each"
+            + f", guidance {args.guidance:g}" * (args.guidance != 1) + f", about {format_seconds(seconds)} here")
+    if not args.race:
+        seconds = seconds_to_measure(classifier, images, args.num_images, data.get("flip") is True)
+        cost += f", then {format_seconds(seconds)} to measure"
+    print(f"cost: {cost}", flush=True)
 
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("output_dir", "data_dir", "weak")}

@@ -31,7 +31,7 @@ def to_uint8(images):
 
 
 def image_grid(images, columns=None, padding=2, background=255):
-    """Lay images side by side. uint8 [N, C, H, W] -> uint8 [H', W', 3], as square as possible; one alone has no border.
+    """Lay images side by side, as square as possible; one alone has no border. uint8 [N, C, H, W] -> [H', W', 3].
 
     As torchvision's make_grid does it, whose import alone would take two seconds of every command.
     """

@@ -10,13 +10,10 @@ and generation_frames/. The PNG tells how it was made, and --recreate makes it a
 """
 
 import contextlib
-import io
 import math
-import shlex
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -26,14 +23,16 @@ from checkpoint import check_weights, drawing_digest, load_checkpoint, read_cont
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, make_output_dir,
                           positive_int, seed_number, spare, whole_number)
 from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
-from images import image_grid, png_bytes, read_note, save_gif, save_images, save_strip, to_uint8
+from images import image_grid, png_bytes, save_gif, save_images, save_strip, to_uint8
 from models import create_model
+from recipe import as_flags, compare, make_note, read_recipe
 from schedules import SPACINGS
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 OWN = "outputs/model_final.pt"
+MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
 WEAK_GUIDANCE = 2.0
 CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
 
@@ -290,69 +289,6 @@ def save_intermediate(frames, output_dir):
         write_file(folder / f"frame_{k:03d}_{name}.png", png_bytes(picture))
     save_gif(pictures, gif)
     return [strip, gif, folder]
-
-
-# ---- What a picture tells of how it was made
-
-RECIPE = ("num_images", "first_index", "seed", "sampler", "steps", "eta", "spacing", "label", "guidance",
-          "batch_size", "precision", "upscale")
-SURROUNDINGS = ("device", "threads", "torch")  # these change single bits: sums are taken in another order
-MAX_IMAGES, MAX_SHEET = 1_000_000, 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
-
-
-def make_note(args, diffusion, digest, device):
-    """All that decides the pixels, for the PNG: the flags with their defaults filled in, and what else does."""
-    note = {name: getattr(args, name) for name in RECIPE}
-    row = SAMPLERS[args.sampler]
-    note["steps"] = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
-    note["eta"] = row.eta if args.eta is None else args.eta
-    note["spacing"] = args.spacing or row.spacing
-    if args.image_size:
-        note["image_size"] = args.image_size
-    note["command"] = shlex.join(["sample.py", *as_flags(note)])
-    return {**note, "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "weights": digest}
-
-
-def as_flags(note):
-    return [f"--{name}={note[name]}" for name in (*RECIPE, "image_size") if note.get(name) is not None]
-
-
-def read_recipe(path):
-    """The note of a picture that can be made again. Raises ValueError if this one cannot."""
-    note = read_note(path)
-    if "made_from" in note:
-        raise ValueError(f"{path} cannot be made again from a seed: it was made from "
-                         f"{str(note['made_from'])[:60]!r}")
-    if "checkpoint" in note and "weights" not in note:
-        raise ValueError(f"{path} was made by an earlier version of sample.py, and does not tell its weights")
-    missing = [name for name in (*RECIPE, *SURROUNDINGS, "weights") if name not in note]
-    if missing:
-        raise ValueError(f"{path} does not tell its {', '.join(missing)}")
-    numbers = [note["num_images"], note["threads"], note.get("picture", 0)]
-    if any(type(number) is not int for number in numbers) or not (
-            0 <= numbers[2] < MAX_IMAGES and 1 <= numbers[0] <= MAX_IMAGES and 1 <= numbers[1] <= 1024) or not (
-            note["label"] is None or isinstance(note["label"], str)):
-        raise ValueError(f"{path}: what it tells of how it was made is damaged")
-    return note
-
-
-def compare(picture, reference, note, again):
-    """Say whether a picture that was made again is the same, and if not, what was different."""
-    if picture.read_bytes() == reference:
-        return "byte for byte the same"
-    with Image.open(picture) as a, Image.open(io.BytesIO(reference)) as b:
-        a, b = (np.asarray(image.convert("RGB")).astype(np.int16) for image in (a, b))
-    apart = np.abs(a - b) if a.shape == b.shape else None
-    differ = [f"{name} {str(again[name])[:40]!r} then, {note[name]!r} now" for name in SURROUNDINGS
-              if again[name] != note[name]]
-    if apart is None:
-        verdict = "NOT of the same size"
-    elif apart.any():
-        verdict = f"NOT the same pixels: {(apart > 0).mean():.4%} of the values differ, by {apart.max()} of 255 at most"
-    else:
-        verdict = "the same pixels"
-    return verdict + (f" ({'; '.join(differ)})" if differ else "")
 
 
 @command

@@ -20,8 +20,8 @@ from command_line import Parser, command, positive_int, seed_number             
 from data import Batches, get_dataset                                                      # noqa: E402
 from diagnose import diagnose                                                              # noqa: E402
 from diffusion import DiffusionProcess                                                     # noqa: E402
+from loop import train_epoch                                                               # noqa: E402
 from models import create_model                                                            # noqa: E402
-from train import train_epoch                                                              # noqa: E402
 from utils import EMA, seed_step                                                           # noqa: E402
 
 BROKEN = {  # what is broken: words of the true cause

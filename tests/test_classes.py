@@ -11,10 +11,11 @@ import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import DiffusionProcess
 from images import png_bytes, read_note
+from loop import train_step
 from sample import choose_labels, generate, load_model, thinned
 from test_commands import fails
 from test_figures import write_model
-from train import train, train_step
+from train import train
 
 TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, image_size=8, device="cpu", precision="float32",
             num_samples=4, sample_every=1000)

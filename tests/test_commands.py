@@ -317,7 +317,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(checkpoint, tmp
 def test_imports_run_one_way():
     """A file knows only files of the lines above its own; train and sample do not know each other (README)."""
     storeys = ("models muon measures schedules utils", "command_line diffusion images",
-               "checkpoint convergence distributed folders inside plan synthetic", "data export interop presets",
+               "checkpoint convergence distributed folders inside plan synthetic", "data export figures interop loop presets recipe",
                "classifier sample train", "benchmark evaluate interpolate",
                "contest diagnose edit visualize_diffusion", "visualize_model")
     below, everything = set(), set(" ".join(storeys).split())

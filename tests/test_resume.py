@@ -15,13 +15,15 @@ from PIL import Image
 
 import checkpoint
 import data
+import loop
 import train as train_module
 import utils
 from checkpoint import FINAL, LATEST, Signals, Stopped, load_checkpoint, only_run, save_checkpoint
 from conftest import ROOT, same
 from diffusion import SAMPLERS, DiffusionProcess
 from export import export
-from train import hold_back, main, train, train_step
+from loop import hold_back, train_step
+from train import main, train
 
 # 64 images, 48 of them trained on, 12 of them at a time: 4 steps an epoch. Everything random is on.
 RUN = dict(dataset_name="synthetic_digits", image_size=8, batch_size=6, accumulate=2, num_epochs=3,
@@ -53,7 +55,7 @@ def small(monkeypatch):
 
 def stop_before(step, monkeypatch, error=Stopped(signal.SIGTERM)):
     """Let train() meet `error` before this step of the run; not in the steps that only measure the speed."""
-    steps, plain = [], train_module.train_step
+    steps, plain = [], loop.train_step
 
     def stopping(model, x_0, y, optimizer, *args, **settings):
         if optimizer.param_groups[0]["lr"] > 0:
@@ -61,7 +63,7 @@ def stop_before(step, monkeypatch, error=Stopped(signal.SIGTERM)):
             if len(steps) == step + 1:
                 raise error
         return plain(model, x_0, y, optimizer, *args, **settings)
-    monkeypatch.setattr(train_module, "train_step", stopping)
+    monkeypatch.setattr(loop, "train_step", stopping)
 
 
 def files(folder):
@@ -148,7 +150,7 @@ def test_losses_and_weights_agree_when_the_signal_comes_after_the_last_step(tiny
         return plain(values, *args)
     monkeypatch.setattr(train_module.torch, "stack", stopping)
     with pytest.raises(Stopped):
-        train_module.train_epoch(tiny_model, data.Batches(images, batch_size=8), torch.optim.SGD(
+        loop.train_epoch(tiny_model, data.Batches(images, batch_size=8), torch.optim.SGD(
             tiny_model.parameters(), lr=0.1), DiffusionProcess(), "cpu", losses=losses)
     assert len(losses) == 2
 
@@ -517,7 +519,7 @@ def test_a_gpu_that_meets_a_nan_names_the_step_and_keeps_the_weights(tiny_model)
     batches = [(part, torch.full((8,), -1)) for part in images.split(8)]
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     with pytest.raises(ValueError, match="in step 6: "):
-        train_module.train_epoch(model, batches, optimizer, DiffusionProcess(), "cuda")
+        loop.train_epoch(model, batches, optimizer, DiffusionProcess(), "cuda")
     assert all(p.isfinite().all() for p in model.parameters())
     assert float(next(iter(optimizer.state.values()))["step"]) == 5
 

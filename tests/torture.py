@@ -40,6 +40,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import loop
 import train as train_module
 from checkpoint import FINAL, LATEST, Stopped, load_checkpoint, save_checkpoint
 from conftest import same
@@ -364,7 +365,7 @@ def read_folder(rng, folder, reference, count=10_000):
 def inject_nan(rng, folder, reference):
     """NaN in the data, the loss, a gradient or a weight: found in that very step, and nothing is lost."""
     where, at = ("data", "loss", "gradient", "weights")[rng.index % 4], rng.randrange(STEPS)
-    plain, steps = train_module.train_step, []
+    plain, steps = loop.train_step, []
 
     def spoiled(model, x_0, y, optimizer, diffusion, *args, **settings):
         hook = None
@@ -390,7 +391,7 @@ def inject_nan(rng, folder, reference):
                 hook.remove()
 
     def work():
-        train_module.train_step = spoiled
+        loop.train_step = spoiled
         run(folder)
     code, *_ = Child(work, folder / "log").wait()
     told = (folder / "log").read_text()
@@ -408,7 +409,7 @@ def send_signal(rng, folder, reference):
     """SIGTERM or SIGINT at a random moment: ends in time, and no step is lost."""
     number = rng.choice((signal.SIGTERM, signal.SIGINT))
     counter = mmap.mmap(-1, 8)                                          # shared with the child
-    plain = train_module.train_step
+    plain = loop.train_step
 
     def counting(model, x_0, y, optimizer, *args, **settings):
         loss = plain(model, x_0, y, optimizer, *args, **settings)
@@ -417,7 +418,7 @@ def send_signal(rng, folder, reference):
         return loss
 
     def work():
-        train_module.train_step = counting
+        loop.train_step = counting
         run(folder)
     child = Child(work, folder / "log")
     child.send(number, rng.uniform(0.05, reference.seconds))

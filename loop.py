@@ -1,0 +1,187 @@
+"""The training loop: one step, one pass over the data, and what can be measured of it.
+
+    optimizer = OPTIMIZERS["adam"](model.parameters(), lr=2e-4)
+    loss = train_epoch(model, batches, optimizer, DiffusionProcess(), "cpu")
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+import statistics
+import time
+
+import torch
+from tqdm import tqdm
+
+import distributed
+from command_line import speaks
+from diffusion import seeded_noise
+from muon import Muon
+from utils import get_timesteps, measure, seed_step
+
+OPTIMIZERS = {"adam": functools.partial(torch.optim.Adam, fused=True),
+              "adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
+LR_SCHEDULES = ("constant", "cosine")
+
+
+def rate_at(step, total_steps, peak, schedule="constant", warmup=0):
+    """The learning rate of step 0, 1, ...: up to `peak` on a line over `warmup` steps, then constant or
+    down to zero along half a cosine (Loshchilov & Hutter 2017, eq. 5, without restarts)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+    return peak
+
+
+def hold_back(optimizer, sound):
+    """From the first step on that is not `sound` (a boolean tensor), let the optimizer change nothing.
+
+    The device itself sees to that, in torch's fused optimizers, so that no step waits for an answer.
+    Returns 0 as long as all was well, then 1.
+    """
+    bad = (~sound).float()
+    optimizer.found_inf = torch.maximum(bad, getattr(optimizer, "found_inf", bad))
+    return optimizer.found_inf
+
+
+def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None, accumulate=1,
+               label_drop=0.0, min_snr=None, density="uniform"):
+    """One update: noise a batch, compare the model's prediction with the truth, step downhill.
+
+    accumulate: work through the batch in so many parts, one after the other, to save memory.
+    label_drop: the share of images whose class is withheld, so that the model also learns to do without
+    (Ho & Salimans 2022, algorithm 1).   min_snr: see DiffusionProcess.training_loss.
+    density: how often each timestep is met, see get_timesteps.
+    Returns the loss. A loss or gradient that is not a number leaves the weights as they are, as a
+    FloatingPointError; on a GPU with a fused optimizer, which does not wait to hear of it, all losses from
+    then on are NaN instead.
+    Of several processes each works on every n-th image. What is random is drawn for the whole batch
+    first, so that neither parts nor processes change it.
+    """
+    t = get_timesteps(len(x_0), diffusion.num_timesteps, x_0.device, density)
+    noise = torch.randn_like(x_0)
+    if label_drop:
+        y = y.masked_fill(torch.rand(len(y), device=y.device) < label_drop, -1)
+    rank, world = distributed.place()
+    if rank > 0:
+        torch.manual_seed(torch.initial_seed() + rank)  # or dropout would repeat itself in each process
+    optimizer.zero_grad()
+    loss = torch.zeros((), device=x_0.device)
+    parts = torch.arange(len(x_0), device=x_0.device).tensor_split(min(accumulate, len(x_0)))
+    for k, part in enumerate(parts):
+        mine = part[rank::world]
+        last = k == len(parts) - 1  # only then do the processes exchange their gradients
+        with (contextlib.nullcontext() if last or world == 1 else model.no_sync(),
+              torch.autocast(x_0.device.type, torch.bfloat16, enabled=precision == torch.bfloat16)):
+            share = diffusion.training_loss(model, x_0[mine], y[mine], t[mine], noise[mine], min_snr)
+            share = share * (len(part) / len(x_0))
+            share.backward()
+        loss += share.detach()
+    loss = distributed.mean_over_ranks(loss)
+    if grad_clip:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    sound = (loss + norm).isfinite()
+    if x_0.device.type == "cuda" and optimizer.defaults.get("fused"):
+        loss = loss.where(hold_back(optimizer, sound) == 0, math.nan)
+    elif not sound:
+        raise FloatingPointError(f"no number any more: loss {float(loss)}, gradient norm {float(norm)}")
+    optimizer.step()
+    return loss
+
+
+def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1, rate=None, seed=None,
+                first_step=0, steps=None, losses=None, bar=None, held=contextlib.nullcontext, **settings):
+    """One pass over the data, with a progress bar. Returns the mean loss.
+
+    dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
+    ema:         an EMA to update after every `ema_every` steps.
+    rate:        a function from the step to the learning rate.
+    seed:        step k of the run then follows from (seed, k); None uses the global generator.
+    first_step:  how many steps the run has behind it.   steps: how many to do, if not one pass.
+    losses:      a list that the loss of each step is appended to, also if the training is stopped.
+    bar:         a tqdm to go on with, if not one of its own.   held: a context that each step is taken in.
+    settings:    precision, grad_clip, accumulate, label_drop, min_snr, density: as train_step takes them.
+    """
+    model.train()
+    losses = [] if losses is None else losses
+    before, steps = len(losses), len(dataloader) if steps is None else steps
+    own_bar = tqdm(total=steps, desc="training", unit="step", disable=not speaks()) if bar is None else None
+    bar = own_bar if bar is None else bar
+    world = distributed.place()[1]
+    start = shown = time.perf_counter()
+    try:
+        for k, (x_0, y) in enumerate(itertools.islice(dataloader, steps)):
+            step = first_step + k
+            if seed is not None:
+                seed_step(seed, step)
+            if rate is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(step)
+            with held():
+                loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, **settings)
+                if ema is not None and (step + 1) % ema_every == 0:
+                    ema.update(model)
+                losses.append(loss)  # still on the device; its place counts the step
+            bar.update()
+            now = time.perf_counter()
+            last = k == steps - 1       # there all processes look, lest one should leave the others waiting
+            if last or now - shown > 1 and world == 1:
+                shown = now
+                loss = loss.item()      # a GPU waits here, once a second
+                if not math.isfinite(loss):
+                    raise FloatingPointError("no number any more")
+                bar.set_postfix_str(f"loss {loss:.4f}, {(k + 1) * len(x_0) / (now - start):.0f} images/s")
+    except FloatingPointError as error:
+        taken = [math.isfinite(loss) for loss in losses[before:]]
+        step = first_step + (taken.index(False) if False in taken else len(taken)) + 1
+        raise ValueError(f"{error}, in step {step}: try a lower --lr, --grad_clip 1 or "
+                         "--precision float32; earlier checkpoints are untouched") from error
+    finally:
+        if own_bar is not None:
+            own_bar.close()
+        if len(losses) > before:
+            losses[before:] = torch.stack(losses[before:]).tolist()
+    return statistics.fmean(losses[before:])
+
+
+@torch.no_grad()
+def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
+    """The loss on images that are not trained on, always at the same timesteps and with the same noise, so
+    that two models (of one objective and one clip_loss), or two moments of a training, compare.
+
+    batches: a Batches of all held-out images, whose count is divided evenly over the timesteps.
+    """
+    images, total, T = batches.num_images, 0.0, diffusion.num_timesteps
+    for places in torch.arange(images).split(batches.batch_size):
+        x_0, y = batches.take(batches.indices[places].to(batches.images.device))
+        t = ((places + 0.5) * T / images).long().to(device)
+        noise = seeded_noise(0, places.tolist(), 0, x_0.shape[1:]).to(device)
+        with torch.autocast(t.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            loss = diffusion.training_loss(model, x_0.to(device), y.to(device), t, noise)
+        total += float(loss) * len(places)
+    return total / images
+
+
+def measure_seconds(network, ema, batch, diffusion, picture_shape, optimizer="adam", **settings):
+    """(seconds for a training step, seconds for a call of the model on one set of pictures).
+
+    The steps are real ones, but at learning rate 0, so that they change nothing; `ema` must be one to
+    throw away. picture_shape: (B, C, H, W).  optimizer: a key of OPTIMIZERS.  settings: as train_step takes
+    them.
+    """
+    x_0, y = batch
+    optimizer = OPTIMIZERS[optimizer](network.parameters(), lr=0.0)
+    x_T = torch.zeros(picture_shape, device=x_0.device)
+
+    def update():
+        train_step(network, x_0, y, optimizer, diffusion, **settings)
+        ema.update(network)
+
+    step = measure(update, x_0.device, repeats=10 if x_0.device.type == "cuda" else 3)
+    call = measure(lambda: diffusion.sample(ema.model, x_T=x_T, sampler="ddim", steps=1), x_0.device)
+    optimizer.zero_grad()
+    return step, call
