@@ -237,12 +237,22 @@ class State:
             raise ValueError(f"{path} cannot be resumed: {reason}") from error
 
 
+def told_of(entries, name="settings"):
+    """What a checkpoint, or its card (export.py), tells of its training: the settings, or what it started from.
+    A dict, empty where it tells nothing."""
+    card = entries.get("card")
+    told = entries.get(name, card.get(name) if isinstance(card, dict) else None)
+    return told if isinstance(told, dict) else {}
+
+
 def take_weights(path, model, name, config, process):
-    """Give a new model the averaged weights of a checkpoint, to learn on from there. Returns their digest.
+    """Give a new model the averaged weights of a checkpoint, to learn on from there.
 
     name, config: of the model.  process: the config of its DiffusionProcess.  They must be those of the
     checkpoint, but for dropout, clip_loss and the classes; where these are not as many, the vectors that stand
-    for them stay random. Raises as load_checkpoint does, and ValueError for another network or process.
+    for them stay random.
+    Returns what is to be remembered: the file's name, a digest, the steps behind it, the images of its training.
+    Raises as load_checkpoint does, and ValueError for another network or process.
     """
     entries = load_checkpoint(path)
 
@@ -263,10 +273,14 @@ def take_weights(path, model, name, config, process):
         check_weights(path, weights, model)
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError(f"{path}: not all of its weights are finite numbers")
-    except (KeyError, TypeError, AttributeError) as error:
+        steps = entries["step"] if "step" in entries else entries["card"]["training_steps"]
+        steps += told_of(entries, "started_from").get("steps", 0)
+        origin = {"file": Path(path).name, "digest": drawing_digest(entries), "steps": steps,
+                  "images": told_of(entries).get("images")}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a checkpoint to start from ({error!r:.100})") from error
     model.load_state_dict(weights)
-    return drawing_digest(entries)
+    return origin
 
 
 # ---- The folder of a run
@@ -353,12 +367,19 @@ def clear_run(folder, keep):
 GO_ON = "give those it began with, --epochs or --steps among them, or another --output_dir"
 
 
+def _equal(a, b):
+    try:
+        return bool(a == b)
+    except RuntimeError:                # a stranger's tensor in place of a number
+        return False
+
+
 def check_settings(path, saved, now, advice=GO_ON):
     """Raise ValueError if a run is to go on with other settings, naming each with both values."""
     if not isinstance(saved, dict):
         raise ValueError(f"{path} cannot be resumed: it was written by an earlier version, or only for sampling")
-    changed = [f"{name}: {saved.get(name)!r} then, {now.get(name)!r} now"
-               for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
+    changed = [f"{name}: {saved.get(name)!r:.200} then, {now.get(name)!r:.200} now"
+               for name in sorted({*saved, *now}, key=str) if not _equal(saved.get(name), now.get(name))]
     if changed:
         raise ValueError(f"{path} belongs to a run with other settings ({'; '.join(changed)}): {advice}")
 

@@ -249,7 +249,7 @@ def check_training(ratio, losses, settings):
         return []
     if ratio < 0.75:
         return [Cause("few steps", f"{len(losses)} steps are few: pictures take shape within the first "
-                                   "thousand")] * (len(losses) < FEW_STEPS)
+                                   "thousand")] * (len(losses) < FEW_STEPS and not settings.get("started_from"))
     third, fourth = (statistics.fmean(part) for part in torch.tensor(losses).tensor_split(4)[2:])
     usual = 1e-2 if settings.get("optimizer") == "muon" else 2e-3
     rate = settings.get("learning_rate")
@@ -287,7 +287,7 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
 
     average: the network that pictures are drawn with.  raw: that of the last step, or None.
     images, held: uint8 [N, C, H, W], trained on and not.  labels: of held, if the model knows classes.
-    losses: of each step.  settings: of the training.
+    losses: of each step.  settings: of the training, and what it started from, if not from random weights.
     """
     weights = average.state_dict() if hasattr(average, "state_dict") else {}
     losses, power, some = list(losses), spectrum(images[:2000]), held[:IMAGES]
@@ -333,7 +333,7 @@ def main(argv=None):
     print(f"data: {args.dataset or data['name']}, {len(images)} images and {len(held)} {held_name}", flush=True)
     losses, settings = entries.get("losses"), entries.get("settings")
     losses = losses.tolist() if torch.is_tensor(losses) and losses.ndim == 1 else []   # else a stranger's
-    settings = settings if isinstance(settings, dict) else {}
+    settings = {**(settings if isinstance(settings, dict) else {}), "started_from": data.get("started_from")}
     causes, ratios = diagnose(average, raw, diffusion, images, held, labels, losses, settings, device)
 
     print("squared error over that of the best linear filter (of a trained network well below 1), at a "

@@ -77,6 +77,9 @@ def folder_reference(data, like, name=None):
     trained_on, held_out = data.get("images"), data.get("held_out")
     if share and held_out == Batches(images, y, indices=aside).fingerprint():
         what = "held-out images"
+        start = data.get("started_from")
+        if start and start.get("images") != trained_on:
+            what += " (the weights that it started from may know them)"
     elif not share and trained_on == Batches(images, y).fingerprint():
         what = "images that it was trained on: nothing was held out"
     elif name:

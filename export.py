@@ -2,15 +2,16 @@
 
     python export.py --checkpoint outputs/model_final.pt --evaluation outputs/evaluation.json --output my_model.pt
 
-sample.py and all that draws reads it like any checkpoint; a training cannot go on from it. The card says how the
-model was trained and what evaluate.py found: print it with python export.py --card pretrained/mnist.pt
+sample.py and all that draws reads it like any checkpoint; a new training can start from it, but its own cannot
+be resumed. The card says how the model was trained and what evaluate.py found: print it with
+python export.py --card pretrained/mnist.pt
 """
 
 import json
 import math
 from pathlib import Path
 
-from checkpoint import drawing_digest, load_checkpoint, save_checkpoint
+from checkpoint import drawing_digest, load_checkpoint, save_checkpoint, told_of
 from command_line import Parser, command, make_output_dir
 
 KEPT = ("model_name", "model_config", "diffusion_config", "data")
@@ -31,6 +32,8 @@ def export(checkpoint, output, evaluation=None, **card):
         else:
             settings = {name: value for name, value in entries["settings"].items() if value is not None}
             card = {**card, "settings": settings, "training_steps": entries["step"]}
+            if told_of(entries, "started_from"):
+                card["started_from"] = entries["started_from"]
         weights = {name: value.half() if value.is_floating_point() else value
                    for name, value in entries["ema"].items()}
         kept = {name: entries[name] for name in KEPT}

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import interop
-from checkpoint import check_weights, drawing_digest, load_checkpoint, read_container
+from checkpoint import check_weights, drawing_digest, load_checkpoint, read_container, told_of
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, make_output_dir,
                           positive_int, seed_number, spare, whole_number)
 from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
@@ -95,6 +95,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         diffusion = DiffusionProcess(**entries["diffusion_config"])
         data = {"classes": None, **entries["data"], "digest": drawing_digest(entries),
                 **{name: told_of(entries).get(name) for name in ("images", "held_out")},
+                "started_from": told_of(entries, "started_from"),
                 **card_recipe(entries.get("card"), diffusion.num_timesteps)}
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
@@ -108,13 +109,6 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: its weights and settings do not fit together ({reason})") from error
     return model.to(device).eval().requires_grad_(False), diffusion, data
-
-
-def told_of(entries):
-    """The settings of the training that made a checkpoint, as far as it tells them: a dict."""
-    card = entries.get("card")
-    settings = entries.get("settings", card.get("settings") if isinstance(card, dict) else None)
-    return settings if isinstance(settings, dict) else {}
 
 
 def card_recipe(card, T):

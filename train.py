@@ -28,7 +28,7 @@ import distributed
 from checkpoint import (BEST, FINAL, LATEST, Signals, State, Stopped, check_settings, clear_run,
                         find_checkpoint, load_checkpoint, only_run, run_files, save_checkpoint, take_weights)
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
-                          positive_float, positive_int, seed_number, speaks, whole_number)
+                          positive_float, positive_int, seed_number, spare, speaks, whole_number)
 from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset,
                   split_held_out, verify_dataset)
 from diffusion import OBJECTIVES, DiffusionProcess
@@ -46,7 +46,8 @@ SAVE_SECONDS = 300  # about so many at most from one save of the latest state to
 # What may be different when a run is resumed; everything else decides what it becomes. Of the data, the
 # images count and not where they lie.
 MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "output_dir", "device", "cache_dir",
-              "grad_checkpoint", "compile", "num_samples", "sample_every", "save_every", "resume", "overwrite")
+              "grad_checkpoint", "compile", "num_samples", "sample_every", "save_every", "resume", "overwrite",
+              "start_from")
 
 
 def sample_images(model, diffusion, device, num_images=64, image_size=28):
@@ -149,6 +150,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     with (Signals(ignore=rank > 0) as signals,
           only_run(output_dir) if rank == 0 else contextlib.nullcontext()):
         origin, same_run = find_checkpoint(output_dir, resume, overwrite)
+        if start_from and not origin:
+            spare([start_from], *run_files(output_dir))
         replacing = not same_run        # what an earlier run has left in the folder
         dataset_name, classes, batches, held_out = load_batches(
             dataset_name, batch_size * accumulate, seed, flip, labels, data_dir, val_dir, val_fraction, device,
@@ -166,8 +169,9 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         model_config = dict(model_defaults(model_name), **model_config, image_channels=channels,
                             add_input=objective == "eps", num_classes=classes and len(classes))
         model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
-        if start_from:
-            settings["start_from"] = take_weights(start_from, model, model_name, model_config, diffusion.config)
+        started = None                  # a run that goes on has its weights in its own checkpoint
+        if start_from and not origin:
+            started = take_weights(start_from, model, model_name, model_config, diffusion.config)
         state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
             model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay))
         # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
@@ -182,7 +186,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
                  "settings": settings, "data": {
                      "name": str(dataset_name), "image_size": image_size, "channels": channels,
                      "classes": classes, "fit": fit, "flip": flip, "seed": seed,
-                     "val_fraction": 0.0 if val_dir else val_fraction}}
+                     "val_fraction": 0.0 if val_dir else val_fraction}, "started_from": started}
 
         # ---- What is going to happen
         print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
@@ -193,8 +197,10 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
               + f"; model: {count_parameters(model):,} parameters")
         if origin:
             restore(state, origin, facts, plan)
-        elif start_from:
-            print(f"starting from the weights of {start_from}")
+        elif started:
+            print(f"starting from the weights of {start_from}, after {started['steps']} steps")
+            if held_out and started["images"] != settings["images"]:
+                print("note: those steps may have seen what is held out here, so that its loss says less")
         if compile:
             model.compile()
         network = DistributedDataParallel(model) if world > 1 else model
@@ -329,6 +335,7 @@ def restore(state, origin, facts, plan):
     saved = load_checkpoint(origin)
     for part in ("settings", "model_config", "diffusion_config"):
         check_settings(origin, saved.get(part), facts[part])
+    facts["started_from"] = saved.get("started_from")
     state.restore(origin, saved)
     if len(state.losses) > plan.total_steps:
         raise ValueError(f"{origin} is at step {len(state.losses)}, beyond the {plan.total_steps} of this run: "
@@ -416,8 +423,8 @@ def main(argv=None):
     parser.group("results")
     add("--resume", "go on with the run in --output_dir, or from this checkpoint", nargs="?", const="latest",
         metavar="FILE")
-    add("--start_from", "begin with the weights of this checkpoint, of the same network, in place of random ones",
-        metavar="FILE")
+    add("--start_from", "begin a new run with the weights of this checkpoint, of the same network, in place of "
+        "random ones", metavar="FILE")
     add("--overwrite", "replace an unfinished run in --output_dir", False, action="store_true")
     add("--output_dir", "where pictures and checkpoints go", "outputs")
     add("--num_samples", "pictures drawn while training", 64, type=positive_int)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,7 +306,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(finished, tmp_path, c
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
     assert load_checkpoint(tmp_path / FINAL)["step"] == 4 and len(load_checkpoint(tmp_path / FINAL)["losses"]) == 4
-    assert f"starting from the weights of {finished}" in capsys.readouterr().out
+    assert f"starting from the weights of {finished}, after 12 steps" in capsys.readouterr().out
 
 
 def test_a_run_starts_from_the_small_file_to_share(finished, tmp_path):
@@ -326,15 +327,40 @@ def test_without_classes_or_with_others_all_else_is_taken_over(finished, tmp_pat
     torch.testing.assert_close(after["conv_in.weight"], before["conv_in.weight"], atol=1e-6, rtol=0)
 
 
-def test_a_run_that_started_from_another_is_resumed_bit_for_bit(finished, tmp_path, monkeypatch):
-    train(**RUN, output_dir=tmp_path / "whole", start_from=finished)
+def test_a_run_that_started_from_another_is_resumed_bit_for_bit_without_it(finished, tmp_path, monkeypatch):
+    start = shutil.copy(finished, tmp_path / "start.pt")
+    train(**RUN, output_dir=tmp_path / "whole", start_from=start)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_before(3, patch)
-        train(**RUN, output_dir=tmp_path / "stopped", start_from=finished)
-    with pytest.raises(ValueError, match="start_from: '[0-9a-f]{64}' then, None now"):
-        train(**RUN, output_dir=tmp_path / "stopped", resume="latest")
-    train(**RUN, output_dir=tmp_path / "stopped", start_from=finished, resume="latest")
+        train(**RUN, output_dir=tmp_path / "stopped", start_from=start)
+    start.unlink()
+    train(**RUN, output_dir=tmp_path / "stopped", start_from=start, resume="latest")
     assert same(files(tmp_path / "stopped"), files(tmp_path / "whole"))
+
+
+def test_a_run_remembers_what_it_started_from(whole, finished, tmp_path, capsys):
+    start_from(finished, tmp_path / "child")
+    entries = load_checkpoint(tmp_path / "child" / FINAL)
+    assert entries["started_from"] == {"file": "model.pt", "steps": 12, "images": whole[FINAL]["settings"]["images"],
+                                       "digest": checkpoint.drawing_digest(whole[FINAL])}
+    assert "may have seen what is held out" not in capsys.readouterr().out
+    export(tmp_path / "child" / FINAL, tmp_path / "child.pt")
+    assert load_checkpoint(tmp_path / "child.pt")["card"]["started_from"] == entries["started_from"]
+    start_from(tmp_path / "child.pt", tmp_path / "grandchild", seed=8)                  # which holds out others
+    assert load_checkpoint(tmp_path / "grandchild" / FINAL)["started_from"]["steps"] == 12 + 4
+    out = capsys.readouterr().out
+    assert "after 16 steps" in out and "may have seen what is held out" in out
+
+
+@pytest.mark.parametrize("name", [FINAL, "checkpoints/model_epoch_002.pt", "link.pt"])
+def test_a_run_does_not_replace_what_it_starts_from(name, whole, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for path in (FINAL, "checkpoints/model_epoch_002.pt"):
+        save_checkpoint(tmp_path / path, whole[FINAL])
+    (tmp_path / "link.pt").symlink_to(tmp_path / FINAL)
+    with pytest.raises(ValueError, match="would be written over: give another --output_dir"):
+        train(**RUN, output_dir=tmp_path, start_from=tmp_path / name)
+    assert same(load_checkpoint(tmp_path / FINAL)["ema"], whole[FINAL]["ema"])
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -354,6 +380,10 @@ def test_weights_of_another_network_or_process_are_refused_by_name(changes, word
     (lambda e: e["ema"]["conv_in.bias"].fill_(np.nan), "not all of its weights are finite"),
     (lambda e: e.pop("diffusion_config"), "not a checkpoint to start from"),
     (lambda e: e.update(ema=[1]), "not a checkpoint to start from"),
+    (lambda e: e.pop("data"), "not a checkpoint to start from"),
+    (lambda e: e.pop("step"), "not a checkpoint to start from"),
+    (lambda e: e["model_config"].update(heads=torch.zeros(2)), "heads: tensor.* then, 2 now"),
+    (lambda e: e.update(model_name="x" * 10**6), "model: 'x{199} then, 'attention' now"),
 ])
 def test_weights_that_cannot_be_started_from_are_one_line(spoil, words, whole, tmp_path):
     entries = copy.deepcopy(whole[FINAL])
