@@ -133,12 +133,21 @@ def number_from(low, high):
     return number
 
 
+def interval(text):
+    """An argparse type: 150,850."""
+    low, high = int_tuple(text)
+    if not 0 <= low <= high:
+        raise ValueError
+    return low, high
+
+
 fraction, guidance_number = number_from(0, 1), number_from(0, 100)
 
 # argparse says "invalid <__name__> value: ..."
 positive_int.__name__ = "positive whole number"
 whole_number.__name__ = "whole number"
 int_tuple.__name__ = "list of numbers (1,2,4)"
+interval.__name__ = "interval (150,850)"
 positive_float.__name__ = "positive number"
 seed_number.__name__ = "seed (a whole number from 0)"
 

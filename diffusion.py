@@ -84,6 +84,17 @@ def _evaluating(model):
             model.train()
 
 
+def guidance_at(t, guidance, interval=None):
+    """The guidance of a step at level t: outside of the interval (low, high) the model is followed plainly."""
+    return guidance if interval is None or interval[0] <= t <= interval[1] else 1.0
+
+
+def model_calls(levels, guidance=1.0, interval=None):
+    """How often sampling asks a model (or a weak one) on its way down `levels`: twice in a step with guidance, but
+    guidance of 0 and 1 takes one of the two answers as it is."""
+    return sum(1 if guidance_at(t, guidance, interval) in (0, 1) else 2 for t in levels[:-1])
+
+
 class DiffusionProcess:
     """A noise schedule, what the model predicts, and everything that follows from the two.
 
@@ -320,16 +331,16 @@ class DiffusionProcess:
 
     @torch.no_grad()
     def trajectory(self, model, x_T, *, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
-                   guidance=1.0, weak=None, seed=0, first_index=0, clip=True):
+                   guidance=1.0, guidance_interval=None, weak=None, seed=0, first_index=0, clip=True):
         """The one sampling loop: a generator that yields (t, x_t, x_0) after each step.
 
         t is the level just reached, -1 in the last item, whose x_t is the finished picture; x_0 is
         the model's newest estimate. The model is called exactly `steps` times (twice as often
-        with guidance other than 0 and 1).
+        with guidance other than 0 and 1: see model_calls).
 
         x_T: [B, C, H, W] noise.  sampler: a key of SAMPLERS; steps, eta, spacing default to its row.
         y: [B] class indices.  seed, first_index: which noise the steps add (see seeded_noise).
-        weak: a model that guidance leads away from, see sample.
+        guidance_interval, weak: where guidance acts, and a model that it leads away from, see sample.
         """
         ts = self.sampling_levels(sampler, steps, spacing)
         row = SAMPLERS[sampler]
@@ -342,7 +353,8 @@ class DiffusionProcess:
                 noise = None
                 if eta > 0 and t_prev >= 0:
                     noise = seeded_noise(seed, indices, k, x_t.shape[1:]).to(x_t)
-                x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance, weak=weak, clip=clip)
+                x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance_at(t, guidance, guidance_interval),
+                                      weak=weak, clip=clip)
                 past = [*past, (t, x_0, self._eps(x_t, x_0, t))][-row.order:]
                 target = self._extrapolate(row.extrapolates, x_t, t_prev, past)
                 x_t = self._step(x_t, target, t, t_prev, eta, row.variance, noise)
@@ -375,7 +387,7 @@ class DiffusionProcess:
 
     def sample(self, model, image_size=28, batch_size=64, channels=1, *, x_T=None, seed=None,
                first_index=0, device=None, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
-               guidance=1.0, weak=None, clip=True):
+               guidance=1.0, guidance_interval=None, weak=None, clip=True):
         """Make new images from noise. Returns [batch_size, channels, image_size, image_size] in [-1, 1].
 
         x_T:          the noise to start from, [B, C, H, W]; drawn from the seed if not given.
@@ -386,6 +398,8 @@ class DiffusionProcess:
                       need fewer still. Each has its defaults for steps (model calls, 1..T), eta (0..1)
                       and spacing (a key of SPACINGS).
         y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
+        guidance_interval: (low, high): guidance acts at these levels only, both included. At high noise it
+                      costs variety, at low noise it is of no use (Kynkaanniemi et al. 2024).
         weak:         a worse model of the same process, an early checkpoint for instance: guidance then leads
                       away from its mistakes, and needs no classes.
         clip:         keep every estimate of x_0 in [-1, 1], as a model trained with clip_loss counts on.
@@ -402,6 +416,7 @@ class DiffusionProcess:
             y = torch.as_tensor(y, device=device).expand(len(x_T))
         for _, images, _ in self.trajectory(
                 model, x_T, sampler=sampler, steps=steps, eta=eta, spacing=spacing, y=y,
-                guidance=guidance, weak=weak, seed=seed, first_index=first_index, clip=clip):
+                guidance=guidance, guidance_interval=guidance_interval, weak=weak, seed=seed,
+                first_index=first_index, clip=clip):
             pass
         return images

@@ -19,14 +19,14 @@ import torch
 from tqdm import tqdm
 
 from classifier import get_classifier, look
-from command_line import (Parser, command, format_seconds, fraction, guidance_number, make_output_dir,
+from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval, make_output_dir,
                           positive_int, seed_number)
 from data import DATASETS, Batches, class_names, get_dataset, split_held_out
-from diffusion import SAMPLERS
+from diffusion import SAMPLERS, model_calls
 from images import save_strip, to_signed, to_uint8
 from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall)
-from sample import (CHECKPOINT_HELP, calls_a_step, choose_labels, fill_in, find_model, generate, load_model,
+from sample import (CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, guidance_words, load_model,
                     load_weak, seconds_for, thinned)
 from schedules import SPACINGS
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
@@ -268,6 +268,7 @@ def main(argv=None):
     add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset (in turn where "
         "that has no labels)")
     add("--guidance", "how strongly to follow the class; default: as sample.py", type=guidance_number)
+    add("--guidance_interval", "as in sample.py", metavar="LOW,HIGH", type=interval)
     add("--weak", "as in sample.py", metavar="FILE")
     add("--batch_size", "images at a time", 100, type=positive_int)
     add("--output_dir", "where the results go", "outputs")
@@ -311,11 +312,12 @@ def main(argv=None):
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
-    calls = sum(steps for _, steps in entrants) * calls_a_step(args.guidance)
+    calls = sum(model_calls(diffusion.sampling_levels(sampler, steps, args.spacing), args.guidance,
+                            args.guidance_interval) for sampler, steps in entrants)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
                           precision)
     cost = (f"{args.num_images} images, {calls} calls of the model for each"
-            + f", guidance {args.guidance:g}" * (args.guidance != 1) + f", about {format_seconds(seconds)} here")
+            + guidance_words(args.guidance, args.guidance_interval) + f", about {format_seconds(seconds)} here")
     if not args.race:
         seconds = seconds_to_measure(classifier, images, args.num_images, data.get("flip") is True)
         cost += f", then {format_seconds(seconds)} to measure"
@@ -326,7 +328,8 @@ def main(argv=None):
     settings.update(digest=data["digest"], weak=weak_digest, torch=torch.__version__,
                     checkpoint=Path(args.checkpoint).name)
     draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"], seed=args.seed,
-                             eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, weak=weak,
+                             eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance,
+                             guidance_interval=args.guidance_interval, weak=weak,
                              batch_size=args.batch_size, device=device, precision=precision)
     if args.race:
         rows, pictures = race(draw, images, classifier, entrants, to_show(y))

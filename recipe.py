@@ -12,6 +12,7 @@ from images import read_note
 
 RECIPE = ("num_images", "first_index", "seed", "sampler", "steps", "eta", "spacing", "label", "guidance",
           "batch_size", "precision", "upscale")
+OPTIONAL = ("image_size", "guidance_interval")
 SURROUNDINGS = ("device", "threads", "torch")  # these change single bits: sums are taken in another order
 MAX_IMAGES = 1_000_000
 
@@ -25,6 +26,8 @@ def make_note(args, diffusion, digest, device):
     note["spacing"] = args.spacing or row.spacing
     if args.image_size:
         note["image_size"] = args.image_size
+    if args.guidance_interval:
+        note["guidance_interval"] = "{},{}".format(*args.guidance_interval)
     note["command"] = shlex.join(["sample.py", *as_flags(note)])
     return {**note, "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "weights": digest}
@@ -32,7 +35,7 @@ def make_note(args, diffusion, digest, device):
 
 def as_flags(note):
     """The note as sample.py's flags."""
-    return [f"--{name}={note[name]}" for name in (*RECIPE, "image_size") if note.get(name) is not None]
+    return [f"--{name}={note[name]}" for name in (*RECIPE, *OPTIONAL) if note.get(name) is not None]
 
 
 def read_recipe(path):

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import interop
 from checkpoint import check_weights, drawing_digest, load_checkpoint, read_container, told_of
-from command_line import (Parser, command, format_seconds, fraction, guidance_number, make_output_dir,
+from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval, make_output_dir,
                           positive_int, seed_number, spare, whole_number)
-from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
+from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
 from images import image_grid, png_bytes, save_gif, save_images, save_strip, to_uint8
 from models import create_model
 from recipe import as_flags, compare, make_note, read_recipe
@@ -112,13 +112,16 @@ def load_model(path, device="cpu", ema=True, image_size=None):
 
 
 def card_recipe(card, T):
-    """{sampler, steps or None, guidance} with which a model was measured, as its card (export.py) tells. Where it
-    does not: ddim, its own number of steps, and the class followed plainly."""
+    """{sampler, steps or None, guidance, guidance_interval or None} with which a model was measured, as its card
+    (export.py) tells. Where it does not: ddim, its own number of steps, and the class followed plainly."""
     card = card if isinstance(card, dict) else {}
     sampler, steps, guidance = card.get("sampler"), card.get("sampler_steps"), card.get("guidance")
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         sampler, steps = "ddim", None
-    return {"sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
+    levels = card.get("guidance_interval")
+    known = isinstance(levels, (list, tuple)) and [type(level) for level in levels] == [int, int]
+    return {"guidance_interval": tuple(levels) if known else None,
+            "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
             "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0}
 
 
@@ -130,9 +133,13 @@ def fill_in(args, data):
     guided = data["classes"] and args.label != "none"
     if args.guidance is None:
         args.guidance = WEAK_GUIDANCE if args.weak else data["guidance"] if guided else 1.0
+        if guided and not args.weak and args.guidance not in (0, 1):
+            args.guidance_interval = args.guidance_interval or data["guidance_interval"]
     elif args.guidance not in (0, 1) and not guided and not args.weak:
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards, or a --weak model: "
                          + ("--label none has none" if data["classes"] else "the model was trained without"))
+    if args.guidance_interval and args.guidance in (0, 1):
+        raise ValueError(f"--guidance_interval says where guidance acts, and --guidance {args.guidance:g} is none")
 
 
 def load_weak(path, model, diffusion, own, device="cpu", image_size=None):
@@ -150,12 +157,13 @@ def load_weak(path, model, diffusion, own, device="cpu", image_size=None):
 
 @torch.no_grad()
 def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler="ddim", steps=None,
-             eta=None, spacing=None, y=None, guidance=1.0, weak=None, first_index=0, batch_size=64, device="cpu",
-             precision=torch.float32, num_frames=0):
+             eta=None, spacing=None, y=None, guidance=1.0, guidance_interval=None, weak=None, first_index=0,
+             batch_size=64, device="cpu", precision=torch.float32, num_frames=0):
     """Make images first_index, first_index + 1, ... of a seed, batch by batch, with a progress bar.
 
     y: [num_images] classes, -1 for none (as without it).
-    guidance: 1 follows the class, more pushes towards it at twice the cost; or away from `weak`, a worse model.
+    guidance: 1 follows the class, more pushes towards it at twice the cost; or away from `weak`, a worse model;
+    and that at all levels or in guidance_interval (low, high).
     Returns (images [num_images, C, H, W] in [-1, 1], frames). frames is empty unless num_frames > 0:
     then it lists at most that many moments (t, x_t, x_0 estimate made from x_t) of the first batch,
     evenly spread from pure noise to the finished pictures, which stand last with t = -1.
@@ -164,7 +172,7 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     shape = (model.image_channels, image_size, image_size)
     firsts = range(first_index, first_index + num_images, batch_size)
     settings = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, seed=seed, guidance=guidance,
-                    weak=weak)
+                    guidance_interval=guidance_interval, weak=weak)
     calls = len(diffusion.sampling_levels(sampler, steps)) - 1
     keep = set(torch.linspace(0, calls, min(num_frames, calls + 1)).round().int().tolist())
     with (tqdm(total=len(firsts) * calls, desc="sampling", unit="call") as bar,
@@ -186,9 +194,10 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     return torch.cat(images), frames
 
 
-def calls_a_step(guidance):
-    """How often a step asks a model: guidance of 0 and 1 takes one of the two answers as it is."""
-    return 1 if guidance in (0, 1) else 2
+def guidance_words(guidance, interval=None):
+    """For the line that tells the cost."""
+    where = " at t = {} to {}".format(*interval) if interval else ""
+    return f", guidance {guidance:g}{where}" if guidance != 1 else ""
 
 
 def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device, precision=torch.float32):
@@ -305,6 +314,8 @@ def main(argv=None):
         "for each; none: without a class. Default: each class in turn, if the model knows any")
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; "
         "default: as the model's card says, or 1", type=guidance_number)
+    add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "
+        "the model's card says where --guidance is not given, else all", metavar="LOW,HIGH", type=interval)
     add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
         f"mistakes, also without classes; --guidance is then {WEAK_GUIDANCE:g} unless "
         "given", metavar="FILE")
@@ -329,8 +340,8 @@ def main(argv=None):
         picture, reference = picture.with_name("recreated.png"), Path(args.recreate).read_bytes()
         spare([args.recreate], picture)
         args = parser.parse_args([*(sys.argv[1:] if argv is None else argv), *as_flags(again)])
-        for name in ("label", "upscale"):               # what the picture does not have
-            if again[name] is None:
+        for name in ("label", "upscale", "guidance_interval"):      # what the picture does not have
+            if again.get(name) is None:
                 setattr(args, name, None)
         torch.set_num_threads(again["threads"])
 
@@ -366,16 +377,17 @@ def main(argv=None):
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})")
-    evaluations = note["steps"] * calls_a_step(args.guidance)
+    levels = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)
+    evaluations = model_calls(levels, args.guidance, args.guidance_interval)
     seconds = seconds_for(model, diffusion, count, size, args.batch_size, evaluations, device, precision)
     print(f"cost: {count} images in {note['steps']} steps of {args.sampler}"
-          + f" with guidance {args.guidance:g}" * (args.guidance != 1) + ", about "
-          f"{format_seconds(seconds)} here", flush=True)
+          + guidance_words(args.guidance, args.guidance_interval) + f", about {format_seconds(seconds)} here",
+          flush=True)
 
     images, frames = generate(
         model, diffusion, count, size, seed=args.seed, sampler=args.sampler, steps=args.steps,
-        eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, weak=weak, first_index=args.first_index,
-        batch_size=args.batch_size, device=device, precision=precision,
+        eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, guidance_interval=args.guidance_interval,
+        weak=weak, first_index=args.first_index, batch_size=args.batch_size, device=device, precision=precision,
         num_frames=51 if args.show_intermediate else 0)
     one = again.get("picture") if again else None
     if one is not None:

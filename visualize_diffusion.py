@@ -27,12 +27,12 @@ from command_line import (Parser, command, format_seconds, make_output_dir, posi
                           whole_number)
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
 from data import DATASETS, DATASET_HELP, class_names, get_dataset, get_default_dataset
-from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
+from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
 from evaluate import loss_by_timestep
 from figures import (one_step_figure, schedule_table, schedules_figure, solvers_figure, step_rows,
                      timestep_loss_figure)
 from images import as_text, plot_losses, save_gif, save_strip, to_signed
-from sample import (CHECKPOINT_HELP, calls_a_step, choose_labels, draw_frame, find_model, generate,
+from sample import (CHECKPOINT_HELP, choose_labels, draw_frame, find_model, generate, guidance_words,
                     load_model, save_generation_strip, seconds_for)
 from schedules import SCHEDULES, SPACINGS, nearest_levels
 from utils import describe_device, get_device
@@ -306,17 +306,20 @@ def draw_from_model(name, args, path, loaded):
     count = count if y is None else len(y)                  # several labels get full rows
     sampler = "ddpm" if name == "one_step" else args.sampler
     steps_list = args.steps_list or sorted({min(steps, T) for steps in STEPS_LIST})
-    calls = len(diffusion.sampling_levels(sampler, args.steps)) - 1
-    calls = {"steps": sum(len(diffusion.timesteps(steps)) - 1 for steps in steps_list),
-             "seeds": 2 * calls * len(args.seeds)}.get(name, calls)
     # As the model's card says; one step is explained plainly.
-    guidance = data["guidance"] if y is not None and name != "one_step" and args.label != "none" else 1.0
-    calls *= calls_a_step(guidance)
+    plain = y is None or name == "one_step" or args.label == "none"
+    guidance, interval = (1.0, None) if plain else (data["guidance"], data["guidance_interval"])
+
+    def calls_of(steps):
+        return model_calls(diffusion.sampling_levels(sampler, steps), guidance, interval)
+
+    calls = {"steps": sum(map(calls_of, steps_list)), "seeds": 2 * calls_of(args.steps) * len(args.seeds)}.get(
+        name, calls_of(args.steps))
     cost = format_seconds(seconds_for(model, diffusion, count, size, 64, calls, device))
-    print(f"{name}: {calls} calls of the model on {count} images" + f", guidance {guidance:g}" * (guidance != 1)
+    print(f"{name}: {calls} calls of the model on {count} images" + guidance_words(guidance, interval)
           + f", about {cost} here", flush=True)
     settings = dict(image_size=size, seed=args.seed, sampler=sampler, steps=args.steps, y=y, device=device,
-                    guidance=guidance)
+                    guidance=guidance, guidance_interval=interval)
     if name == "reverse":
         timesteps = choose_timesteps(args.timesteps, TIMESTEPS["reverse"], T)
         return reverse_figure(model, diffusion, path, timesteps, count, **settings)

@@ -3,8 +3,8 @@
 python exercises/create.py tells what is right. When all is, your sampler draws digits with the weights that
 come with the project: outputs/exercises/my_digits.png.
 
-In all of them alpha_bar is a tensor [T], and a model is called with (x_t [B, C, H, W], t [B] integers) and
-answers with the noise that it sees in x_t. diffusion.py and loop.py do the same things, with more choices.
+In all of them alpha_bar is a tensor [T], and a model is called with (x_t [B, C, H, W], t [B] integers, a tensor)
+and answers with the noise that it sees in x_t. diffusion.py and loop.py do the same things, with more choices.
 """
 
 from grader import grade

@@ -20,12 +20,12 @@ calls_without_and_with_guidance = None
 
 # python sample.py --num_images 4 --seed 1 --batch_size 1 --output_dir outputs/one
 # python sample.py --num_images 4 --seed 1 --batch_size 4 --output_dir outputs/four
-# Are the first pictures of both sheets the same digit in the same hand? True or False
+# Is the first picture of both sheets the same digit in the same hand? True or False
 the_same_picture_whatever_the_batch = None
 
 # python visualize_model.py --figure table --channels 64 128 256
-# The encoder halves the picture, so the number of places falls to a fourth from level to level. How does the
-# memory of the encoder's activations change from its first level to its second? A factor, such as 0.1 or 4.
+# The encoder halves the picture, so the number of places falls to a fourth from level to level. By which factor
+# does the encoder's memory (the column "activation, bytes") change from its first level to its second?
 memory_of_the_second_level_over_the_first = None
 
 # No command, only thought. The loss is the mean squared error of the predicted noise, which is a unit Gaussian.

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                   # for the project's own files, wherever this is run from
 
 TO_DO = "to do"
+LEARN_STEPS = 150
 
 
 def grade(name, answers):
@@ -24,15 +25,18 @@ def grade(name, answers):
     for number, (task, check) in enumerate(checks.items(), start=1):
         try:
             wrong = check(answers[task])
-        except Exception as error:              # whatever goes wrong in the student's code is told, not raised
-            wrong = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+        except (Exception, SystemExit) as error:    # whatever goes wrong in the student's code is told, not raised
+            wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no message'}"
             own = [line for line in traceback.extract_tb(error.__traceback__) if Path(line.filename).stem == name]
             wrong += f" (line {own[-1].lineno})" if own else ""
         right += wrong is None
         print(f"{number}. {task}: {'right' if wrong is None else wrong}", flush=True)
     print(f"{right} of {len(checks)} are right" + "; well done" * (right == len(checks)))
     if name == "create" and right == len(checks):
-        draw_digits(answers["draw"])
+        try:
+            draw_digits(answers["draw"])
+        except (OSError, ValueError) as error:
+            print(f"but no digits can be drawn here: {error}")
     sys.exit(0 if right == len(checks) else 1)
 
 
@@ -44,6 +48,8 @@ def compare(found, right, mistakes=()):
         return f"a tensor is wanted, not {type(found).__name__}"
     if found.shape != right.shape:
         return f"its shape is {tuple(found.shape)}, not {tuple(right.shape)}"
+    if found.is_complex():
+        return "its numbers are complex"
     found = found.detach().double()
     if torch.allclose(found, right.double(), rtol=1e-4, atol=1e-5):
         return None
@@ -54,6 +60,7 @@ def compare(found, right, mistakes=()):
 
 
 def random(*shape, seed=0):
+    """The same numbers each time; a new tensor, since a student's function may change it."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -88,6 +95,8 @@ def number(right, hint, tolerance=0.0):
         answers, wanted = (value if isinstance(value, tuple) else (value,) for value in (answer, right))
         if len(answers) != len(wanted):
             return f"{len(wanted)} numbers are wanted, in brackets: (a, b)"
+        if any(isinstance(a, bool) != isinstance(b, bool) for a, b in zip(answers, wanted)):
+            return "True or False is wanted" if right is True else "numbers are wanted"
         close = all(abs(a - b) <= tolerance for a, b in zip(answers, wanted))
         return None if close else f"not {answer}: {hint}"
     return check
@@ -114,22 +123,28 @@ EXECUTE = {
 # ---- Exercise 2
 
 def check_alpha_bar(alpha_bar):
-    right = cosine_schedule(100)
-    unclipped = torch.tensor([math.cos(((t + 1) / 100 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(100)])
-    shifted = torch.tensor([math.cos((t / 100 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(100)])
-    start = math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-    return compare(alpha_bar(100), right, [
-        (linear_schedule(100), "still the linear schedule: " + TO_DO),
-        (shifted / start, "alpha_bar at index t belongs to t + 1 steps: the first is not 1"),
-        (shifted, "alpha_bar at index t belongs to t + 1 steps; and divide by the curve at 0"),
-        (unclipped, "divide by the curve at 0, so that all of the image is there before the first step"),
-        (unclipped / start, "no beta above 0.999: limit the betas, then multiply 1 - beta together")])
+    for T in (100, 250):
+        start = math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+        curve = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
+        before, after = torch.tensor(curve[:-1]).double(), torch.tensor(curve[1:]).double()
+        found = alpha_bar(T)
+        wrong = compare(found, cosine_schedule(T), [
+            (linear_schedule(T), "still the linear schedule: " + TO_DO),
+            (before / start, "alpha_bar at index t belongs to t + 1 steps: the first is not 1"),
+            (before, "alpha_bar at index t belongs to t + 1 steps; and divide by the curve at 0"),
+            (after, "divide by the curve at 0, so that all of the image is there before the first step")])
+        if wrong:
+            return wrong
+        last = 1 - float(found[-1] / found[-2])             # too small a difference for compare
+        if abs(last - 0.999) > 1e-6:
+            return f"the last beta is {last:.6f}: limit the betas to 0.999, then multiply 1 - beta together"
+    return None
 
 
 def check_target(target):
     x_0, noise, ab = random(2, 1, 4, 4), random(2, 1, 4, 4, seed=1), 0.3
     image, other = ab ** 0.5, (1 - ab) ** 0.5
-    return compare(target(x_0, noise, ab), image * noise - other * x_0, [
+    return compare(target(x_0.clone(), noise.clone(), ab), image * noise - other * x_0, [
         (noise, "still the noise: " + TO_DO),
         (other * x_0 - image * noise, "the other way round: v is plus noise, minus image"),
         (image * x_0 + other * noise, "that is the noisy image itself"),
@@ -143,7 +158,9 @@ def check_levels(levels):
         found = levels(T, steps)
         if found is None:
             return TO_DO
-        found, told = [int(t) for t in found], f"levels({T}, {steps})"
+        told = f"levels({T}, {steps})"
+        if not isinstance(found, list) or not all(type(t) is int for t in found):
+            return f"{told} is no list of integers"
         if not found or found[0] != T - 1:
             return f"{told} begins with {found[:1]} and not with {T - 1}, the noisiest"
         if found[-1] != -1:
@@ -165,7 +182,7 @@ def check_step(step):
     variance = (1 - ab_prev) / (1 - ab_t) * (1 - ab_t / ab_prev)
     less = ab_prev ** 0.5 * x_0 + (1 - ab_prev - variance) ** 0.5 * eps
     all_of_it = ab_prev ** 0.5 * x_0 + (1 - ab_prev) ** 0.5 * eps
-    return compare(step(x_t, eps, ab_t, ab_prev, fresh), all_of_it, [
+    return compare(step(x_t.clone(), eps.clone(), ab_t, ab_prev, fresh.clone()), all_of_it, [
         (less + variance ** 0.5 * fresh, "still DDPM: " + TO_DO),
         (less, "no fresh noise is added, but part of the old one is still taken away: the picture loses its noise "
          "too fast"),
@@ -176,7 +193,7 @@ def check_step(step):
 
 def check_guided(guided):
     with_class, without = random(2, 1, 4, 4), random(2, 1, 4, 4, seed=1)
-    return compare(guided(with_class, without, 3.0), without + 3 * (with_class - without), [
+    return compare(guided(with_class.clone(), without.clone(), 3.0), without + 3 * (with_class - without), [
         (with_class, "still the plain answer: " + TO_DO),
         (with_class + 3 * (with_class - without), "that counts from the answer with the class: 0 would be plain, "
          "and here 1 is"),
@@ -195,11 +212,19 @@ def spread(values):
     return values.view(-1, 1, 1, 1)
 
 
+def levels_of(x, t):
+    """t as a list, if a model may be told it so."""
+    if not torch.is_tensor(t) or t.shape != (len(x),) or t.is_floating_point():
+        given = f"{t.dtype} of shape {tuple(t.shape)}" if torch.is_tensor(t) else f"{t!r:.40}"
+        raise ValueError(f"the model wants t as a tensor of {len(x)} integers, one for each image, not {given}")
+    return t.tolist()
+
+
 def check_noisy(noisy):
     ab, t = linear_schedule(), torch.tensor([0, 250, 999])
     x_0, noise = random(3, 1, 3, 3), random(3, 1, 3, 3, seed=1)
     image, other = spread(ab[t].sqrt()), spread((1 - ab[t]).sqrt())
-    return compare(noisy(x_0, t, noise, ab), image * x_0 + other * noise, [
+    return compare(noisy(x_0.clone(), t.clone(), noise.clone(), ab.clone()), image * x_0 + other * noise, [
         (spread(ab[t]) * x_0 + spread(1 - ab[t]) * noise, "the factors are the roots of alpha_bar and "
          "1 - alpha_bar"),
         (ab[t].sqrt() * x_0 + (1 - ab[t]).sqrt() * noise, "the factors go along the columns of the pictures: give "
@@ -214,23 +239,26 @@ def check_loss(loss):
     ab, t = linear_schedule(), torch.tensor([0, 250, 999])
     x_0, noise = random(3, 1, 3, 3), random(3, 1, 3, 3, seed=1)
     x_t = spread(ab[t].sqrt()) * x_0 + spread((1 - ab[t]).sqrt()) * noise
-    seen = []
+    seen, half = [], torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 
     def model(x, times):
-        seen.append((x, times))
-        return 0.5 * x
+        times = levels_of(x, times)
+        seen.append((x.detach().clone(), times))
+        return half * x
 
-    found = loss(model, x_0, t, noise, ab)
+    found = loss(model, x_0.clone(), t.clone(), noise.clone(), ab.clone())
     if found is None:
         return TO_DO
-    if not seen:
-        return "the model is never asked"
-    if not torch.equal(seen[0][1], t):
+    if len(seen) != 1:
+        return f"the model is asked {len(seen)} times, not once"
+    if seen[0][1] != t.tolist():
         return f"the model is told t = {seen[0][1]}, not the {t.tolist()} of its images"
     wrong = compare(seen[0][0], x_t, [(x_0, "the model is shown the clean images"),
                                       (noise, "the model is shown noise")])
     if wrong:
         return f"what the model sees: {wrong}"
+    if torch.is_tensor(found) and not found.requires_grad:
+        return "no gradient leads back to the model: nothing would be learnt"
     error = 0.5 * x_t - noise
     return compare(found, error.square().mean(), [
         (error.square().sum(), "the mean, not the sum: else it depends on the size of the batch"),
@@ -252,38 +280,51 @@ def check_learn(learn):
     torch.manual_seed(0)
     model = create_model(base_channels=16)
     before = [p.detach().clone() for p in model.parameters()]
-    drawn, calls = [], []
+    seen = []
 
     def watch(module, args):
-        calls.append(len(args[0]))
-        drawn.extend(args[1].tolist())
-
-    model.register_forward_pre_hook(watch)
+        seen.append((args[0].detach().clone(), torch.tensor(levels_of(*args[:2]))))
 
     def measured():
         with torch.no_grad():
             return float((model(x_t, t) - noise).square().mean())
 
     at_first = measured()
-    calls.clear(), drawn.clear()
-    steps = 150
-    learn(model, images, ab, steps)
-    asked, times = list(calls), set(drawn)
-    if not asked:
+    hook = model.register_forward_pre_hook(watch)
+    learn(model, images.clone(), ab.clone(), LEARN_STEPS)
+    hook.remove()
+    if not seen:
         return TO_DO
     if all(torch.equal(a, b) for a, b in zip(before, model.parameters())):
         return "no weight has changed: loss.backward(), then optimizer.step()"
-    if len(asked) != steps:
-        return f"{steps} steps were asked for, and the model was called {len(asked)} times"
-    if set(asked) != {32}:
-        return f"32 images a step were asked for, not {sorted(set(asked))}"
-    if max(times) > 999 or min(times) < 0 or len(times) < 500:
-        return (f"t took {len(times)} values from {min(times)} to {max(times)}: one from 0 to T - 1 for every "
-                "image, anew in each step")
+    if len(seen) != LEARN_STEPS:
+        return f"{LEARN_STEPS} steps were asked for, and the model was called {len(seen)} times"
+    if {len(x) for x, _ in seen} != {32}:
+        return f"32 images a step were asked for, not {sorted({len(x) for x, _ in seen})}"
+    wrong = check_batches(seen, images)
+    if wrong:
+        return wrong
     at_last = measured()
     if not at_last < 0.3:
         return (f"the loss on {len(images)} pictures went from {at_first:.2f} to {at_last:.2f}; below 0.3 is easy: "
                 "are the gradients set to zero before each step, and the noise the one that was added?")
+    return None
+
+
+def check_batches(seen, images):
+    """Was everything that is random drawn anew? seen: (x_t, t) of each step."""
+    x, t = (torch.cat(parts) for parts in zip(*seen))
+    if len(t.unique()) < 500 or t.min() > 50 or t.max() < 950:
+        return (f"t took {len(t.unique())} values from {int(t.min())} to {int(t.max())}: one from 0 to T - 1 for "
+                "every image, anew in each step")
+    if max(len(part.unique()) for _, part in seen) == 1:
+        return "all images of a step have the same t: draw one for each"
+    noise = torch.nn.functional.normalize(x[t > 950].flatten(1))         # there hardly anything else is left
+    if float((noise @ noise.T).fill_diagonal_(0).max()) > 0.8:
+        return "the same noise comes twice: draw it anew for every image in each step"
+    clean = x[t < 30].flatten(1)
+    if len(torch.cdist(clean, images.flatten(1)).argmin(1).unique()) < len(clean) / 3:
+        return "the same few images come again and again: choose them at random from all"
     return None
 
 
@@ -292,7 +333,7 @@ def check_draw(draw):
     ab, mean, variance, calls = linear_schedule(), 0.4, 0.09, []
 
     def model(x, t):
-        calls.append(t.tolist())
+        calls.append(levels_of(x, t))
         left = spread(ab[t])
         return (1 - left).sqrt() * (x - left.sqrt() * mean) / (left * variance + 1 - left)
 
@@ -304,22 +345,24 @@ def check_draw(draw):
             x = left ** 0.5 * x_0 + (1 - left) ** 0.5 * eps
         return x
 
-    x_T = random(5, 1, 3, 3)
-    right = walk(x_T, range(999, -1, -100), 1.0)
-    mistakes = [(walk(x_T, range(999, -1, -100), ab[-1]), "the last step goes to alpha_bar[-1], which Python takes "
-                 "for the noisiest: the clean image has alpha_bar 1"),
-                (walk(x_T, range(999, -1, -100), ab[0]), "the last step ends at t = 0, where a little noise is "
-                 "left")]
-    calls.clear()
-    found = draw(model, x_T, ab, 10)
-    if found is None:
-        return TO_DO
-    if len(calls) != 10:
-        return f"10 steps were asked for, and the model was called {len(calls)} times"
-    wanted = [[t] * 5 for t in range(999, -1, -100)]
-    if calls != wanted:
-        return f"the levels are {[t[0] for t in calls]}, not {[t[0] for t in wanted]}"
-    return compare(found, right, mistakes)
+    for steps in (10, 20):
+        x_T, levels = random(5, 1, 3, 3), range(999, -1, -1000 // steps)
+        right = walk(x_T, levels, 1.0)
+        mistakes = [(walk(x_T, levels, ab[-1]), "the last step goes to alpha_bar[-1], which Python takes for the "
+                     "noisiest: the clean image has alpha_bar 1"),
+                    (walk(x_T, levels, ab[0]), "the last step ends at t = 0, where a little noise is left")]
+        calls.clear()
+        found = draw(model, x_T.clone(), ab.clone(), steps)
+        if found is None:
+            return TO_DO
+        if len(calls) != steps:
+            return f"{steps} steps were asked for, and the model was called {len(calls)} times"
+        if calls != [[t] * 5 for t in levels]:
+            return f"the levels are {[t[0] for t in calls]}, not {list(levels)}"
+        wrong = compare(found, right, mistakes)
+        if wrong:
+            return wrong
+    return None
 
 
 CREATE = {"noisy": check_noisy, "loss": check_loss, "learn": check_learn, "draw": check_draw}

@@ -19,7 +19,7 @@ def alpha_bar(T):
 
 
 def target(x_0, noise, ab):
-    """What the network is to answer when it sees sqrt(ab) x_0 + sqrt(1 - ab) noise.
+    """What the network is to answer when it sees sqrt(ab) x_0 + sqrt(1 - ab) noise. ab: a number.
 
     Now: the noise. Wanted: v of Salimans & Ho 2022, which turns from the noise to minus the image as ab falls.
     """
@@ -37,7 +37,7 @@ def levels(T, steps):
 
 
 def step(x_t, eps, ab_t, ab_prev, fresh):
-    """From the noise level ab_t (alpha_bar there) to the cleaner ab_prev. eps: the predicted noise.
+    """From the noise level ab_t (alpha_bar there, a number) to the cleaner ab_prev. eps: the predicted noise.
 
     Now: DDPM, which replaces part of the noise by fresh noise. Wanted: DDIM, which keeps all of it (Song et al.
     2021, eq. 12 with sigma = 0).

@@ -207,6 +207,8 @@ EDITS = [
     Edit("a residual block that begins with noise", "models/attention_unet.py",
          "zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))",
          "nn.Conv2d(out_channels, out_channels, 3, padding=1)", "attention_unet"),
+    Edit("guidance at all levels", "diffusion.py", "interval[0] <= t <= interval[1]", "True", "diffusion"),
+    Edit("a card's interval forgotten", "sample.py", 'or data["guidance_interval"]', "or None", "export"),
     Edit("a card's guidance forgotten", "sample.py", 'data["guidance"] if guided else 1.0', "1.0", "export"),
     Edit("a step of Muon with the wrong square", "muon.py", "gram = factor @ gram @ factor", "gram = factor @ gram", "muon"),
     Edit("a table that counts shared parameters twice", "inside.py",

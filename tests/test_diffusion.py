@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
+from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
 
 MEAN, STD = -0.2, 0.25
 
@@ -477,6 +477,28 @@ def test_after_clip_loss_an_inversion_reads_nothing_beyond_the_range():
         beyond = diffusion.invert(lambda x, t, y=None: 1.5 * x, x_0, steps=10)
         within = diffusion.invert(lambda x, t, y=None: (1.5 * x).clamp(-1, 1), x_0, steps=10)
         assert torch.equal(beyond, within) == clip_loss
+
+
+def test_guidance_acts_in_its_interval_only():
+    """DDIM's formula by hand, with a model that sees 0.3 with a class and 0.1 without."""
+    diffusion, asked = DiffusionProcess(objective="x0"), []
+
+    def model(x, t, y):
+        asked.append((int(t[0]), int(y[0])))
+        return torch.full_like(x, 0.3 if y[0] >= 0 else 0.1)
+
+    x = x_T = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    levels = [999, 799, 599, 399, 199, -1]
+    for t, t_prev in zip(levels, levels[1:]):
+        ab, ab_prev = float(diffusion.alpha_bar[t]), float(diffusion.alpha_bar[t_prev]) if t_prev >= 0 else 1.0
+        x_0 = 0.1 + 2.5 * 0.2 if 399 <= t <= 799 else 0.3
+        x = ab_prev**0.5 * x_0 + (1 - ab_prev)**0.5 * (x - ab**0.5 * x_0) / (1 - ab)**0.5
+    drawn = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=5, y=7, guidance=2.5, guidance_interval=(399, 799))
+    torch.testing.assert_close(drawn, x, atol=1e-5, rtol=0)
+    assert sorted(asked, reverse=True) == [(999, 7), (799, 7), (799, -1), (599, 7), (599, -1), (399, 7), (399, -1),
+                                           (199, 7)]
+    assert model_calls(levels, 2.5, (399, 799)) == len(asked) and model_calls(levels, 2.5) == 10
+    assert [model_calls(levels, g) for g in (0, 1)] == [5, 5] and model_calls(levels, 2.5, (0, 198)) == 5
 
 
 def test_guidance_leads_away_from_a_weak_model_with_classes_and_without():

@@ -98,10 +98,16 @@ def test_the_right_changes_are_right(capsys):
     ("alpha_bar", lambda T: torch.cat([torch.ones(1), cosine(T)[:-1]]), "belongs to t + 1 steps"),
     ("alpha_bar", lambda T: cosine(T)[:-1], "its shape is (99,), not (100,)"),
     ("alpha_bar", lambda T: [1.0] * T, "a tensor is wanted"),
+    ("alpha_bar", lambda T: torch.cumprod(1 - (1 - cosine(T) / torch.cat([torch.ones(1), cosine(T)[:-1]])).clamp(
+        max=0.99), 0), "the last beta is 0.99"),
+    ("alpha_bar", lambda T: cosine(100), "its shape is (100,), not (250,)"),
+    ("alpha_bar", lambda T: cosine(T) + 1j, "complex"),
+    ("alpha_bar", lambda T: sys.exit(0), "SystemExit"),
     ("target", lambda x_0, noise, ab: (1 - ab) ** 0.5 * x_0 - ab ** 0.5 * noise, "other way round"),
     ("target", lambda x_0, noise, ab: (1 - ab) ** 0.5 * noise - ab ** 0.5 * x_0, "exchanged"),
     ("levels", lambda T, steps: [*range(T - 1, -1, -(T // steps)), -1], "makes 8 steps"),
     ("levels", lambda T, steps: [T - 1] * steps + [-1], "does not fall"),
+    ("levels", lambda T, steps: torch.linspace(T - 1, -1, steps + 1), "no list of integers"),
     ("levels", lambda T, steps: [*range(T - 1, T - 1 - steps, -1), -1], "strides of"),
     ("step", lambda *args: modify.step(*args[:4], 0.0), "part of the old one is still taken away"),
     ("step", lambda *args: 1 / 0, "ZeroDivisionError: division by zero"),
@@ -129,12 +135,13 @@ def loss(model, x_0, t, noise, alpha_bar):
     return (model(noisy(x_0, t, noise, alpha_bar), t) - noise).square().mean()
 
 
-def learn(model, images, alpha_bar, steps, rate=2e-3, batch=32, most=1000):
+def learn(model, images, alpha_bar, steps, rate=2e-3, batch=32, most=1000, noise=None, together=False):
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     for _ in range(steps):
         x_0, t = images[torch.randint(len(images), (batch,))], torch.randint(most, (batch,))
+        t = (_ * 7 % 1000 + 0 * t) if together else t
         optimizer.zero_grad()
-        loss(model, x_0, t, torch.randn_like(x_0), alpha_bar).backward()
+        loss(model, x_0, t, torch.randn_like(x_0) if noise is None else noise, alpha_bar).backward()
         optimizer.step()
 
 
@@ -167,15 +174,42 @@ def test_a_model_of_ones_own_is_right_and_draws_digits(capsys, monkeypatch, tmp_
     ("loss", lambda model, x_0, t, noise, ab: loss(model, x_0, t, noise, ab) * noise.numel(), "not the sum"),
     ("loss", lambda model, x_0, t, noise, ab: noise.mean(), "the model is never asked"),
     ("loss", lambda model, x_0, t, noise, ab: loss(lambda x, t: model(x, 0 * t), x_0, t, noise, ab), "is told t ="),
+    ("loss", lambda *args: loss(*args) + 0 * loss(*args), "asked 2 times"),
+    ("loss", lambda *args: loss(*args).detach(), "no gradient"),
     ("learn", lambda *args: learn(*args, rate=0.0), "no weight has changed"),
+    ("learn", lambda model, images, *rest: learn(model, images[:32], *rest), "few images"),
+    ("learn", lambda *args: learn(*args, noise=torch.randn(32, 1, 16, 16)), "the same noise comes twice"),
+    ("learn", lambda *args: learn(*args, together=True), "same t"),
     ("learn", lambda *args: learn(*args[:3], 5), "5 times"),
     ("learn", lambda *args: learn(*args, batch=8), "32 images a step"),
     ("learn", lambda *args: learn(*args, most=10), "t took 10 values"),
     ("learn", lambda *args: learn(*args, rate=1e-6), "below 0.3 is easy"),
     ("draw", lambda model, x, ab, steps: draw(model, x, ab, steps, clean=float(ab[-1])), "takes for the noisiest"),
     ("draw", lambda model, x, ab, steps: draw(model, x, ab, steps, clean=float(ab[0])), "a little noise is left"),
-    ("draw", lambda model, x, ab, steps: draw(model, x, ab, 20), "20 times"),
+    ("draw", lambda model, x, ab, steps: draw(model, x, ab, 10), "called 10 times"),
+    ("draw", lambda model, x, ab, steps: draw(lambda x, t: model(x, t[:1]), x, ab, steps), "of shape (1,)"),
     ("draw", lambda model, x, ab, steps: draw(lambda x, t: model(x, t - 1), x, ab, steps), "the levels are [998"),
 ])
-def test_a_usual_mistake_in_a_model_of_ones_own_is_named(task, wrong, words):
-    assert words in (grader.CREATE[task](wrong) or "right")
+def test_a_usual_mistake_in_a_model_of_ones_own_is_named(task, wrong, words, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(grader.EXERCISES, "create", {task: grader.CREATE[task]})
+        patch.setattr(grader, "draw_digits", lambda draw: None)
+        _, said, _ = graded("create", {task: wrong}, capsys)
+    assert words in said[task]
+
+
+def test_inputs_may_be_changed_in_place(capsys):
+    in_place = dict(MODIFIED, target=lambda x, noise, ab: noise.mul_(ab ** 0.5).sub_(x * (1 - ab) ** 0.5),
+                    guided=lambda with_class, without, g: without.lerp_(with_class, g))
+    code, said, _ = graded("modify", in_place, capsys)
+    assert code == 0 and set(said.values()) == {"right"}
+    cheat = dict(MODIFIED, target=lambda x, noise, ab: (noise.zero_(), x.zero_())[0])
+    assert "wrong" in graded("modify", cheat, capsys)[1]["target"]
+
+
+def test_digits_that_cannot_be_drawn_are_a_line(capsys, monkeypatch, tmp_path):
+    (tmp_path / "outputs").write_text("a file")
+    monkeypatch.setattr(grader, "ROOT", tmp_path)
+    monkeypatch.setitem(grader.EXERCISES, "create", {"draw": grader.CREATE["draw"]})
+    code, _, out = graded("create", CREATED, capsys)
+    assert code == 0 and "but no digits can be drawn here" in out

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import export
 import sample
@@ -109,3 +111,39 @@ def test_sampling_takes_the_guidance_of_the_card(named, flags, taken, two_shades
     save_checkpoint(small, entries)
     sample.main(["--checkpoint", str(small), "--num_images", "2", "--output_dir", str(tmp_path), "--device", "cpu", *flags])
     assert read_note(tmp_path / "generated_samples.png")["guidance"] == taken
+
+
+@pytest.mark.parametrize("named, flags, taken", [
+    ([10, 30], [], (1.5, "10,30")), ([10, 30], ["--guidance", "1.5"], (1.5, None)), (None, [], (1.5, None)),
+    ([10, 30], ["--guidance_interval", "5,20"], (1.5, "5,20")), ([10, 30], ["--label", "none"], (1, None)),
+    ([10, 30], ["--guidance", "3", "--guidance_interval", "5,20"], (3, "5,20")), ("10,30", [], (1.5, None)),
+    ([10, "x"], [], (1.5, None)), ([10], [], (1.5, None))])
+def test_sampling_takes_the_interval_of_the_card(named, flags, taken, two_shades, evaluation, tmp_path):
+    """It belongs to the card's guidance; and a picture drawn so is made again, and tells another one drawn otherwise."""
+    small = tmp_path / "small.pt"
+    export.export(two_shades, small, evaluation)
+    entries = load_checkpoint(small)
+    entries["card"].update(guidance=1.5, guidance_interval=named)
+    save_checkpoint(small, entries)
+    common = ["--checkpoint", str(small), "--num_images", "2", "--output_dir", str(tmp_path), "--device", "cpu"]
+    sample.main([*common, *flags])
+    note = read_note(tmp_path / "generated_samples.png")
+    assert (note["guidance"], note.get("guidance_interval")) == taken
+    sample.main([*common, "--recreate", str(tmp_path / "generated_samples.png")])
+    assert (tmp_path / "recreated.png").read_bytes() == (tmp_path / "generated_samples.png").read_bytes()
+
+
+def test_the_interval_reaches_the_card_and_changes_the_pictures(two_shades, evaluation, tmp_path, capsys):
+    found = json.loads(evaluation.read_text())
+    evaluation.write_text(json.dumps({**found, "guidance": 3.0, "guidance_interval": [0, 10]}))
+    export.export(two_shades, tmp_path / "small.pt", evaluation)
+    assert load_checkpoint(tmp_path / "small.pt")["card"]["guidance_interval"] == [0, 10]
+    pixels = []
+    for flags in ([], ["--guidance", "3"], ["--guidance", "3", "--guidance_interval", "0,49"]):
+        sample.main(["--checkpoint", str(tmp_path / "small.pt"), "--num_images", "2", "--output_dir", str(tmp_path),
+                     "--device", "cpu", *flags])
+        pixels.append(np.array(Image.open(tmp_path / "generated_samples.png")))
+    assert (pixels[0] != pixels[1]).any() and (pixels[1] == pixels[2]).all()
+    for flags, words in ((["--guidance", "1", "--guidance_interval", "1,2"], "where guidance acts"),
+                         (["--guidance_interval", "9,2"], "interval"), (["--guidance_interval", "-1,2"], "interval")):
+        assert words in fails(capsys, sample.main, "--checkpoint", two_shades, "--output_dir", tmp_path, *flags)
