@@ -208,6 +208,7 @@ class State:
 
     def restore(self, path, saved):
         """Take over the entries of a checkpoint. Raises ValueError if they do not fit."""
+        own = dict(self.optimizer.defaults)     # load_state_dict adds to them
         try:
             for weights, model in ((saved["model"], self.model), (saved["ema"], self.ema.model)):
                 check_weights(path, weights, model)
@@ -226,7 +227,7 @@ class State:
             self.ema.updates, self.losses = saved["ema_updates"], saved["losses"].tolist()
             self.held_out_losses, self.reported = saved["held_out_losses"], saved["reported"]
             told = [self.ema.updates, self.reported, *self.held_out_losses]
-            own, now = self.optimizer.defaults, self.optimizer.param_groups
+            now = self.optimizer.param_groups
             if any(type(number) is not int or number < 0 for number in told) or not all(
                     type(loss) is float for loss in self.held_out_losses.values()):
                 raise ValueError("its counts or held-out losses are no numbers")

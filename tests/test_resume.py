@@ -95,6 +95,17 @@ def test_a_run_resumed_at_any_step_is_bit_for_bit_the_run_that_never_stopped(ste
     assert same(files(tmp_path), whole)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_run_of_every_optimizer_is_resumed_bit_for_bit(optimizer, tmp_path, monkeypatch):
+    settings = {**RUN, "optimizer": optimizer, "num_epochs": 1, "weight_decay": 0.0}
+    train(**settings, output_dir=tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_before(2, patch)
+        train(**settings, output_dir=tmp_path / "stopped")
+    train(**settings, output_dir=tmp_path / "stopped", resume="latest")
+    assert same(files(tmp_path / "stopped"), files(tmp_path / "whole"))
+
+
 def test_a_run_stopped_twice_and_between_its_files_is_still_the_same(whole, tmp_path, monkeypatch):
     """Once while the picture of epoch 1 is drawn, once in epoch 3."""
     with monkeypatch.context() as patch, pytest.raises(Stopped):
