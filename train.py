@@ -423,8 +423,8 @@ def main(argv=None):
     parser.group("results")
     add("--resume", "go on with the run in --output_dir, or from this checkpoint", nargs="?", const="latest",
         metavar="FILE")
-    add("--start_from", "begin a new run with the weights of this checkpoint, of the same network, in place of "
-        "random ones", metavar="FILE")
+    add("--start_from", "begin a new run with the averaged weights of this checkpoint, of the same network, process "
+        "and objective, in place of random ones; --resume goes on with a run instead", metavar="FILE")
     add("--overwrite", "replace an unfinished run in --output_dir", False, action="store_true")
     add("--output_dir", "where pictures and checkpoints go", "outputs")
     add("--num_samples", "pictures drawn while training", 64, type=positive_int)

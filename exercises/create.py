@@ -7,6 +7,8 @@ In all of them alpha_bar is a tensor [T], and a model is called with (x_t [B, C,
 and answers with the noise that it sees in x_t. diffusion.py and loop.py do the same things, with more choices.
 """
 
+import torch  # for what you write
+
 from grader import grade
 
 
@@ -16,20 +18,21 @@ def noisy(x_0, t, noise, alpha_bar):
 
 
 def loss(model, x_0, t, noise, alpha_bar):
-    """How wrong the model is about the noise, as one number (Ho et al. 2020, eq. 14)."""
+    """With noisy: how wrong the model is about the noise, as one number (Ho et al. 2020, eq. 14)."""
     ...
 
 
 def learn(model, images, alpha_bar, steps):
     """Train the model in so many steps of 32 images each, with a t and a noise drawn anew for every image.
 
-    images: [N, 1, 16, 16] in [-1, 1]. torch.optim.Adam at a learning rate of 2e-3 will do.
+    images: [N, 1, 16, 16] in [-1, 1]. torch.optim.Adam at a learning rate of 2e-3 will do. Returns nothing: the
+    model is changed.
     """
     ...
 
 
 def draw(model, x_T, alpha_bar, steps):
-    """From pure noise to pictures by DDIM: `steps` calls of the model. Returns a tensor like x_T.
+    """From pure noise x_T [B, C, H, W] to pictures by DDIM: `steps` calls of the model. Returns a tensor like x_T.
 
     Begin at T - 1 and end with the clean image, where alpha_bar is 1. T is a multiple of `steps`: step k of
     0, 1, ... goes from T - 1 - k T / steps to T - 1 - (k + 1) T / steps.

@@ -1,6 +1,6 @@
 """Exercise 2 of 3: each function works, but is not yet what its text asks for. Change it.
 
-python exercises/modify.py tells what is right. Tensors only; nothing here needs the project's own files.
+python exercises/modify.py tells what is right. Nothing here needs the project's own files.
 """
 
 import torch
@@ -11,8 +11,8 @@ from grader import grade
 def alpha_bar(T):
     """How much of the image's variance is left at t = 0, ..., T - 1: float64 [T].
 
-    Now: the linear schedule. Wanted: the cosine schedule of Nichol & Dhariwal 2021, eq. 17, with s = 0.008, and
-    no beta above 0.999.
+    Now: the linear schedule. Wanted: the cosine schedule of Nichol & Dhariwal 2021, eq. 17: after n of T steps
+    f(n) / f(0) is left, where f(n) = cos((n / T + s) / (1 + s) * pi / 2)^2 and s = 0.008; but no beta above 0.999.
     """
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
     return torch.cumprod(1 - betas, dim=0)
@@ -40,7 +40,7 @@ def step(x_t, eps, ab_t, ab_prev, fresh):
     """From the noise level ab_t (alpha_bar there, a number) to the cleaner ab_prev. eps: the predicted noise.
 
     Now: DDPM, which replaces part of the noise by fresh noise. Wanted: DDIM, which keeps all of it (Song et al.
-    2021, eq. 12 with sigma = 0).
+    2021, eq. 12 with sigma = 0). Both without a clamp.
     """
     sigma = ((1 - ab_prev) / (1 - ab_t) * (1 - ab_t / ab_prev)) ** 0.5
     x_0 = (x_t - (1 - ab_t) ** 0.5 * eps) / ab_t ** 0.5

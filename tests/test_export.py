@@ -144,6 +144,7 @@ def test_the_interval_reaches_the_card_and_changes_the_pictures(two_shades, eval
                      "--device", "cpu", *flags])
         pixels.append(np.array(Image.open(tmp_path / "generated_samples.png")))
     assert (pixels[0] != pixels[1]).any() and (pixels[1] == pixels[2]).all()
+    capsys.readouterr()
     for flags, words in ((["--guidance", "1", "--guidance_interval", "1,2"], "where guidance acts"),
                          (["--guidance_interval", "9,2"], "interval"), (["--guidance_interval", "-1,2"], "interval")):
         assert words in fails(capsys, sample.main, "--checkpoint", two_shades, "--output_dir", tmp_path, *flags)
