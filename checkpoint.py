@@ -175,6 +175,16 @@ def load_checkpoint(path, entries=None):
     return {**entries, "digest": digest}
 
 
+def half_precision(weights):
+    """Weights as they are shared: half the size."""
+    return {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+
+
+def whole_precision(weights):
+    """And back again, as a network has them."""
+    return {name: value.float() if value.dtype == torch.float16 else value for name, value in weights.items()}
+
+
 def check_weights(path, weights, model):
     """Raise ValueError unless `weights` has exactly the names, shapes and dtypes of the model's own."""
     def kinds(state):
@@ -266,8 +276,7 @@ def take_weights(path, model, name, config, process):
         check_settings(path, what_counts({"model": entries["model_name"]}, saved, entries["diffusion_config"]),
                        what_counts({"model": name}, config, process),
                        "--start_from needs the flags it was trained with")
-        weights = {key: value.float() if value.dtype == torch.float16 else value    # as export.py writes them
-                   for key, value in entries["ema"].items()}
+        weights = whole_precision(entries["ema"])
         if saved["num_classes"] != config["num_classes"]:
             weights.pop("class_emb.weight", None)
             weights.update({key: value for key, value in model.state_dict().items() if key == "class_emb.weight"})

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import check_weights, load_checkpoint, save_checkpoint
+from checkpoint import check_weights, half_precision, load_checkpoint, save_checkpoint
 from command_line import Parser, command, make_output_dir, positive_int, seed_number, speaks
 from data import Batches, get_dataset
 from images import to_signed
@@ -90,8 +90,7 @@ def look(classifier, images, batch_size=500):
 
 def save_classifier(path, classifier, **card):
     """Write it in half precision. card: plain values that tell how it was made."""
-    weights = {name: value.half() if value.is_floating_point() else value
-               for name, value in classifier.state_dict().items()}
+    weights = half_precision(classifier.state_dict())
     save_checkpoint(path, {"classifier": weights, "settings": classifier.settings, "card": card})
 
 

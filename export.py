@@ -11,7 +11,7 @@ import json
 import math
 from pathlib import Path
 
-from checkpoint import drawing_digest, load_checkpoint, save_checkpoint, told_of
+from checkpoint import drawing_digest, half_precision, load_checkpoint, save_checkpoint, told_of
 from command_line import Parser, command, make_output_dir
 
 KEPT = ("model_name", "model_config", "diffusion_config", "data")
@@ -34,8 +34,7 @@ def export(checkpoint, output, evaluation=None, **card):
             card = {**card, "settings": settings, "training_steps": entries["step"]}
             if told_of(entries, "started_from"):
                 card["started_from"] = entries["started_from"]
-        weights = {name: value.half() if value.is_floating_point() else value
-                   for name, value in entries["ema"].items()}
+        weights = half_precision(entries["ema"])
         kept = {name: entries[name] for name in KEPT}
         kept["data"] = {**kept["data"], "name": Path(kept["data"]["name"]).resolve().name}     # not the path
     except (KeyError, TypeError, AttributeError) as error:

@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import interop
-from checkpoint import check_weights, drawing_digest, load_checkpoint, read_container, told_of
+from checkpoint import (check_weights, drawing_digest, load_checkpoint, read_container, told_of,
+                        whole_precision)
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval, make_output_dir,
                           positive_int, seed_number, spare, whole_number)
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
@@ -88,8 +89,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         # (or asks for a monstrous network) fails here at no cost.
         with torch.device("meta"):
             model = create_model(entries["model_name"], **entries["model_config"])
-        weights = {name: value.float() if value.dtype == torch.float16 else value     # as export.py writes them
-                   for name, value in entries["ema" if ema else "model"].items()}
+        weights = whole_precision(entries["ema" if ema else "model"])
         check_weights(path, weights, model)
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])

@@ -60,7 +60,7 @@ def compare(found, right, mistakes=()):
 
 
 def random(*shape, seed=0):
-    """The same numbers each time; a new tensor, since a student's function may change it."""
+    """The same numbers each time. What a student's function gets is a copy: it may change it."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -74,13 +74,14 @@ def linear_schedule(T=1000):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def cosine_schedule(T=1000, offset=0.008, largest=0.999):
-    def curve(t):
-        return math.cos((t / T + offset) / (1 + offset) * math.pi / 2) ** 2
+def cosine_curve(t, T):
+    return math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
 
+
+def cosine_schedule(T=1000):
     left, values = 1.0, []
     for t in range(T):
-        left *= 1 - min(1 - curve(t + 1) / curve(t), largest)
+        left *= 1 - min(1 - cosine_curve(t + 1, T) / cosine_curve(t, T), 0.999)
         values.append(left)
     return torch.tensor(values, dtype=torch.float64)
 
@@ -127,13 +128,12 @@ EXECUTE = {
 
 def check_alpha_bar(alpha_bar):
     for T in (100, 250):
-        start = math.cos(0.008 / 1.008 * math.pi / 2) ** 2
-        curve = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
-        before, after = torch.tensor(curve[:-1]).double(), torch.tensor(curve[1:]).double()
+        curve = torch.tensor([cosine_curve(t, T) for t in range(T + 1)], dtype=torch.float64)
+        before, after = curve[:-1], curve[1:]
         found = alpha_bar(T)
         wrong = compare(found, cosine_schedule(T), [
             (linear_schedule(T), "still the linear schedule: " + TO_DO),
-            (before / start, "alpha_bar at index t belongs to t + 1 steps: the first is not 1"),
+            (before / curve[0], "alpha_bar at index t belongs to t + 1 steps: the first is not 1"),
             (before, "alpha_bar at index t belongs to t + 1 steps; and divide by the curve at 0"),
             (after, "divide by the curve at 0, so that all of the image is there before the first step")])
         if wrong:
@@ -215,6 +215,11 @@ def spread(values):
     return values.view(-1, 1, 1, 1)
 
 
+def noised(x_0, t, noise, ab):
+    """The right answer to noisy."""
+    return spread(ab[t].sqrt()) * x_0 + spread((1 - ab[t]).sqrt()) * noise
+
+
 def levels_of(x, t):
     """t as a list, if a model may be told it so."""
     if not torch.is_tensor(t) or t.shape != (len(x),) or t.is_floating_point():
@@ -227,7 +232,7 @@ def check_noisy(noisy):
     ab, t = linear_schedule(), torch.tensor([0, 250, 999])
     x_0, noise = random(3, 1, 3, 3), random(3, 1, 3, 3, seed=1)
     image, other = spread(ab[t].sqrt()), spread((1 - ab[t]).sqrt())
-    return compare(noisy(x_0.clone(), t.clone(), noise.clone(), ab.clone()), image * x_0 + other * noise, [
+    return compare(noisy(x_0.clone(), t.clone(), noise.clone(), ab.clone()), noised(x_0, t, noise, ab), [
         (spread(ab[t]) * x_0 + spread(1 - ab[t]) * noise, "the factors are the roots of alpha_bar and "
          "1 - alpha_bar"),
         (ab[t].sqrt() * x_0 + (1 - ab[t]).sqrt() * noise, "the factors go along the columns of the pictures: give "
@@ -241,7 +246,7 @@ def check_noisy(noisy):
 def check_loss(loss):
     ab, t = linear_schedule(), torch.tensor([0, 250, 999])
     x_0, noise = random(3, 1, 3, 3), random(3, 1, 3, 3, seed=1)
-    x_t = spread(ab[t].sqrt()) * x_0 + spread((1 - ab[t]).sqrt()) * noise
+    x_t = noised(x_0, t, noise, ab)
     seen, half = [], torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 
     def model(x, times):
@@ -279,7 +284,7 @@ def check_learn(learn):
     images = torch.nn.functional.pad(pictures, (1, 1, 1, 1)) / 127.5 - 1
     ab, t = linear_schedule().float(), torch.arange(256) * 1000 // 256
     noise = random(256, 1, 16, 16).float()
-    x_t = spread(ab[t].sqrt()) * images + spread((1 - ab[t]).sqrt()) * noise
+    x_t = noised(images, t, noise, ab)
     torch.manual_seed(0)
     model = create_model(base_channels=16)
     before = [p.detach().clone() for p in model.parameters()]
