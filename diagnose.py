@@ -265,7 +265,7 @@ def check_training(ratio, losses, settings):
 def check_samples(samples, images, held):
     """Copies of training images, and colours or contrast that the data do not have. All uint8."""
     found = []
-    near, usual = nearest_images(samples, images)[0], nearest_images(held, images)[0]
+    near, usual = nearest_images(samples, images)[0][0], nearest_images(held, images)[0][0]
     # Where all images are equally far from each other, the second condition is the one that tells.
     copied = copied_share(near, usual) if float(near.median() / usual.median()) < 0.8 else 0.0
     if copied > 0.15:

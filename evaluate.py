@@ -25,7 +25,7 @@ from data import DATASETS, Batches, class_names, get_dataset, split_held_out
 from diffusion import SAMPLERS, model_calls
 from images import save_strip, to_signed, to_uint8
 from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images,
-                      precision_recall)
+                      precision_recall, single_share)
 from sample import (CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, guidance_words, load_model,
                     load_weak, seconds_for, thinned)
 from schedules import SPACINGS
@@ -132,10 +132,11 @@ def copies(images, features, training, reference, held, held_features, mirrored=
     pixels_held, _ = nearest_images(held, training, mirrored)
     by_features, _ = nearest(features, reference)
     by_features_held, _ = nearest(held_features, reference)
-    return {"copied": copied_share(pixels, pixels_held),
-            "copied_in_features": copied_share(by_features, by_features_held),
-            "median_distance": float(pixels.median()),
-            "median_distance_held_out": float(pixels_held.median())}, index
+    return {"copied": copied_share(pixels[0], pixels_held[0]),
+            "copied_in_features": copied_share(by_features[0], by_features_held[0]),
+            "single": single_share(pixels), "single_held_out": single_share(pixels_held),
+            "median_distance": float(pixels[0].median()),
+            "median_distance_held_out": float(pixels_held[0].median())}, index[0]
 
 
 @torch.no_grad()
@@ -308,7 +309,7 @@ def main(argv=None):
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "
-          f"{len(held)} {held_name}")
+          f"{len(held)} {held_name}" + (f"; away from {args.weak}" if weak else ""))
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
@@ -325,8 +326,8 @@ def main(argv=None):
 
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("output_dir", "data_dir", "weak")}
-    settings.update(digest=data["digest"], weak=weak_digest, torch=torch.__version__,
-                    checkpoint=Path(args.checkpoint).name)
+    settings.update(digest=data["digest"], checkpoint=Path(args.checkpoint).name, torch=torch.__version__,
+                    weak=weak_digest, weak_file=Path(args.weak).name if weak else None)
     draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"], seed=args.seed,
                              eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance,
                              guidance_interval=args.guidance_interval, weak=weak,
@@ -348,7 +349,9 @@ def main(argv=None):
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     copied = found["copies"]
     print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of the "
-          f"held-out images are ({copied['copied_in_features']:.1%} in features)")
+          f"held-out images are ({copied['copied_in_features']:.1%} in features)\n"
+          f"          {copied['single']:.1%} are less than a third as far from one training image as from any other "
+          f"({copied['single_held_out']:.1%} of the held-out images)")
     losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
     print(f"  loss in ten ranges of t, held-out images: {losses}")
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())

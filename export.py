@@ -4,7 +4,8 @@
 
 sample.py and all that draws reads it like any checkpoint; a new training can start from it, but its own cannot
 be resumed. The card says how the model was trained and what evaluate.py found: print it with
-python export.py --card pretrained/mnist.pt
+python export.py --card pretrained/mnist.pt. If it was measured with --weak, the card names that file, and sample.py
+takes it where it lies beside the small one.
 """
 
 import json
@@ -55,7 +56,8 @@ def read_evaluation(path, checkpoint, digest):
                  "agreement": samples.get("agreement"), "copied": found["copies"]["copied"],
                  **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance",
                                                    "label", "seed")},
-                 "sampler_steps": found["steps"], "guidance_interval": found.get("guidance_interval")}
+                 "sampler_steps": found["steps"], "guidance_interval": found.get("guidance_interval"),
+                 "weak": found.get("weak_file")}
         numbers = [facts["fd"], facts["fd_error"], facts["fd_floor"], facts["copied"], facts["guidance"]]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise ValueError("not all of its numbers are numbers")
@@ -63,8 +65,6 @@ def read_evaluation(path, checkpoint, digest):
             raise ValueError("its words are too many")
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no evaluation.json of evaluate.py") from error
-    if found.get("weak"):
-        raise ValueError(f"{path} was measured with --weak, and the small file holds one model")
     if measured != digest:
         raise ValueError(f"{path} measures another checkpoint than {checkpoint}")
     return facts
@@ -91,6 +91,9 @@ def main(argv=None):
     make_output_dir(output.parent, output.name)
     export(args.checkpoint, output, args.evaluation, **({"training": args.training} if args.training else {}))
     print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
+    weak = load_checkpoint(output)["card"].get("weak")
+    if weak and not (output.parent / weak).exists():
+        print(f"put {weak}, the weak model it was measured with, beside it")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
     frechet_distance(a, b)              two clouds of features as two Gaussians: mean and spread
     kernel_distance(a, b)               the same question without assuming Gaussians (KID)
     precision_recall(samples, real)     are the samples among the real ones, and the real among the samples?
-    nearest(images, training)           the training image that each image is most like
-    copied_share(distances, held_out)   how many are suspiciously close to one
+    nearest(images, training)           the training images that each image is most like
+    copied_share(distances, held_out)   how many are closer to one than unseen images are
+    single_share(distances)             how many are far closer to one than to any other
 
 Features are [N, D]; classifier.py makes them out of images.
 """
+
+import math
 
 import torch
 
@@ -86,17 +89,21 @@ def _shifted(images, pixels=1):
 
 
 def nearest(queries, references):
-    """(distances [N], indices [N]) of the closest row of references [M, D] to each of queries [N, D]."""
-    found = [torch.stack([torch.stack(torch.cdist(part, block).min(1)) for block in references.split(20_000)])
-             for part in queries.split(1000)]
-    distances, indices = torch.cat(found, dim=2).unbind(1)                      # each [blocks, N]
-    best = distances.argmin(0)
-    pick = torch.arange(len(queries))
-    return distances[best, pick], indices[best, pick].long() + best * 20_000
+    """(distances [2, N], indices [2, N]) of the closest rows of references [M, D] to each of queries [N, D], and
+    of the second closest."""
+    distances, indices = [], []
+    for start in range(0, len(references), 20_000):
+        block = references[start:start + 20_000]
+        found = [torch.cdist(part, block).topk(min(2, len(block)), largest=False) for part in queries.split(1000)]
+        distances.append(torch.cat([values for values, _ in found]))
+        indices.append(torch.cat([places for _, places in found]) + start)
+    best, pick = torch.cat(distances, dim=1).topk(min(2, len(references)), largest=False)       # [N, 2]
+    return best.T, torch.cat(indices, dim=1).gather(1, pick).T
 
 
 def nearest_images(images, training, mirrored=False):
-    """(distances [N], indices [N]) of the most similar training image, which may have been moved by one pixel.
+    """(distances [2, N], indices [2, N]) of the most similar training image, which may have been moved by one
+    pixel, and of the second.
 
     images, training: uint8 [N, C, H, W].  mirrored: look at the mirror images, too (training with flips).
     The distance is the root of the mean squared difference, 0 to 1.
@@ -105,10 +112,12 @@ def nearest_images(images, training, mirrored=False):
     variants = [image for view in ([images, images.flip(-1)] if mirrored else [images])
                 for image in _shifted(view.float() / 255)]
     found = [nearest(variant.flatten(1), flat) for variant in variants]
-    distances = torch.stack([d for d, _ in found])
-    best, pick = distances.argmin(0), torch.arange(len(images))
-    indices = torch.stack([i for _, i in found])[best, pick]
-    return distances[best, pick] / flat.shape[1] ** 0.5, indices
+    distances, indices = (torch.cat(parts) for parts in zip(*found))            # [2 * variants, N]
+    first, pick = distances.min(0)
+    index = indices.gather(0, pick[None])                                       # [1, N]
+    second, other = distances.masked_fill(indices == index, math.inf).min(0)    # of another training image
+    return (torch.stack([first, second]) / flat.shape[1] ** 0.5,
+            torch.cat([index, indices.gather(0, other[None])]))
 
 
 def copied_share(distances, held_out, quantile=0.005):
@@ -117,3 +126,11 @@ def copied_share(distances, held_out, quantile=0.005):
     About `quantile` for images that the training set knows nothing of; more means that it was learnt by heart.
     """
     return float((distances < torch.quantile(held_out, quantile)).double().mean())
+
+
+def single_share(distances):
+    """The share of images that are less than a third as far from one training image as from any other: the usual
+    measure of what was learnt by heart (Yoon et al. 2023). Plain images, which are near to many, do not count, nor
+    do copies of what the training set has twice.  distances: [2, N], of the two nearest.
+    """
+    return float((distances[0] < distances[1] / 3).double().mean())

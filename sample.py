@@ -112,28 +112,38 @@ def load_model(path, device="cpu", ema=True, image_size=None):
 
 
 def card_recipe(card, T):
-    """{sampler, steps or None, guidance, guidance_interval or None} with which a model was measured, as its card
-    (export.py) tells. Where it does not: ddim, its own number of steps, and the class followed plainly."""
+    """{sampler, steps or None, guidance, guidance_interval or None, weak or None} with which a model was measured,
+    as its card (export.py) tells; weak is the name of a file beside it. Where the card does not tell: ddim, its
+    own number of steps, and the class followed plainly."""
     card = card if isinstance(card, dict) else {}
-    sampler, steps, guidance = card.get("sampler"), card.get("sampler_steps"), card.get("guidance")
+    sampler, steps, guidance, weak = (card.get(name) for name in ("sampler", "sampler_steps", "guidance", "weak"))
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         sampler, steps = "ddim", None
     levels = card.get("guidance_interval")
     known = isinstance(levels, (list, tuple)) and [type(level) for level in levels] == [int, int]
     return {"guidance_interval": tuple(levels) if known else None,
             "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
-            "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0}
+            "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0,
+            "weak": weak if isinstance(weak, str) and weak and weak == Path(weak).name else None}   # never a path
 
 
 def fill_in(args, data):
-    """Take the model's own sampler, steps and guidance where the command line names none. ValueError for guidance
-    towards nothing."""
+    """Take the model's own sampler, steps, guidance and weak model where the command line names none. ValueError
+    for guidance towards nothing."""
     if args.sampler is None:
         args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
     guided = data["classes"] and args.label != "none"
+    as_measured = guided and not args.weak
+    if data["weak"] and not args.weak and args.guidance != 1:
+        beside = Path(args.checkpoint).parent / data["weak"]
+        as_measured = beside.is_file()
+        if as_measured:
+            args.weak = str(beside)
+        else:
+            print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: drawing without")
     if args.guidance is None:
-        args.guidance = WEAK_GUIDANCE if args.weak else data["guidance"] if guided else 1.0
-        if guided and not args.weak and args.guidance not in (0, 1):
+        args.guidance = data["guidance"] if as_measured else WEAK_GUIDANCE if args.weak else 1.0
+        if as_measured and args.guidance not in (0, 1):
             args.guidance_interval = args.guidance_interval or data["guidance_interval"]
     elif args.guidance not in (0, 1) and not guided and not args.weak:
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards, or a --weak model: "
@@ -376,7 +386,8 @@ def main(argv=None):
         note["weak"] = weak_digest
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
-    print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})")
+    print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})"
+          + (f", and away from {args.weak}" if weak else ""))
     levels = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)
     evaluations = model_calls(levels, args.guidance, args.guidance_interval)
     seconds = seconds_for(model, diffusion, count, size, args.batch_size, evaluations, device, precision)

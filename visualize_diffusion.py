@@ -306,8 +306,8 @@ def draw_from_model(name, args, path, loaded):
     count = count if y is None else len(y)                  # several labels get full rows
     sampler = "ddpm" if name == "one_step" else args.sampler
     steps_list = args.steps_list or sorted({min(steps, T) for steps in STEPS_LIST})
-    # As the model's card says; one step is explained plainly.
-    plain = y is None or name == "one_step" or args.label == "none"
+    # As the model's card says; one step is explained plainly, and no figure is drawn away from a weak model.
+    plain = y is None or name == "one_step" or args.label == "none" or data["weak"]
     guidance, interval = (1.0, None) if plain else (data["guidance"], data["guidance_interval"])
 
     def calls_of(steps):

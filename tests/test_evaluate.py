@@ -14,7 +14,7 @@ from classifier import Classifier, get_classifier, load_classifier, look, save_c
 from data import get_dataset
 from images import to_signed, to_uint8
 from measures import (copied_share, frechet_between, frechet_distance, kernel_distance, nearest,
-                      nearest_images, precision_recall)
+                      nearest_images, precision_recall, single_share)
 from sample import generate, load_model
 from synthetic import digits
 from test_commands import fails
@@ -79,10 +79,18 @@ def test_nearest_equals_a_plain_loop():
     random = torch.Generator().manual_seed(0)
     queries, references = torch.randn(7, 3, generator=random), torch.randn(40, 3, generator=random)
     distances, indices = nearest(queries, references)
-    for query, distance, index in zip(queries, distances, indices):
+    for query, distance, index in zip(queries, distances.T, indices.T):
         all_distances = [math.dist(query.tolist(), reference.tolist()) for reference in references]
-        assert distance == pytest.approx(min(all_distances), abs=1e-4)
-        assert index == int(np.argmin(all_distances))
+        assert distance.tolist() == pytest.approx(sorted(all_distances)[:2], abs=1e-4)
+        assert index.tolist() == np.argsort(all_distances)[:2].tolist()
+
+
+def test_the_two_nearest_are_found_in_different_blocks():
+    references = torch.randn(50_000, 4, generator=torch.Generator().manual_seed(0)) + 9        # three blocks
+    references[[100, 25_000, 45_000]] = torch.tensor([[0.2], [0.0], [-0.1]]).expand(3, 4)
+    distances, indices = nearest(torch.zeros(30, 4), references)
+    assert (indices[0] == 25_000).all() and (indices[1] == 45_000).all()
+    assert distances[:, 0].tolist() == pytest.approx([0, 0.2], abs=1e-3)        # float32
 
 
 def test_planted_copies_are_counted_also_those_moved_by_a_pixel():
@@ -93,17 +101,32 @@ def test_planted_copies_are_counted_also_those_moved_by_a_pixel():
     others[:25] = training[100:125]
     others[25:38] = torch.roll(training[200:213], 1, dims=-1)
     others[38:50] = torch.roll(training[213:225], 1, dims=-2)
-    limit, _ = nearest_images(held, training)
-    distances, index = nearest_images(others, training)
+    limit = nearest_images(held, training)[0][0]
+    (distances, second), (index, _) = nearest_images(others, training)
     assert 0.08 <= copied_share(distances, limit) <= 0.12
     assert index[:50].tolist() == [*range(100, 125), *range(200, 225)] and distances[:50].max() < 0.02
     assert copied_share(distances[50:], limit) <= 0.02
+    assert single_share(torch.stack([distances, second])) == 0.1
+
+
+def test_plain_images_are_no_copies_of_one_image():
+    """An even grey is close to all nearly even greys, closer than any held-out image need be, and to none alone;
+    so is a copy of what the training set has twice. The nearest two count one image once, however it is moved."""
+    random = torch.Generator().manual_seed(0)
+    plain = torch.randint(126, 131, (300, 1, 16, 16), generator=random, dtype=torch.uint8)
+    busy = torch.randint(0, 256, (300, 1, 16, 16), generator=random, dtype=torch.uint8)
+    training = torch.cat([plain[:200], busy[:200], busy[:1]])
+    distances, index = nearest_images(plain[200:], training)
+    assert copied_share(distances[0], nearest_images(busy[200:], training)[0][0]) == 1
+    assert single_share(distances) == 0 and (index[0] != index[1]).all()
+    assert single_share(nearest_images(busy[1:3], training)[0]) == 1
+    assert single_share(nearest_images(busy[:1], training)[0]) == 0
 
 
 def test_mirrored_copies_are_found_when_asked_for():
     images, _ = digits(60, seed=1)
-    assert nearest_images(images[:20].flip(-1), images, mirrored=True)[0].max() < 1e-3
-    assert nearest_images(images[:20].flip(-1), images)[0].max() > 0.05
+    assert nearest_images(images[:20].flip(-1), images, mirrored=True)[0][0].max() < 1e-3
+    assert nearest_images(images[:20].flip(-1), images)[0][0].max() > 0.05
 
 
 def test_classes_are_drawn_by_chance_as_the_training_images_have_them():

@@ -1,6 +1,7 @@
 """Small files to share: what is in them, and what export.py refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -93,11 +94,33 @@ def test_sampling_takes_the_sampler_of_the_card(named, flags, taken, two_shades,
     assert (note["sampler"], note["steps"]) == taken
 
 
-def test_an_evaluation_of_two_models_makes_no_card_for_one(two_shades, evaluation, tmp_path, capsys):
-    evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "weak": "0123"}))
-    assert "--weak" in fails(capsys, export.main, "--checkpoint", two_shades, "--evaluation", evaluation, "--output",
-                             tmp_path / "x.pt")
-    assert not (tmp_path / "x.pt").exists()
+def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_path, capsys):
+    """Measured away from a weak model, drawn away from it: where it lies beside the small file, and unless the
+    command line asks for the model alone. The picture tells which, and is made again."""
+    evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "guidance": 3.0, "weak": "0123",
+                                      "weak_file": "early.pt", "guidance_interval": [0, 10]}))
+    small, sheet = tmp_path / "small.pt", tmp_path / "generated_samples.png"
+    export.main(["--checkpoint", str(two_shades), "--evaluation", str(evaluation), "--output", str(small)])
+    assert "put early.pt" in capsys.readouterr().out
+
+    def drawn(*flags):
+        sample.main(["--checkpoint", str(small), "--num_images", "2", "--label", "none", "--device", "cpu",
+                     "--output_dir", str(tmp_path), *flags])
+        note = read_note(sheet)
+        return note["guidance"], note.get("guidance_interval"), "weak" in note
+
+    assert drawn() == (1, None, False) and "no such file: drawing without" in capsys.readouterr().out
+    shutil.copy(two_shades, tmp_path / "early.pt")
+    assert drawn() == (3, "0,10", True) and f"away from {tmp_path / 'early.pt'}" in capsys.readouterr().out
+    sample.main(["--recreate", str(sheet), "--checkpoint", str(small), "--output_dir", str(tmp_path)])
+    assert "byte for byte" in capsys.readouterr().out
+    assert drawn("--guidance", "2") == (2, None, True) and drawn("--guidance", "1") == (1, None, False)
+    assert drawn("--weak", str(two_shades)) == (sample.WEAK_GUIDANCE, None, True)
+
+
+@pytest.mark.parametrize("name", ["../early.pt", "/early.pt", "", ["early.pt"], 7])
+def test_a_card_names_no_weak_model_elsewhere(name):
+    assert sample.card_recipe({"weak": name}, 1000)["weak"] is None
 
 
 @pytest.mark.parametrize("named, flags, taken", [
