@@ -288,7 +288,7 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "race.json", "nearest.png",
                                  "race.png")
     model, diffusion, data = load_model(args.checkpoint, device)
-    fill_in(args, data)
+    fill_in(args, data, diffusion.num_timesteps)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     if args.race:
         args.sampler = args.steps = None                        # in race.json: all of them

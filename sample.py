@@ -34,7 +34,7 @@ MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 OWN = "outputs/model_final.pt"
 MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
-WEAK_GUIDANCE = 2.0
+WEAK_GUIDANCE, WEAK_FROM = 3.0, 0.3  # by --weak, at the noisier levels: from this share of T on
 CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
 
 
@@ -127,7 +127,7 @@ def card_recipe(card, T):
             "weak": weak if isinstance(weak, str) and weak and weak == Path(weak).name else None}   # never a path
 
 
-def fill_in(args, data):
+def fill_in(args, data, T):
     """Take the model's own sampler, steps, guidance and weak model where the command line names none. ValueError
     for guidance towards nothing."""
     if args.sampler is None:
@@ -142,9 +142,13 @@ def fill_in(args, data):
         else:
             print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: drawing without")
     if args.guidance is None:
-        args.guidance = data["guidance"] if as_measured else WEAK_GUIDANCE if args.weak else 1.0
-        if as_measured and args.guidance not in (0, 1):
-            args.guidance_interval = args.guidance_interval or data["guidance_interval"]
+        args.guidance, levels = 1.0, None
+        if as_measured:
+            args.guidance, levels = data["guidance"], data["guidance_interval"]
+        elif args.weak:
+            args.guidance, levels = WEAK_GUIDANCE, (round(WEAK_FROM * T), T)
+        if args.guidance not in (0, 1):
+            args.guidance_interval = args.guidance_interval or levels
     elif args.guidance not in (0, 1) and not guided and not args.weak:
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards, or a --weak model: "
                          + ("--label none has none" if data["classes"] else "the model was trained without"))
@@ -327,8 +331,8 @@ def main(argv=None):
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "
         "the model's card says where --guidance is not given, else all", metavar="LOW,HIGH", type=interval)
     add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
-        f"mistakes, also without classes; --guidance is then {WEAK_GUIDANCE:g} unless "
-        "given", metavar="FILE")
+        f"mistakes, also without classes, by {WEAK_GUIDANCE:g} at the noisier {1 - WEAK_FROM:.0%} of the levels "
+        "unless --guidance says otherwise; default: what the model's card names beside it", metavar="FILE")
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")
@@ -367,7 +371,7 @@ def main(argv=None):
     if again and again["weights"] != data["digest"]:
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
                          f"digest {str(again['weights'])[:12]}..., not {data['digest'][:12]}...")
-    fill_in(args, data)
+    fill_in(args, data, diffusion.num_timesteps)
     size, classes = data["image_size"], data["classes"]
     y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
     count = args.num_images if y is None else len(y)

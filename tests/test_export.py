@@ -115,7 +115,7 @@ def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_p
     sample.main(["--recreate", str(sheet), "--checkpoint", str(small), "--output_dir", str(tmp_path)])
     assert "byte for byte" in capsys.readouterr().out
     assert drawn("--guidance", "2") == (2, None, True) and drawn("--guidance", "1") == (1, None, False)
-    assert drawn("--weak", str(two_shades)) == (sample.WEAK_GUIDANCE, None, True)
+    assert drawn("--weak", str(two_shades)) == (sample.WEAK_GUIDANCE, "15,50", True)
 
 
 @pytest.mark.parametrize("name", ["../early.pt", "/early.pt", "", ["early.pt"], 7])
