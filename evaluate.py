@@ -350,8 +350,8 @@ def main(argv=None):
     copied = found["copies"]
     print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of the "
           f"held-out images are ({copied['copied_in_features']:.1%} in features)\n"
-          f"          {copied['single']:.1%} are less than a third as far from one training image as from any other "
-          f"({copied['single_held_out']:.1%} of the held-out images)")
+          f"          {copied['single']:.1%} are less than a third as far from one training image as from "
+          f"any other ({copied['single_held_out']:.1%} of the held-out images)")
     losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
     print(f"  loss in ten ranges of t, held-out images: {losses}")
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())

@@ -4,8 +4,8 @@
 
 sample.py and all that draws reads it like any checkpoint; a new training can start from it, but its own cannot
 be resumed. The card says how the model was trained and what evaluate.py found: print it with
-python export.py --card pretrained/mnist.pt. If it was measured with --weak, the card names that file, and sample.py
-takes it where it lies beside the small one.
+python export.py --card pretrained/mnist.pt. If it was measured with --weak, the card names that file, and
+sample.py takes it where it lies beside the small one.
 """
 
 import json
@@ -21,7 +21,7 @@ KEPT = ("model_name", "model_config", "diffusion_config", "data")
 def export(checkpoint, output, evaluation=None, **card):
     """Write the small file. evaluation: what evaluate.py wrote, for this very checkpoint.  card: plain values.
 
-    A checkpoint that is small already keeps its weights and gets a newer card.
+    A checkpoint that is small already keeps its weights and gets a newer card. Returns the card.
     Raises ValueError if the evaluation is another checkpoint's.
     """
     if Path(output).exists() and Path(output).samefile(checkpoint):
@@ -45,6 +45,7 @@ def export(checkpoint, output, evaluation=None, **card):
     if evaluation:
         card.update(read_evaluation(evaluation, checkpoint, drawing_digest(entries)))
     save_checkpoint(output, {**kept, "ema": weights, "card": card})
+    return card
 
 
 def read_evaluation(path, checkpoint, digest):
@@ -65,6 +66,8 @@ def read_evaluation(path, checkpoint, digest):
             raise ValueError("its words are too many")
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no evaluation.json of evaluate.py") from error
+    if found.get("weak") and not isinstance(facts["weak"], str):
+        raise ValueError(f"{path} was measured with --weak and does not name its file: measure anew")
     if measured != digest:
         raise ValueError(f"{path} measures another checkpoint than {checkpoint}")
     return facts
@@ -89,11 +92,11 @@ def main(argv=None):
         return
     output = Path(args.output)
     make_output_dir(output.parent, output.name)
-    export(args.checkpoint, output, args.evaluation, **({"training": args.training} if args.training else {}))
+    card = export(args.checkpoint, output, args.evaluation,
+                  **({"training": args.training} if args.training else {}))
     print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
-    weak = load_checkpoint(output)["card"].get("weak")
-    if weak and not (output.parent / weak).exists():
-        print(f"put {weak}, the weak model it was measured with, beside it")
+    if card.get("weak") and not (output.parent / card["weak"]).exists():
+        print(f"put {card['weak']}, the weak model it was measured with, beside it")
 
 
 if __name__ == "__main__":

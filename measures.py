@@ -89,12 +89,13 @@ def _shifted(images, pixels=1):
 
 
 def nearest(queries, references):
-    """(distances [2, N], indices [2, N]) of the closest rows of references [M, D] to each of queries [N, D], and
-    of the second closest."""
+    """(distances [2, N], indices [2, N]) of the closest and the second closest row of references [M, D] to each
+    of queries [N, D]."""
     distances, indices = [], []
     for start in range(0, len(references), 20_000):
         block = references[start:start + 20_000]
-        found = [torch.cdist(part, block).topk(min(2, len(block)), largest=False) for part in queries.split(1000)]
+        found = [torch.cdist(part, block).topk(min(2, len(block)), largest=False)
+                 for part in queries.split(1000)]
         distances.append(torch.cat([values for values, _ in found]))
         indices.append(torch.cat([places for _, places in found]) + start)
     best, pick = torch.cat(distances, dim=1).topk(min(2, len(references)), largest=False)       # [N, 2]
@@ -129,8 +130,8 @@ def copied_share(distances, held_out, quantile=0.005):
 
 
 def single_share(distances):
-    """The share of images that are less than a third as far from one training image as from any other: the usual
-    measure of what was learnt by heart (Yoon et al. 2023). Plain images, which are near to many, do not count, nor
-    do copies of what the training set has twice.  distances: [2, N], of the two nearest.
+    """The share of images that are less than a third as far from one training image as from any other: the
+    usual measure of what was learnt by heart (Yoon et al. 2023). Plain images, which are near to many, do not
+    count, nor do copies of what the training set has twice.  distances: [2, N], of the two nearest.
     """
     return float((distances[0] < distances[1] / 3).double().mean())

@@ -112,11 +112,11 @@ def load_model(path, device="cpu", ema=True, image_size=None):
 
 
 def card_recipe(card, T):
-    """{sampler, steps or None, guidance, guidance_interval or None, weak or None} with which a model was measured,
-    as its card (export.py) tells; weak is the name of a file beside it. Where the card does not tell: ddim, its
-    own number of steps, and the class followed plainly."""
+    """{sampler, steps or None, guidance, guidance_interval or None, weak or None} with which a model was
+    measured, as its card (export.py) tells; weak is the name of a file beside it. Where the card does not tell:
+    ddim, its own number of steps, and the class followed plainly."""
     card = card if isinstance(card, dict) else {}
-    sampler, steps, guidance, weak = (card.get(name) for name in ("sampler", "sampler_steps", "guidance", "weak"))
+    sampler, steps, guidance, weak = map(card.get, ("sampler", "sampler_steps", "guidance", "weak"))
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         sampler, steps = "ddim", None
     levels = card.get("guidance_interval")
@@ -124,12 +124,13 @@ def card_recipe(card, T):
     return {"guidance_interval": tuple(levels) if known else None,
             "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
             "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0,
-            "weak": weak if isinstance(weak, str) and weak and weak == Path(weak).name else None}   # never a path
+            # Never a path: only what lies beside.
+            "weak": weak if isinstance(weak, str) and weak and weak == Path(weak).name else None}
 
 
 def fill_in(args, data, T):
-    """Take the model's own sampler, steps, guidance and weak model where the command line names none. ValueError
-    for guidance towards nothing."""
+    """Take the model's own sampler, steps, guidance and weak model where the command line names none.
+    ValueError for guidance towards nothing."""
     if args.sampler is None:
         args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
     guided = data["classes"] and args.label != "none"
@@ -140,7 +141,8 @@ def fill_in(args, data, T):
         if as_measured:
             args.weak = str(beside)
         else:
-            print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: drawing without")
+            print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: "
+                  "drawing without")
     if args.guidance is None:
         args.guidance, levels = 1.0, None
         if as_measured:
@@ -331,8 +333,9 @@ def main(argv=None):
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "
         "the model's card says where --guidance is not given, else all", metavar="LOW,HIGH", type=interval)
     add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
-        f"mistakes, also without classes, by {WEAK_GUIDANCE:g} at the noisier {1 - WEAK_FROM:.0%} of the levels "
-        "unless --guidance says otherwise; default: what the model's card names beside it", metavar="FILE")
+        f"mistakes, also without classes, by {WEAK_GUIDANCE:g} at the noisier {1 - WEAK_FROM:.0%} of the "
+        "levels unless --guidance says otherwise; default: what the model's card names beside it",
+        metavar="FILE")
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")

@@ -110,8 +110,8 @@ def test_planted_copies_are_counted_also_those_moved_by_a_pixel():
 
 
 def test_plain_images_are_no_copies_of_one_image():
-    """An even grey is close to all nearly even greys, closer than any held-out image need be, and to none alone;
-    so is a copy of what the training set has twice. The nearest two count one image once, however it is moved."""
+    """An even grey is close to all nearly even greys, closer than any held-out image need be, and to none
+    alone; so is a copy of what the training set has twice. One image counts once, however it is moved."""
     random = torch.Generator().manual_seed(0)
     plain = torch.randint(126, 131, (300, 1, 16, 16), generator=random, dtype=torch.uint8)
     busy = torch.randint(0, 256, (300, 1, 16, 16), generator=random, dtype=torch.uint8)

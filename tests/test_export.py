@@ -95,8 +95,8 @@ def test_sampling_takes_the_sampler_of_the_card(named, flags, taken, two_shades,
 
 
 def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_path, capsys):
-    """Measured away from a weak model, drawn away from it: where it lies beside the small file, and unless the
-    command line asks for the model alone. The picture tells which, and is made again."""
+    """Measured away from a weak model, drawn away from it: where it lies beside the small file, and unless
+    the command line asks for the model alone. The picture tells which, and is made again."""
     evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "guidance": 3.0, "weak": "0123",
                                       "weak_file": "early.pt", "guidance_interval": [0, 10]}))
     small, sheet = tmp_path / "small.pt", tmp_path / "generated_samples.png"
@@ -116,6 +116,13 @@ def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_p
     assert "byte for byte" in capsys.readouterr().out
     assert drawn("--guidance", "2") == (2, None, True) and drawn("--guidance", "1") == (1, None, False)
     assert drawn("--weak", str(two_shades)) == (sample.WEAK_GUIDANCE, "15,50", True)
+
+
+def test_an_evaluation_that_does_not_name_its_weak_model_makes_no_card(two_shades, evaluation, tmp_path, capsys):
+    evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "weak": "0123"}))
+    assert "--weak" in fails(capsys, export.main, "--checkpoint", two_shades, "--evaluation", evaluation, "--output",
+                             tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
 
 
 @pytest.mark.parametrize("name", ["../early.pt", "/early.pt", "", ["early.pt"], 7])
