@@ -34,7 +34,8 @@ from diffusion import seeded_noise
 from folders import read_picture
 from images import save_images, save_strip, to_signed
 from interpolate import load_pictures, psnr
-from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model, seconds_for, thinned
+from load import CHECKPOINT_HELP, find_model, load_model
+from sample import choose_labels, seconds_for, thinned
 from utils import describe_device, get_device
 
 

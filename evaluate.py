@@ -24,10 +24,10 @@ from command_line import (Parser, command, format_seconds, fraction, guidance_nu
 from data import DATASETS, Batches, class_names, get_dataset, split_held_out
 from diffusion import SAMPLERS, model_calls
 from images import save_strip, to_signed, to_uint8
+from load import CHECKPOINT_HELP, fill_in, find_model, load_model, load_weak
 from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall, single_share)
-from sample import (CHECKPOINT_HELP, choose_labels, fill_in, find_model, generate, guidance_words, load_model,
-                    load_weak, seconds_for, thinned)
+from sample import choose_labels, generate, guidance_words, seconds_for, thinned
 from schedules import SPACINGS
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
 

@@ -40,7 +40,7 @@ class Foreign(nn.Module):
 
 
 def load_foreign(path, entries=None, image_size=None):
-    """A model ready to sample from, out of another library's checkpoint: what sample.load_model returns.
+    """A model ready to sample from, out of another library's checkpoint: what load.load_model returns.
 
     entries: what checkpoint.read_container found in a Trainer's file; None if path is a folder of diffusers.
     image_size: in pixels, for a checkpoint that does not tell it; default UNKNOWN_SIZE.

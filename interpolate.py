@@ -20,7 +20,8 @@ from command_line import (Parser, command, format_seconds, make_output_dir, posi
 from diffusion import seeded_noise
 from folders import read_picture
 from images import save_gif, save_images, save_strip, to_signed, to_uint8
-from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model, seconds_for
+from load import CHECKPOINT_HELP, find_model, load_model
+from sample import choose_labels, seconds_for
 from utils import describe_device, get_device
 
 

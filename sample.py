@@ -9,7 +9,6 @@ Writes outputs/generated_samples.png; with --show_intermediate also generation_s
 and generation_frames/. The PNG tells how it was made, and --recreate makes it again.
 """
 
-import contextlib
 import math
 import sys
 from pathlib import Path
@@ -19,156 +18,16 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import interop
-from checkpoint import (check_weights, drawing_digest, load_checkpoint, read_container, told_of,
-                        whole_precision)
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval, make_output_dir,
                           positive_int, seed_number, spare, whole_number)
-from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
+from diffusion import SAMPLERS, model_calls, seeded_noise
 from images import image_grid, png_bytes, save_gif, save_images, save_strip, to_uint8
-from models import create_model
+from load import CHECKPOINT_HELP, WEAK_FROM, WEAK_GUIDANCE, fill_in, find_model, load_model, load_weak
 from recipe import as_flags, compare, make_note, read_recipe
 from schedules import SPACINGS
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
 
-MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
-PRETRAINED = Path(__file__).resolve().parent / "pretrained"
-OWN = "outputs/model_final.pt"
 MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
-WEAK_GUIDANCE, WEAK_FROM = 3.0, 0.3  # by --weak, at the noisier levels: from this share of T on
-CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
-
-
-def find_model(checkpoint=None, dataset=None, made_with=None):
-    """The path of the weights to draw from: your own, or as long as there are none those that are shipped.
-
-    checkpoint: a file, or None for OWN.  dataset: take the shipped weights of this data set.
-    made_with: where neither is named, take those of this digest.
-    Raises ValueError where there is nothing.
-    """
-    shipped = sorted(path.stem for path in PRETRAINED.glob("*.pt") if not path.stem.startswith("classifier"))
-    if made_with is not None and checkpoint is None and dataset is None:
-        own = [Path(OWN)] * Path(OWN).exists()
-        for path in [*own, *(PRETRAINED / f"{name}.pt" for name in shipped)]:
-            with contextlib.suppress(ValueError):                      # a damaged file is not the one
-                if load_model(path)[2]["digest"] == made_with:
-                    return path
-        raise ValueError(f"neither {OWN} nor shipped weights made that picture: name with --checkpoint what did")
-    if dataset is not None:
-        if dataset not in shipped:
-            raise ValueError(f"no weights are shipped for {dataset!r}; choose from {', '.join(shipped)}, or "
-                             f"train your own with python train.py --dataset {dataset}")
-        return PRETRAINED / f"{dataset}.pt"
-    if checkpoint is None and not Path(OWN).exists() and "mnist" in shipped:
-        print(f"no {OWN} yet: taking the weights that are shipped, pretrained/mnist.pt")
-        return PRETRAINED / "mnist.pt"
-    checkpoint = checkpoint or OWN
-    if not Path(checkpoint).exists():
-        raise ValueError(f"no checkpoint at {checkpoint}; make one with python train.py, or name one "
-                         "with --checkpoint (model_latest.pt is that of a run that was stopped)")
-    return checkpoint
-
-
-def load_model(path, device="cpu", ema=True, image_size=None):
-    """A model ready to sample from, out of a checkpoint alone.
-
-    ema: take the averaged weights (better pictures), not those of the last step.
-    image_size: of a foreign checkpoint that does not tell it (interop.py).
-    Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
-    name, image_size, channels, classes, a digest of what it draws with, and the sampler, steps and guidance to
-    take where none are named: see card_recipe). Raises FileNotFoundError, or ValueError for an unusable file.
-    """
-    entries = None if Path(path).is_dir() else read_container(path)
-    if entries is None or interop.is_trainer(entries):
-        model, diffusion, data = interop.load_foreign(path, entries, image_size)
-        return model.to(device), diffusion, {**data, **card_recipe(None, diffusion.num_timesteps)}
-    if image_size:
-        raise ValueError(f"--image_size {image_size}: {path} tells its own")
-    entries = load_checkpoint(path, entries)
-    try:
-        # On "meta" a network has shapes but no memory, so a config that does not match its weights
-        # (or asks for a monstrous network) fails here at no cost.
-        with torch.device("meta"):
-            model = create_model(entries["model_name"], **entries["model_config"])
-        weights = whole_precision(entries["ema" if ema else "model"])
-        check_weights(path, weights, model)
-        model.load_state_dict(weights, assign=True)
-        diffusion = DiffusionProcess(**entries["diffusion_config"])
-        data = {"classes": None, **entries["data"], "digest": drawing_digest(entries),
-                **{name: told_of(entries).get(name) for name in ("images", "held_out")},
-                "started_from": told_of(entries, "started_from"),
-                **card_recipe(entries.get("card"), diffusion.num_timesteps)}
-        if not all(value.isfinite().all() for value in weights.values()):
-            raise ValueError("not all weights are finite numbers")
-        if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_IMAGE_SIZE:
-            raise ValueError(f"image_size {data['image_size']!r}")
-        data["name"] = str(data["name"])
-        data["classes"] = [str(name) for name in data["classes"]] if model.num_classes else None
-        if model.num_classes and len(data["classes"]) != model.num_classes:
-            raise ValueError(f"{len(data['classes'])} names for {model.num_classes} classes")
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: its weights and settings do not fit together ({reason})") from error
-    return model.to(device).eval().requires_grad_(False), diffusion, data
-
-
-def card_recipe(card, T):
-    """{sampler, steps or None, guidance, guidance_interval or None, weak or None} with which a model was
-    measured, as its card (export.py) tells; weak is the name of a file beside it. Where the card does not tell:
-    ddim, its own number of steps, and the class followed plainly."""
-    card = card if isinstance(card, dict) else {}
-    sampler, steps, guidance, weak = map(card.get, ("sampler", "sampler_steps", "guidance", "weak"))
-    if not isinstance(sampler, str) or sampler not in SAMPLERS:
-        sampler, steps = "ddim", None
-    levels = card.get("guidance_interval")
-    known = isinstance(levels, (list, tuple)) and [type(level) for level in levels] == [int, int]
-    return {"guidance_interval": tuple(levels) if known else None,
-            "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
-            "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0,
-            # Never a path: only what lies beside.
-            "weak": weak if isinstance(weak, str) and weak and weak == Path(weak).name else None}
-
-
-def fill_in(args, data, T):
-    """Take the model's own sampler, steps, guidance and weak model where the command line names none.
-    ValueError for guidance towards nothing."""
-    if args.sampler is None:
-        args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
-    guided = data["classes"] and args.label != "none"
-    as_measured = guided and not args.weak
-    if data["weak"] and not args.weak and args.guidance != 1:
-        beside = Path(args.checkpoint).parent / data["weak"]
-        as_measured = beside.is_file()
-        if as_measured:
-            args.weak = str(beside)
-        else:
-            print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: "
-                  "drawing without")
-    if args.guidance is None:
-        args.guidance, levels = 1.0, None
-        if as_measured:
-            args.guidance, levels = data["guidance"], data["guidance_interval"]
-        elif args.weak:
-            args.guidance, levels = WEAK_GUIDANCE, (round(WEAK_FROM * T), T)
-        if args.guidance not in (0, 1):
-            args.guidance_interval = args.guidance_interval or levels
-    elif args.guidance not in (0, 1) and not guided and not args.weak:
-        raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards, or a --weak model: "
-                         + ("--label none has none" if data["classes"] else "the model was trained without"))
-    if args.guidance_interval and args.guidance in (0, 1):
-        raise ValueError(f"--guidance_interval says where guidance acts, and --guidance {args.guidance:g} is none")
-
-
-def load_weak(path, model, diffusion, own, device="cpu", image_size=None):
-    """(the model of --weak, its digest), or (None, None) without one. own: what the model's checkpoint says of its
-    data. Raises ValueError for a model of other images or another process."""
-    if path is None:
-        return None, None
-    weak, process, data = load_model(path, device, image_size=image_size)
-    same = (weak.image_channels, process.objective) == (model.image_channels, diffusion.objective)
-    facts = [(told["image_size"], told["classes"], told.get("images")) for told in (own, data)]
-    if not same or facts[0] != facts[1] or not torch.equal(process.alpha_bar, diffusion.alpha_bar):
-        raise ValueError(f"--weak {path} was trained on other images, or with another schedule or objective")
-    return weak, data["digest"]
 
 
 @torch.no_grad()

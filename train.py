@@ -25,8 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distributed
-from checkpoint import (BEST, FINAL, LATEST, Signals, State, Stopped, check_settings, clear_run,
-                        find_checkpoint, load_checkpoint, only_run, run_files, save_checkpoint, take_weights)
+from checkpoint import State, check_settings, load_checkpoint, save_checkpoint, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, spare, speaks, whole_number)
 from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset,
@@ -38,6 +37,7 @@ from loop import LR_SCHEDULES, OPTIMIZERS, held_out_loss, measure_seconds, rate_
 from models import ACTIVATIONS, MODELS, create_model, model_defaults
 from plan import check_disk, make_plan, print_cost
 from presets import PRESETS, parse
+from running import BEST, FINAL, LATEST, Signals, Stopped, clear_run, find_checkpoint, only_run, run_files
 from schedules import SCHEDULES
 from utils import (DENSITIES, EMA, PRECISIONS, count_parameters, describe_device, get_device, get_precision,
                    peak_memory, write_file)

@@ -32,8 +32,8 @@ from evaluate import loss_by_timestep
 from figures import (one_step_figure, schedule_table, schedules_figure, solvers_figure, step_rows,
                      timestep_loss_figure)
 from images import as_text, plot_losses, save_gif, save_strip, to_signed
-from sample import (CHECKPOINT_HELP, choose_labels, draw_frame, find_model, generate, guidance_words,
-                    load_model, save_generation_strip, seconds_for)
+from load import CHECKPOINT_HELP, find_model, load_model
+from sample import choose_labels, draw_frame, generate, guidance_words, save_generation_strip, seconds_for
 from schedules import SCHEDULES, SPACINGS, nearest_levels
 from utils import describe_device, get_device
 

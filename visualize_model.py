@@ -29,8 +29,9 @@ from diffusion import SAMPLERS
 from images import COLOURS, as_text, image_grid, new_figure, save_figure, to_uint8
 from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest, centre_accuracy,
                     choose_layer, model_table, parts, pca, reach, sampled, table_lines, time_embeddings, tsne)
+from load import CHECKPOINT_HELP, find_model, load_model
 from models import MODELS, create_model
-from sample import CHECKPOINT_HELP, choose_labels, find_model, load_model, seconds_for
+from sample import choose_labels, seconds_for
 from utils import describe_device, get_device
 from visualize_diffusion import choose_timesteps, images_of
 

@@ -380,7 +380,7 @@ EXERCISES = {"execute": EXECUTE, "modify": MODIFY, "create": CREATE}
 def draw_digits(draw):
     """64 digits by the student's sampler, from the weights that come with the project."""
     from images import save_images
-    from sample import PRETRAINED, load_model
+    from load import PRETRAINED, load_model
 
     network, process, _ = load_model(PRETRAINED / "mnist.pt")
     y, ab = torch.arange(64) % 10, process.alpha_bar.float()

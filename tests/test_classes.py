@@ -11,8 +11,9 @@ import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import DiffusionProcess
 from images import png_bytes, read_note
+from load import load_model
 from loop import train_step
-from sample import choose_labels, generate, load_model, thinned
+from sample import choose_labels, generate, thinned
 from test_commands import fails
 from test_figures import write_model
 from train import train

@@ -317,8 +317,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(checkpoint, tmp
 def test_imports_run_one_way():
     """A file knows only files of the lines above its own; train and sample do not know each other (README)."""
     storeys = ("models muon measures schedules utils", "command_line diffusion images",
-               "checkpoint convergence distributed folders inside plan synthetic", "data export figures interop loop presets recipe",
-               "classifier sample train", "benchmark evaluate interpolate",
+               "checkpoint convergence distributed folders inside plan running synthetic",
+               "data export figures interop loop presets recipe", "classifier load train", "sample", "benchmark evaluate interpolate",
                "contest diagnose edit visualize_diffusion", "visualize_model")
     below, everything = set(), set(" ".join(storeys).split())
     assert everything == {path.stem for path in ROOT.glob("*.py")} | {"models"}
@@ -332,7 +332,7 @@ def test_imports_run_one_way():
 
 def test_drawing_does_not_wait_for_libraries_that_it_does_not_need():
     """torchvision and torch's compiler were a third of the ten seconds that 64 digits took."""
-    code = ("import sys, sample\nsample.load_model(sample.PRETRAINED / 'mnist.pt')\n"
+    code = ("import sys, load, sample\nload.load_model(load.PRETRAINED / 'mnist.pt')\n"
             "sys.exit(' '.join({'torchvision', 'torch._dynamo'} & set(sys.modules)) or 0)")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and not run.stderr, run.stderr

@@ -127,7 +127,7 @@ def test_known_pixels_stay_as_they_are(two_shades, tmp_path, capsys):
     assert (tmp_path / "out" / "edited.png").is_file() and len(pixels) == 144
     operator = inpaint(8, read_mask("lower", 8))
     x = torch.full((1, 1, 8, 8), 40 / 127.5 - 1)
-    from sample import load_model
+    from load import load_model
     model, diffusion, _ = load_model(two_shades)
     found = solve(model, diffusion, operator.measure(x), operator, x.shape, steps=10, travel=2, y=torch.tensor([-1]))
     assert torch.equal(to_uint8(found)[..., :4, :], to_uint8(x)[..., :4, :])

@@ -13,9 +13,10 @@ import evaluate
 from classifier import Classifier, get_classifier, load_classifier, look, save_classifier, train_classifier
 from data import get_dataset
 from images import to_signed, to_uint8
+from load import load_model
 from measures import (copied_share, frechet_between, frechet_distance, kernel_distance, nearest,
                       nearest_images, precision_recall, single_share)
-from sample import generate, load_model
+from sample import generate
 from synthetic import digits
 from test_commands import fails
 

@@ -12,7 +12,7 @@ import export
 import sample
 from checkpoint import load_checkpoint, save_checkpoint
 from images import read_note
-from sample import load_model
+from load import card_recipe, load_model
 from test_commands import fails
 
 
@@ -127,7 +127,7 @@ def test_an_evaluation_that_does_not_name_its_weak_model_makes_no_card(two_shade
 
 @pytest.mark.parametrize("name", ["../early.pt", "/early.pt", "", ["early.pt"], 7])
 def test_a_card_names_no_weak_model_elsewhere(name):
-    assert sample.card_recipe({"weak": name}, 1000)["weak"] is None
+    assert card_recipe({"weak": name}, 1000)["weak"] is None
 
 
 @pytest.mark.parametrize("named, flags, taken", [

@@ -14,8 +14,8 @@ from checkpoint import save_checkpoint
 from convergence import MIXTURES, even_noise, exact_denoiser, exact_flow, solver_errors
 from diffusion import DiffusionProcess, seeded_noise
 from images import save_images, to_uint8
+from load import load_model
 from models import create_model
-from sample import load_model
 from schedules import SPACINGS
 from test_commands import fails
 

@@ -22,8 +22,10 @@ import visualize_diffusion
 from command_line import Parser, speaks
 from data import Batches, split_held_out
 from images import as_text, read_note, save_gif, save_images
+from load import PRETRAINED, find_model, load_model
 from plan import Plan
-from sample import choose_labels, find_model, load_model
+from running import Signals, Stopped
+from sample import choose_labels
 from test_commands import fails
 from test_figures import write_model
 from train import train
@@ -103,12 +105,12 @@ def test_a_full_disk_ends_the_making_of_a_cache_in_good_order(tmp_path, monkeypa
 def test_a_closed_terminal_saves_and_nohup_goes_on():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)               # or nohup pytest would decide
     try:
-        with checkpoint.Signals(), pytest.raises(checkpoint.Stopped, match="SIGHUP"):
+        with Signals(), pytest.raises(Stopped, match="SIGHUP"):
             signal.raise_signal(signal.SIGHUP)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)                    # as nohup does
-        with checkpoint.Signals():
+        with Signals():
             signal.raise_signal(signal.SIGHUP)
-    except checkpoint.Stopped:
+    except Stopped:
         pytest.fail("a closed terminal stopped what nohup had started")
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -191,10 +193,16 @@ def test_what_is_given_empty_is_not_taken_for_not_given(tmp_path, capsys):
 
 
 def test_the_weights_that_made_a_picture_are_found():
-    digest = load_model(sample.PRETRAINED / "synthetic_digits.pt")[2]["digest"]
-    assert find_model(made_with=digest) == sample.PRETRAINED / "synthetic_digits.pt"
+    digest = load_model(PRETRAINED / "synthetic_digits.pt")[2]["digest"]
+    assert find_model(made_with=digest) == PRETRAINED / "synthetic_digits.pt"
     with pytest.raises(ValueError, match="name with --checkpoint"):
         find_model(made_with="0")
+
+
+def test_early_weights_are_no_data_set():
+    """They lie beside the others, for --weak; alone they draw worse cloth."""
+    with pytest.raises(ValueError, match="choose from african_fabrics, fashion_mnist, mnist, synthetic_digits, or"):
+        find_model(dataset="african_fabrics_early")
 
 
 def test_a_shared_file_does_not_tell_where_the_images_lay(two_shades, tmp_path):

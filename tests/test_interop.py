@@ -13,8 +13,8 @@ import interop
 import sample
 from checkpoint import save_checkpoint
 from diffusion import DiffusionProcess, seeded_noise
+from load import load_model
 from models import create_model
-from sample import load_model
 
 SIZE, STEPS = 16, 5
 

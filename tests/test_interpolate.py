@@ -12,7 +12,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import DiffusionProcess, seeded_noise
 from images import to_signed
 from interpolate import lerp, psnr, slerp, walk
-from sample import load_model
+from load import load_model
 from test_diffusion import MEAN, STD, GaussianModel
 
 

@@ -19,11 +19,12 @@ import data
 import loop
 import train as train_module
 import utils
-from checkpoint import FINAL, LATEST, Signals, Stopped, load_checkpoint, only_run, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, same
 from diffusion import SAMPLERS, DiffusionProcess
 from export import export
 from loop import hold_back, train_step
+from running import FINAL, LATEST, Signals, Stopped, only_run
 from train import main, train
 
 # 64 images, 48 of them trained on, 12 of them at a time: 4 steps an epoch. Everything random is on.
@@ -512,7 +513,7 @@ def test_a_signal_within_a_step_waits_for_its_end_and_a_second_does_not():
             os.kill(os.getpid(), signal.SIGTERM)
             done.append("the step came to its end")
     assert done
-    script = ("import os, signal, time; from checkpoint import Signals\n"
+    script = ("import os, signal, time; from running import Signals\n"
               "with Signals() as signals, signals.held():\n"
               "    for pause in (0, 0.1, 1.5):\n"                     # the second is taken for an echo of the first
               "        time.sleep(pause); os.kill(os.getpid(), signal.SIGINT); print(pause, flush=True)")

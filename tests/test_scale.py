@@ -18,11 +18,12 @@ from data import Batches, split_held_out
 from diffusion import DiffusionProcess
 from folders import FITS
 from images import to_signed
+from load import load_model
 from loop import held_out_loss, rate_at, train_epoch, train_step
 from models import create_model
 from plan import make_plan
 from presets import PRESETS, as_flags
-from sample import generate, load_model
+from sample import generate
 from train import MODEL_FLAGS, main, train
 from utils import count_parameters, seed_step
 

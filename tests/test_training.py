@@ -18,9 +18,10 @@ from conftest import ROOT
 from data import Batches
 from diffusion import DiffusionProcess
 from images import moving_average, to_signed
+from load import load_model
 from loop import measure_seconds, train_epoch
 from models import create_model
-from sample import generate, load_model
+from sample import generate
 from train import sample_images, train
 from utils import EMA, get_precision, get_timesteps, seed_step
 

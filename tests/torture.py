@@ -42,10 +42,11 @@ from tqdm import tqdm
 import data
 import loop
 import train as train_module
-from checkpoint import FINAL, LATEST, Stopped, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from conftest import same
 from diffusion import SAMPLERS, DiffusionProcess
 from folders import load_folder
+from running import FINAL, LATEST, Stopped
 from train import train
 
 STEPS = 30

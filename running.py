@@ -1,0 +1,151 @@
+"""A training as a good guest: alone in its folder, and stopped in good order.
+
+    with Signals() as signals, only_run("outputs"):     # Ctrl-C, SIGTERM and a closed terminal raise Stopped,
+        with signals.held():                            # but in here only at the end
+            ...
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+
+# ---- The folder of a run
+
+LATEST, FINAL = "model_latest.pt", "model_final.pt"  # the first is there while a run is not finished
+BEST = "model_best.pt"  # by the held-out loss
+RUN_FILES = (LATEST, FINAL, BEST, "training_loss.png", "training_loss.csv", "samples/epoch_*.png",
+             "samples/step_*.png", "checkpoints/model_epoch_*.pt", "checkpoints/model_step_*.pt")
+
+
+def _lock(file):
+    """Lock an open file until the process ends, however it ends. False if another process has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass                            # a file system without locks: it cannot be told
+    return True
+
+
+@contextlib.contextmanager
+def only_run(folder):
+    """Keep other runs out of a folder, and delete what a killed one has left half-written there.
+
+    Raises ValueError if a run is going on there.
+    """
+    folder = Path(folder)
+    # The file stays: were it deleted, two others could each hold a lock, on the old and on a new one.
+    with open(folder / ".lock", "w") as lock:
+        if not _lock(lock):
+            raise ValueError(f"{folder} is in use by a run that is still going on")
+        for pattern in RUN_FILES:
+            above, name = os.path.split(pattern)
+            for half in (folder / above).glob(f".{name}.*.tmp"):
+                half.unlink(missing_ok=True)
+        yield
+
+
+def find_checkpoint(folder, resume, overwrite):
+    """What to start from: (the path of a checkpoint or None, is it this folder's own run that goes on?).
+
+    resume: None, "latest" or the path of a checkpoint.  overwrite: an unfinished run may be replaced.
+    Raises ValueError if the folder holds an unfinished run that would be replaced unasked.
+    """
+    folder = Path(folder)
+    latest, final = folder / LATEST, folder / FINAL
+    numbered = sorted(folder.glob("checkpoints/model_*.pt"))
+    unfinished = latest.exists() or numbered and not final.exists()
+    if resume == "latest":
+        found = next((path for path in (latest, final, *reversed(numbered)) if path.exists()), None)
+        if found is None:
+            raise ValueError(f"nothing to resume: {folder} holds no checkpoint of a run")
+        return found, True
+    origin = None if resume is None else Path(resume)
+    if origin is not None and not origin.is_file():
+        raise FileNotFoundError(2, "no such checkpoint", str(origin))
+    own = origin is not None and origin.resolve() in [path.resolve() for path in run_files(folder)]
+    if unfinished and not own and not overwrite:
+        raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite replaces it, "
+                         "another --output_dir keeps it")
+    return origin, own
+
+
+def run_files(folder):
+    """What a run has written into a folder, and nothing else that lies there."""
+    return [path for pattern in RUN_FILES for path in Path(folder).glob(pattern)]
+
+
+def clear_run(folder, keep):
+    """Delete what an earlier run has written into a folder. keep: the first file of the new one."""
+    old = [path for path in run_files(folder) if path.name != keep]
+    for path in old:
+        path.unlink()
+    if old:
+        print(f"replaced an earlier run in {folder} ({len(old)} files)")
+
+
+# ---- Stopping in good order
+
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # the last: the terminal was closed
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT, SIGTERM or SIGHUP came. told: the user knows already."""
+    told = False
+
+    def __init__(self, number):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Signals:
+    """While it is entered, the signals of STOPS raise Stopped; one more, a second or more later, ends the
+    process at once."""
+
+    def __init__(self, ignore=False):
+        self.ignore, self.came, self.since, self.holding, self.before = ignore, None, 0.0, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():       # elsewhere Python allows no handlers
+            for name in STOPS:
+                number = getattr(signal, name, None)                        # Windows has no SIGHUP
+                if number and (name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN):     # nohup
+                    self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.ignore:
+            return
+        if self.came:
+            if time.monotonic() - self.since < 1:
+                return                  # launchers and timeout(1) send it to the process and to its group
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.came, self.since = number, time.monotonic()
+        if not self.holding:
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def held(self):
+        """Let what is inside come to its end before a signal takes effect."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.came:
+            raise Stopped(self.came)
