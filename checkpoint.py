@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from models import model_defaults
 from muon import Muon, is_inner
 from utils import EMA, write_file
 
@@ -283,7 +284,8 @@ def take_weights(path, model, name, config, process):
         return {key: value for part in parts for key, value in part.items() if key not in free}
 
     try:
-        saved = entries["model_config"]
+        # What a network could not yet be told when the file was written, it was not told.
+        saved = {**model_defaults(name), **entries["model_config"]}
         check_settings(path, what_counts({"model": entries["model_name"]}, saved, entries["diffusion_config"]),
                        what_counts({"model": name}, config, process),
                        "--start_from needs the flags it was trained with")

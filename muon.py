@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
     betas, weight_decay: of AdamW; the decay of both.   momentum: of Muon, in Nesterov's form.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, momentum=0.95, eps=1e-8):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, momentum=0.9, eps=1e-8):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, momentum=momentum, eps=eps))
 
     @torch.no_grad()

@@ -347,7 +347,7 @@ def restore(state, origin, facts, plan):
 ARGUMENTS = dict(dataset="dataset_name", epochs="num_epochs", lr="learning_rate", model="model_name")
 # Flags that are handed on to create_model where they are given; a model has its own defaults.
 MODEL_FLAGS = ("base_channels", "multipliers", "num_blocks", "attention_levels", "heads", "groups",
-               "time_emb_dim", "dropout", "activation", "patch_size")
+               "time_emb_dim", "dropout", "activation", "patch_size", "scale_shift")
 SWITCH = argparse.BooleanOptionalAction      # --flip, --no-flip: a flag can undo what a preset sets
 
 
@@ -394,6 +394,8 @@ def main(argv=None):
     add("--activation", "attention: default: silu", choices=sorted(ACTIVATIONS))
     add("--patch_size", "attention: pixels by pixels that become channels; 2 costs a quarter; default: 1",
         type=positive_int)
+    add("--scale_shift", "attention: the time also scales what the blocks see, instead of only being added",
+        action=SWITCH)
     parser.group("training")
     add("--epochs", "passes over the data; default: 20", type=positive_int)
     add("--steps", "optimizer steps, instead of --epochs", type=positive_int)

@@ -35,22 +35,31 @@ class ResBlock(nn.Module):
     """Norm, activation, convolution, twice, told the time in between, added to the input (He et al. 2016).
 
     x: [B, in_channels, H, W], t_emb: [B, time_emb_dim] -> [B, out_channels, H, W]
+    scale_shift: the time (and class) also says how loud each channel is, after the second norm: at 0.9 T
+    other features count than at 0.1 T (Dhariwal & Nichol 2021, section 3.1, AdaGN). Else it is only added.
     """
 
-    def __init__(self, in_channels, out_channels, time_emb_dim, dropout=0.0, groups=32, activation="silu"):
+    def __init__(self, in_channels, out_channels, time_emb_dim, dropout=0.0, groups=32, activation="silu",
+                 scale_shift=False):
         super().__init__()
         act = ACTIVATIONS[activation]
         self.conv1 = nn.Sequential(nn.GroupNorm(groups, in_channels), act(),
                                    nn.Conv2d(in_channels, out_channels, 3, padding=1))
-        self.time = nn.Sequential(act(), nn.Linear(time_emb_dim, out_channels))
+        self.scale_shift = scale_shift
+        self.time = nn.Sequential(act(), zeroed(nn.Linear(time_emb_dim, 2 * out_channels)) if scale_shift
+                                  else nn.Linear(time_emb_dim, out_channels))
         self.conv2 = nn.Sequential(nn.GroupNorm(groups, out_channels), act(), nn.Dropout(dropout),
                                    zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         self.shortcut = (nn.Identity() if in_channels == out_channels
                          else nn.Conv2d(in_channels, out_channels, 1))
 
     def forward(self, x, t_emb):
-        h = self.conv1(x) + self.time(t_emb)[:, :, None, None]
-        return self.shortcut(x) + self.conv2(h)
+        told = self.time(t_emb)[:, :, None, None]
+        if not self.scale_shift:
+            return self.shortcut(x) + self.conv2(self.conv1(x) + told)
+        scale, shift = told.chunk(2, dim=1)
+        norm, rest = self.conv2[0], self.conv2[1:]
+        return self.shortcut(x) + rest(norm(self.conv1(x)) * (1 + scale) + shift)
 
 
 class SelfAttention(nn.Module):
@@ -114,6 +123,7 @@ class AttentionUNet(UNet):
     time_emb_dim:      length of the time embedding; its network has four times as many hidden units.
     dropout:           share of values dropped in each block while training.
     activation:        a key of ACTIVATIONS.
+    scale_shift:       how the blocks are told the time, see ResBlock.
     num_classes:       None, or the number of classes that y may name; without it y is ignored.
     add_input:         the network gives a correction to x_t, which is added: for the eps objective.
     grad_checkpoint:   recompute each level in the backward pass: less memory, about a third slower.
@@ -122,7 +132,7 @@ class AttentionUNet(UNet):
 
     def __init__(self, image_channels=1, base_channels=64, multipliers=(1, 2, 4), num_blocks=2,
                  attention_levels=(1, 2), heads=4, groups=32, time_emb_dim=256, dropout=0.0,
-                 activation="silu", patch_size=1, num_classes=None, add_input=True,
+                 activation="silu", patch_size=1, scale_shift=False, num_classes=None, add_input=True,
                  grad_checkpoint=False):
         channels = [base_channels * m for m in multipliers]
         if not 1 <= len(channels) <= 10 or not 1 <= num_blocks <= 100 or min(groups, heads) < 1:
@@ -139,7 +149,8 @@ class AttentionUNet(UNet):
             raise ValueError(f"patch_size must lie in 1..64, got {patch_size}")
         super().__init__(image_channels, patch_size * 2 ** (len(channels) - 1), time_emb_dim, 4 * time_emb_dim,
                          num_classes, add_input, grad_checkpoint)
-        block = dict(time_emb_dim=time_emb_dim, dropout=dropout, groups=groups, activation=activation)
+        block = dict(time_emb_dim=time_emb_dim, dropout=dropout, groups=groups, activation=activation,
+                     scale_shift=scale_shift)
         attends = [level in attention_levels for level in range(len(channels))]
         inputs = [base_channels, *channels[:-1]]
         self.patch_size, pixels = patch_size, image_channels * patch_size**2

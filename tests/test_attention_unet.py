@@ -104,6 +104,30 @@ def test_blocks_and_attention_begin_as_copies_and_the_network_with_nothing_to_sa
     assert not torch.allclose(added(x, t_emb), x)
 
 
+def test_scale_shift_is_the_published_formula():
+    """y_s GroupNorm(h) + y_b, then the activation (Dhariwal & Nichol 2021, section 3.1), with 1 + scale as y_s so
+    that zeros change nothing; norm and convolutions here by their definitions."""
+    torch.manual_seed(0)
+    block = awake(ResBlock(4, 6, 5, groups=2, scale_shift=True)).double()
+    x, t_emb = torch.randn(2, 4, 5, 5).double(), torch.randn(2, 5).double()
+
+    def norm(h, layer):
+        groups = h.reshape(2, 2, -1)
+        h = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return h.reshape(2, -1, 5, 5) * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    def silu(h):
+        return h / (1 + torch.exp(-h))
+
+    h = block.conv1[2](silu(norm(x, block.conv1[0])))
+    numbers = silu(t_emb) @ block.time[1].weight.T + block.time[1].bias
+    scale, shift = numbers[:, :6, None, None], numbers[:, 6:, None, None]
+    want = block.shortcut(x) + block.conv2[3](silu(norm(h, block.conv2[0]) * (1 + scale) + shift))
+    torch.testing.assert_close(block(x, t_emb), want)
+    assert torch.equal(ResBlock(8, 8, 16, groups=4, scale_shift=True)(torch.ones(1, 8, 4, 4), torch.ones(1, 16)),
+                       torch.ones(1, 8, 4, 4))
+
+
 @pytest.mark.parametrize("channels, size, levels", [(1, 28, (1, 2)), (3, 32, (1, 2, 2)), (3, 8, (1, 1, 2, 2))])
 def test_any_number_of_levels_and_blocks_keeps_the_shape(channels, size, levels):
     for blocks in (1, 3):
@@ -112,11 +136,11 @@ def test_any_number_of_levels_and_blocks_keeps_the_shape(channels, size, levels)
         assert model(x, torch.tensor([0, 999])).shape == x.shape
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("activation, scale_shift", [("silu", False), ("silu", True), ("gelu", False), ("relu", True)])
 @pytest.mark.parametrize("num_classes", [None, 3])
-def test_every_parameter_gets_a_gradient(activation, num_classes):
+def test_every_parameter_gets_a_gradient(activation, scale_shift, num_classes):
     torch.manual_seed(0)
-    model = awake(AttentionUNet(**SMALL, num_classes=num_classes, activation=activation))
+    model = awake(AttentionUNet(**SMALL, num_classes=num_classes, activation=activation, scale_shift=scale_shift))
     y = torch.tensor([-1, 0, 1, 2]) if num_classes else None
     model(torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 500, 999]), y).square().mean().backward()
     for name, p in model.named_parameters():

@@ -329,6 +329,16 @@ def test_a_run_starts_from_the_small_file_to_share(finished, tmp_path):
         torch.testing.assert_close(after[name], value.float(), atol=1e-6, rtol=0)
 
 
+def test_a_run_starts_from_a_file_older_than_a_setting_of_the_network(whole, tmp_path):
+    """The shipped weights are older than --scale_shift: what they do not tell is the default."""
+    entries = {**whole[FINAL], "model_config": {**whole[FINAL]["model_config"]}}
+    assert entries["model_config"].pop("scale_shift") is False
+    save_checkpoint(tmp_path / "older.pt", entries)
+    start_from(tmp_path / "older.pt", tmp_path / "run")
+    with pytest.raises(ValueError, match="scale_shift: False then, True now"):
+        start_from(tmp_path / "older.pt", tmp_path / "other", scale_shift=True)
+
+
 def test_without_classes_or_with_others_all_else_is_taken_over(finished, tmp_path):
     before, after = start_from(finished, tmp_path / "none", labels=False)
     assert before.keys() - after.keys() == {"class_emb.weight"}
