@@ -67,6 +67,9 @@ class Parser(argparse.ArgumentParser):
 
     _place = None
 
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)        # --seed is not --seeds
+
     def group(self, title):
         """The flags added from here on stand under this title in the help."""
         self._place = self.add_argument_group(title)
@@ -74,6 +77,7 @@ class Parser(argparse.ArgumentParser):
     def add(self, flag, help, default=None, **settings):
         if default is not None and default is not False:
             help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+        help = help.replace("%", "%%")                                  # argparse would fill something in there
         (self._place or self).add_argument(flag, help=help, default=default, **settings)
 
     def parse_args(self, argv=None, namespace=None):

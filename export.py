@@ -85,9 +85,11 @@ def main(argv=None):
     add("--card", "print the card of this file, and do nothing else", metavar="FILE")
     args = parser.parse_args(argv)
     if args.card:
-        card = load_checkpoint(args.card).get("card")
+        entries = load_checkpoint(args.card)
+        card = entries.get("card")
         if not isinstance(card, dict):
             raise ValueError(f"{args.card} has no card: export.py did not write it")
+        card = {**card, "network": entries.get("model_config")}         # what --start_from has to be told
         print(json.dumps(card, indent=1, default=str, skipkeys=True))
         return
     output = Path(args.output)

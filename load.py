@@ -12,7 +12,7 @@ import interop
 from checkpoint import (check_weights, drawing_digest, load_checkpoint, read_container, told_of,
                         whole_precision)
 from diffusion import SAMPLERS, DiffusionProcess
-from models import create_model
+from models import create_model, model_defaults
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
@@ -71,6 +71,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     try:
         # On "meta" a network has shapes but no memory, so a config that does not match its weights
         # (or asks for a monstrous network) fails here at no cost.
+        check_config(entries["model_config"], model_defaults(entries["model_name"]))
         with torch.device("meta"):
             model = create_model(entries["model_name"], **entries["model_config"])
         weights = whole_precision(entries["ema" if ema else "model"])
@@ -95,6 +96,23 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     return model.to(device).eval().requires_grad_(False), diffusion, data
 
 
+def check_config(config, defaults):
+    """ValueError unless each setting of a network is one that it has, and of the kind of its default: "no" would
+    count as yes, and 4.0 heads fail only in the first attention."""
+    for name, value in config.items():
+        if name not in defaults:
+            raise ValueError(f"the network has no setting {name!r:.50}")
+        default, kind = defaults[name], type(value)
+        if isinstance(default, tuple):
+            fits = kind in (tuple, list) and all(type(number) is int for number in value)
+        elif default is None:
+            fits = value is None or kind is int
+        else:
+            fits = kind is type(default) or kind is int and type(default) is float
+        if not fits:
+            raise ValueError(f"{name} is {value!r:.50}")
+
+
 def card_recipe(card, T):
     """{sampler, steps or None, guidance, guidance_interval or None, weak or None} with which a model was
     measured, as its card (export.py) tells; weak is the name of a file beside it. Where the card does not tell:
@@ -104,12 +122,14 @@ def card_recipe(card, T):
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         sampler, steps = "ddim", None
     levels = card.get("guidance_interval")
-    known = isinstance(levels, (list, tuple)) and [type(level) for level in levels] == [int, int]
+    known = (isinstance(levels, (list, tuple)) and [type(level) for level in levels] == [int, int]
+             and 0 <= levels[0] <= levels[1] <= T)
     return {"guidance_interval": tuple(levels) if known else None,
             "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
             "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0,
             # Never a path: only what lies beside.
-            "weak": weak if isinstance(weak, str) and weak and weak == Path(weak).name else None}
+            "weak": (weak if isinstance(weak, str) and weak and weak == Path(weak).name and weak.isprintable()
+                     else None)}
 
 
 def fill_in(args, data, T):

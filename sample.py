@@ -253,7 +253,7 @@ def main(argv=None):
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})"
-          + (f", and away from {args.weak}" if weak else ""))
+          + (f", and led away from {args.weak}, a weaker model" if weak else ""))
     levels = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)
     evaluations = model_calls(levels, args.guidance, args.guidance_interval)
     seconds = seconds_for(model, diffusion, count, size, args.batch_size, evaluations, device, precision)

@@ -333,6 +333,8 @@ def save_state(path, state, facts, steps_per_epoch):
 def restore(state, origin, facts, plan):
     """Put a new run where a checkpoint of the same settings was. ValueError names what differs."""
     saved = load_checkpoint(origin)
+    if isinstance(saved.get("model_config"), dict):     # it may be older than a setting of the network
+        saved["model_config"] = {**model_defaults(facts["model_name"]), **saved["model_config"]}
     for part in ("settings", "model_config", "diffusion_config"):
         check_settings(origin, saved.get(part), facts[part])
     facts["started_from"] = saved.get("started_from")
@@ -391,10 +393,11 @@ def main(argv=None):
     add("--heads", "attention: heads; default: 4", type=positive_int)
     add("--groups", "attention: groups of GroupNorm; default: 32", type=positive_int)
     add("--dropout", "attention: share of values dropped while training; default: 0", type=fraction)
-    add("--activation", "attention: default: silu", choices=sorted(ACTIVATIONS))
+    add("--activation", "attention: the nonlinearity; default: silu", choices=sorted(ACTIVATIONS))
     add("--patch_size", "attention: pixels by pixels that become channels; 2 costs a quarter; default: 1",
         type=positive_int)
-    add("--scale_shift", "attention: the time also scales what the blocks see, instead of only being added",
+    add("--scale_shift", "attention: time and class also scale the channels, instead of only being added; "
+        "default: no",
         action=SWITCH)
     parser.group("training")
     add("--epochs", "passes over the data; default: 20", type=positive_int)

@@ -145,6 +145,8 @@ class AttentionUNet(UNet):
             raise ValueError(f"attention_levels {attention_levels} must lie in 0..{len(channels) - 1}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; choose from {sorted(ACTIVATIONS)}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must lie in 0..1, got {dropout}")
         if not 1 <= patch_size <= 64:
             raise ValueError(f"patch_size must lie in 1..64, got {patch_size}")
         super().__init__(image_channels, patch_size * 2 ** (len(channels) - 1), time_emb_dim, 4 * time_emb_dim,

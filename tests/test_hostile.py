@@ -3,6 +3,8 @@
 import json
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -16,13 +18,16 @@ import edit
 import evaluate
 import export
 import folders
+import interpolate
 import presets
 import sample
 import visualize_diffusion
 from command_line import Parser, speaks
+from conftest import ROOT
 from data import Batches, split_held_out
 from images import as_text, read_note, save_gif, save_images
-from load import PRETRAINED, find_model, load_model
+from load import PRETRAINED, card_recipe, find_model, load_model
+from models import create_model, model_defaults
 from plan import Plan
 from running import Signals, Stopped
 from sample import choose_labels
@@ -197,6 +202,45 @@ def test_the_weights_that_made_a_picture_are_found():
     assert find_model(made_with=digest) == PRETRAINED / "synthetic_digits.pt"
     with pytest.raises(ValueError, match="name with --checkpoint"):
         find_model(made_with="0")
+
+
+def test_a_flag_is_not_taken_for_a_longer_one(tmp_path, capsys):
+    """--seed 5 was read as --seeds 5, and the walk then lacked a second end."""
+    assert "unrecognized arguments: --seed 5" in fails(capsys, interpolate.main, "--seed", 5, "--output_dir", tmp_path)
+
+
+def test_every_command_explains_itself():
+    """A "70% of" in sample.py's help ended it in a traceback of argparse."""
+    commands = [path for path in ROOT.glob("*.py") if "\n@command\n" in path.read_text()]
+    assert len(commands) > 10
+    code = "".join(f"try: import {path.stem}; {path.stem}.main(['--help'])\nexcept SystemExit as end: assert not end.code\n"
+                   for path in commands)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.count("usage:") == len(commands), run.stderr
+    assert "noisier 70% of" in " ".join(run.stdout.split())
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"heads": 4.0}, "heads is 4.0"), ({"scale_shift": "no"}, "scale_shift is 'no'"),
+    ({"dropout": float("nan")}, "dropout"), ({"grad_checkpoint": torch.ones(3)}, "no setting 'grad_checkpoint'"),
+    ({"multipliers": (1, True)}, "multipliers is"), ({"num_classes": "3"}, "num_classes is '3'")])
+def test_settings_of_another_kind_do_not_make_a_network(tmp_path, change, reason):
+    config = dict(model_defaults("attention"), base_channels=8, multipliers=(1, 2), attention_levels=(1,),
+                  groups=4, time_emb_dim=16, num_classes=3)
+    entries = checkpoint.load_checkpoint(write_model(tmp_path / "simple.pt"))
+    entries.update(model_name="attention", ema=create_model("attention", **config).state_dict())
+    checkpoint.save_checkpoint(tmp_path / "model.pt", {**entries, "model_config": config})
+    load_model(tmp_path / "model.pt")
+    checkpoint.save_checkpoint(tmp_path / "other.pt", {**entries, "model_config": {**config, **change}})
+    with pytest.raises(ValueError, match=f"do not fit together.*{reason}"):
+        load_model(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("levels", [[900, 3], [-5, -1], [10, 1001], [0, 10**40]])
+def test_levels_that_no_flag_could_name_are_not_taken_from_a_card(levels):
+    """A picture drawn so could not be made again."""
+    assert card_recipe({"guidance_interval": [3, 900]}, 1000)["guidance_interval"] == (3, 900)
+    assert card_recipe({"guidance_interval": levels}, 1000)["guidance_interval"] is None
 
 
 def test_early_weights_are_no_data_set():

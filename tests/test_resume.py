@@ -329,11 +329,13 @@ def test_a_run_starts_from_the_small_file_to_share(finished, tmp_path):
         torch.testing.assert_close(after[name], value.float(), atol=1e-6, rtol=0)
 
 
-def test_a_run_starts_from_a_file_older_than_a_setting_of_the_network(whole, tmp_path):
-    """The shipped weights are older than --scale_shift: what they do not tell is the default."""
+def test_a_file_older_than_a_setting_of_the_network_is_of_use(whole, tmp_path, capsys):
+    """Shipped weights are older than --scale_shift: what they do not tell is the default."""
     entries = {**whole[FINAL], "model_config": {**whole[FINAL]["model_config"]}}
     assert entries["model_config"].pop("scale_shift") is False
     save_checkpoint(tmp_path / "older.pt", entries)
+    train(**RUN, output_dir=tmp_path / "resumed", resume=tmp_path / "older.pt")
+    assert "going on from" in capsys.readouterr().out
     start_from(tmp_path / "older.pt", tmp_path / "run")
     with pytest.raises(ValueError, match="scale_shift: False then, True now"):
         start_from(tmp_path / "older.pt", tmp_path / "other", scale_shift=True)
