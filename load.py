@@ -1,6 +1,6 @@
 """A model to draw with: found, read, and used as it was measured.
 
-    model, diffusion, data = load_model(find_model())       # your own, or as long as there is none the shipped one
+    model, diffusion, data = load_model(find_model())   # your own; while there is none, the shipped one
 """
 
 import contextlib
@@ -35,7 +35,8 @@ def find_model(checkpoint=None, dataset=None, made_with=None):
             with contextlib.suppress(ValueError):                      # a damaged file is not the one
                 if load_model(path)[2]["digest"] == made_with:
                     return path
-        raise ValueError(f"neither {OWN} nor shipped weights made that picture: name with --checkpoint what did")
+        raise ValueError(f"neither {OWN} nor shipped weights made that picture: name with --checkpoint what "
+                         "did")
     if dataset is not None:
         datasets = [name for name in shipped if not name.endswith("_early")]       # those are for --weak
         if dataset not in datasets:
@@ -58,8 +59,9 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     ema: take the averaged weights (better pictures), not those of the last step.
     image_size: of a foreign checkpoint that does not tell it (interop.py).
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
-    name, image_size, channels, classes, a digest of what it draws with, and the sampler, steps and guidance to
-    take where none are named: see card_recipe). Raises FileNotFoundError, or ValueError for an unusable file.
+    name, image_size, channels, classes, a digest of what it draws with, and the sampler, steps and guidance
+    to take where none are named: see card_recipe). Raises FileNotFoundError, or ValueError for an unusable
+    file.
     """
     entries = None if Path(path).is_dir() else read_container(path)
     if entries is None or interop.is_trainer(entries):
@@ -97,8 +99,8 @@ def load_model(path, device="cpu", ema=True, image_size=None):
 
 
 def check_config(config, defaults):
-    """ValueError unless each setting of a network is one that it has, and of the kind of its default: "no" would
-    count as yes, and 4.0 heads fail only in the first attention."""
+    """ValueError unless each setting of a network is one that it has, and of the kind of its default: "no"
+    would count as yes, and 4.0 heads fail only in the first attention."""
     for name, value in config.items():
         if name not in defaults:
             raise ValueError(f"the network has no setting {name!r:.50}")
@@ -115,8 +117,8 @@ def check_config(config, defaults):
 
 def card_recipe(card, T):
     """{sampler, steps or None, guidance, guidance_interval or None, weak or None} with which a model was
-    measured, as its card (export.py) tells; weak is the name of a file beside it. Where the card does not tell:
-    ddim, its own number of steps, and the class followed plainly."""
+    measured, as its card (export.py) tells; weak is the name of a file beside it. Where the card does not
+    tell: ddim, its own number of steps, and the class followed plainly."""
     card = card if isinstance(card, dict) else {}
     sampler, steps, guidance, weak = map(card.get, ("sampler", "sampler_steps", "guidance", "weak"))
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
@@ -159,12 +161,13 @@ def fill_in(args, data, T):
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards, or a --weak model: "
                          + ("--label none has none" if data["classes"] else "the model was trained without"))
     if args.guidance_interval and args.guidance in (0, 1):
-        raise ValueError(f"--guidance_interval says where guidance acts, and --guidance {args.guidance:g} is none")
+        raise ValueError(f"--guidance_interval says where guidance acts, and --guidance {args.guidance:g} is "
+                         "none")
 
 
 def load_weak(path, model, diffusion, own, device="cpu", image_size=None):
-    """(the model of --weak, its digest), or (None, None) without one. own: what the model's checkpoint says of its
-    data. Raises ValueError for a model of other images or another process."""
+    """(the model of --weak, its digest), or (None, None) without one. own: what the model's checkpoint says
+    of its data. Raises ValueError for a model of other images or another process."""
     if path is None:
         return None, None
     weak, process, data = load_model(path, device, image_size=image_size)

@@ -397,8 +397,7 @@ def main(argv=None):
     add("--patch_size", "attention: pixels by pixels that become channels; 2 costs a quarter; default: 1",
         type=positive_int)
     add("--scale_shift", "attention: time and class also scale the channels, instead of only being added; "
-        "default: no",
-        action=SWITCH)
+        "default: no", action=SWITCH)
     parser.group("training")
     add("--epochs", "passes over the data; default: 20", type=positive_int)
     add("--steps", "optimizer steps, instead of --epochs", type=positive_int)

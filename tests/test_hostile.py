@@ -206,15 +206,16 @@ def test_the_weights_that_made_a_picture_are_found():
 
 def test_a_flag_is_not_taken_for_a_longer_one(tmp_path, capsys):
     """--seed 5 was read as --seeds 5, and the walk then lacked a second end."""
-    assert "unrecognized arguments: --seed 5" in fails(capsys, interpolate.main, "--seed", 5, "--output_dir", tmp_path)
+    error = fails(capsys, interpolate.main, "--seed", 5, "--output_dir", tmp_path)
+    assert "unrecognized arguments: --seed 5" in error
 
 
 def test_every_command_explains_itself():
     """A "70% of" in sample.py's help ended it in a traceback of argparse."""
     commands = [path for path in ROOT.glob("*.py") if "\n@command\n" in path.read_text()]
     assert len(commands) > 10
-    code = "".join(f"try: import {path.stem}; {path.stem}.main(['--help'])\nexcept SystemExit as end: assert not end.code\n"
-                   for path in commands)
+    code = "".join(f"try: import {path.stem}; {path.stem}.main(['--help'])\n"
+                   "except SystemExit as end: assert not end.code\n" for path in commands)
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.count("usage:") == len(commands), run.stderr
     assert "noisier 70% of" in " ".join(run.stdout.split())

@@ -371,7 +371,7 @@ print(plain, ten_tensors(), torch.ones(300_000_000)[0].item(), utils.peak_memory
     plain, kept, _, grown = map(float, run.stdout.split())
     if plain < 100_000:
         pytest.skip("this C library keeps its memory anyway")
-    assert kept < plain / 10              # without the setting: as many; a busy system takes back a few
+    assert kept < 1000
     assert 0.1e9 < grown < 1.3e9          # 1.2 GB, part of it held already, part perhaps reclaimed by a busy system
 
 
