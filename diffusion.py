@@ -331,7 +331,7 @@ class DiffusionProcess:
 
     @torch.no_grad()
     def trajectory(self, model, x_T, *, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
-                   guidance=1.0, guidance_interval=None, weak=None, seed=0, first_index=0, clip=True):
+                   guidance=1.0, guidance_interval=None, weak=None, seed=0, first_index=0, clip=True, calls=None):
         """The one sampling loop: a generator that yields (t, x_t, x_0) after each step.
 
         t is the level just reached, -1 in the last item, whose x_t is the finished picture; x_0 is
@@ -341,8 +341,10 @@ class DiffusionProcess:
         x_T: [B, C, H, W] noise.  sampler: a key of SAMPLERS; steps, eta, spacing default to its row.
         y: [B] class indices.  seed, first_index: which noise the steps add (see seeded_noise).
         guidance_interval, weak: where guidance acts, and a model that it leads away from, see sample.
+        calls: only the last so many steps; x_T is then at the level where they begin.
         """
         ts = self.sampling_levels(sampler, steps, spacing)
+        ts = ts if calls is None else ts[-1 - calls:]
         row = SAMPLERS[sampler]
         eta = row.eta if eta is None else eta
         indices = range(first_index, first_index + len(x_T))

@@ -3,11 +3,13 @@
     python evaluate.py                                    # outputs/model_final.pt, against what it was trained on
     python evaluate.py --num_images 10000 --sampler dpmpp_2m
     python evaluate.py --race                             # every sampler from 5 calls up: quality and seconds
+    python evaluate.py --stages                           # at which noise levels the distance arises
 
 The distance is the Frechet distance in the features of our own small classifier ("FD, small classifier"): it is
 not the FID of the literature, and no other project's number compares with it. What does stands beside it: the
 floor, the distance of as many real images that nobody trained on. Prints a table; writes evaluation.json and
-nearest.png (samples above the training images they are most like), or race.json and race.png.
+nearest.png (samples above the training images they are most like), or race.json and race.png, or stages.json and
+stages.png.
 """
 
 import functools
@@ -25,7 +27,7 @@ from data import DATASETS, Batches, class_names, get_dataset, split_held_out
 from diffusion import SAMPLERS, model_calls
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, fill_in, find_model, load_model, load_weak
-from measures import (copied_share, frechet_distance, kernel_distance, nearest, nearest_images,
+from measures import (copied_share, fine_power, frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall, single_share)
 from sample import choose_labels, generate, guidance_words, seconds_for, thinned
 from schedules import SPACINGS
@@ -172,6 +174,7 @@ def print_quality(found, floor, count, held_count, held_name):
     line("KID, small classifier, x 1000", f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
          f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
     for key, title in (("precision", "precision: looks real"), ("recall", "recall: has the variety"),
+                       ("detail", "fine detail, of the training images'"),
                        ("confident", f"classifier surer than {SURE}"),
                        ("agreement", "classifier sees what was asked")):
         if key in found:
@@ -194,7 +197,39 @@ def save_nearest(images, training, index, path):
     save_strip(rows, [""] * len(images), path, row_labels=["sample", "most similar\ntraining image"])
 
 
+def stages(draw, x_0, images, classifier, steps, shown):
+    """Real images, noised so far that the last 1, 2, 4, ... and all of the steps have to undo it: at which noise
+    levels do samples get worse than real images?
+
+    draw: generate, with all else decided.  x_0: uint8 [N, C, H, W], not trained on.  images: the training images.
+    shown: the indices of the pictures to keep.  Returns (rows, one picture row each); the first is x_0 itself.
+    """
+    _, reference = look(classifier, images)
+    usual, rows, pictures = fine_power(images), [], []
+    for count in [0, *stage_lengths(steps)]:
+        drawn = to_uint8(draw(begin=(to_signed(x_0), count))[0]) if count else x_0
+        distance, error = frechet_distance(look(classifier, drawn)[1], reference)
+        rows.append({"steps": count, "fd": distance, "fd_error": error,
+                     "detail": fine_power(drawn) / usual if usual else 1.0})
+        pictures.append(to_signed(drawn[shown]))
+        tqdm.write(f"  the last {count:>4} steps   FD {distance:9.3f} +- {error:6.3f}   "
+                   f"fine detail {rows[-1]['detail']:6.1%}")
+    return rows, pictures
+
+
+def stage_lengths(steps):
+    """How many steps are taken: 1, 2, 4, ... and all."""
+    return [*(2**k for k in range(steps.bit_length()) if 2**k < steps), steps]
+
+
 # ---- Commands
+
+def write_rows(path, facts, pictures, title, row_labels):
+    """A comparison, as path.json and path.png."""
+    write_file(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
+    save_strip(pictures, [""] * len(pictures[0]), path.with_suffix(".png"), title=title, row_labels=row_labels)
+    print(f"wrote {path.with_suffix('.json')}\nwrote {path.with_suffix('.png')}")
+
 
 def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, classifier, device):
     """Measure all that this file knows of the pictures drawn.
@@ -214,6 +249,8 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
             equal = quality(probabilities[:count], features[:count], reference)
             found.update({key: equal[key] for key in ("fd", "fd_error", "kid", "kid_error", "precision", "recall")})
         floor = quality(held_probabilities, held_features, reference, held_y)
+        usual = fine_power(images) or 1.0                               # 0 where all images are plain
+        found["detail"], floor["detail"] = fine_power(drawn) / usual, fine_power(held) / usual
         bar.update()
         copied, index = copies(drawn[:2000], features[:2000], images, reference, held[:2000],
                                held_features[:2000], mirrored=data.get("flip") is True)
@@ -261,6 +298,8 @@ def main(argv=None):
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--num_images", "samples, and real images for the floor", 2000, type=positive_int)
     add("--race", "all samplers from the same noises, instead of one", False, action="store_true")
+    add("--stages", "noise real images little or much and undo it: at which levels samples get worse", False,
+        action="store_true")
     add("--seed", "of the samples", 0, type=seed_number)
     add("--sampler", "how to step down; default: as sample.py", choices=sorted(SAMPLERS))
     add("--steps", "steps; default: as sample.py", type=positive_int)
@@ -280,13 +319,15 @@ def main(argv=None):
         raise ValueError(f"--num_images {args.num_images}: fewer than 100 say nothing about a distribution")
     if args.race and (args.sampler or args.steps or args.eta is not None):
         raise ValueError("--race takes every sampler as it is: leave out --sampler, --steps and --eta")
+    if args.stages and (args.race or args.label is not None):
+        raise ValueError("--stages takes real images, and their classes: leave out --race and --label")
     if args.num_images > MAX_IMAGES:
         raise ValueError(f"--num_images {args.num_images}: at most {MAX_IMAGES}")
 
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint)
-    output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "race.json", "nearest.png",
-                                 "race.png")
+    output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "race.json", "stages.json", "nearest.png",
+                                 "race.png", "stages.png")
     model, diffusion, data = load_model(args.checkpoint, device)
     fill_in(args, data, diffusion.num_timesteps)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
@@ -297,13 +338,19 @@ def main(argv=None):
     else:
         args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
         entrants = [(args.sampler, args.steps)]
+    ways = [diffusion.sampling_levels(sampler, steps, args.spacing) for sampler, steps in entrants]
+    if args.stages:
+        ways = [ways[0][-1 - count:] for count in stage_lengths(args.steps)]
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
     if min(len(images), len(held)) < FEWEST:
         raise ValueError(f"{len(images)} images and {len(held)} to hold them against: distances need {FEWEST} of "
                          "each; name more with --dataset")
     known = same_classes(data, args.dataset)
-    if args.label is None and known:
+    if args.stages:
+        args.num_images = min(args.num_images, len(held))
+        y, args.label = (labels[1][:args.num_images], "their own") if known else (None, None)
+    elif args.label is None and known:
         y = labels_like(labels[0], args.num_images, args.seed)
         args.label = "by chance"                                # so in evaluation.json
     precision, precision_reason = get_precision(args.precision, device)
@@ -313,13 +360,12 @@ def main(argv=None):
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
-    calls = sum(model_calls(diffusion.sampling_levels(sampler, steps, args.spacing), args.guidance,
-                            args.guidance_interval) for sampler, steps in entrants)
+    calls = sum(model_calls(levels, args.guidance, args.guidance_interval) for levels in ways)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
                           precision)
     cost = (f"{args.num_images} images, {calls} calls of the model for each"
             + guidance_words(args.guidance, args.guidance_interval) + f", about {format_seconds(seconds)} here")
-    if not args.race:
+    if not (args.race or args.stages):
         seconds = seconds_to_measure(classifier, images, args.num_images, data.get("flip") is True)
         cost += f", then {format_seconds(seconds)} to measure"
     print(f"cost: {cost}", flush=True)
@@ -332,16 +378,22 @@ def main(argv=None):
                              eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance,
                              guidance_interval=args.guidance_interval, weak=weak,
                              batch_size=args.batch_size, device=device, precision=precision)
+    shown = to_show(y, min(10, args.num_images))
     if args.race:
-        rows, pictures = race(draw, images, classifier, entrants, to_show(y))
+        rows, pictures = race(draw, images, classifier, entrants, shown)
         floor, error = frechet_distance(look(classifier, held[:args.num_images])[1], look(classifier, images)[1])
         print(f"  floor: {floor:.3f} +- {error:.3f} ({min(args.num_images, len(held))} {held_name})")
-        write_file(output_dir / "race.json",
-                   json.dumps({"rows": rows, "floor": floor, **settings}, indent=1).encode())
-        save_strip(pictures, [""] * 10, output_dir / "race.png", title="the same ten noises, every sampler",
-                   row_labels=[f"{row['sampler']} {row['steps']}\nFD {row['fd']:.3f}, "
-                               f"{format_seconds(row['seconds'])}" for row in rows])
-        print(f"wrote {output_dir / 'race.json'}\nwrote {output_dir / 'race.png'}")
+        write_rows(output_dir / "race", {"rows": rows, "floor": floor, **settings}, pictures,
+                   "the same ten noises, every sampler",
+                   [f"{row['sampler']} {row['steps']}\nFD {row['fd']:.3f}, {format_seconds(row['seconds'])}"
+                    for row in rows])
+        return
+    if args.stages:
+        draw = functools.partial(draw, sampler=args.sampler, steps=args.steps)
+        rows, pictures = stages(draw, held[:args.num_images], images, classifier, args.steps, shown)
+        write_rows(output_dir / "stages", {"rows": rows, **settings}, pictures,
+                   "real images, noised to a level and drawn on from there",
+                   ["real", *(f"t = {levels[0]}\nsteps: {len(levels) - 1}" for levels in ways)])
         return
     drawn = to_uint8(draw(sampler=args.sampler, steps=args.steps)[0])
     found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held, labels, held_name,

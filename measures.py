@@ -6,6 +6,7 @@
     nearest(images, training)           the training images that each image is most like
     copied_share(distances, held_out)   how many are closer to one than unseen images are
     single_share(distances)             how many are far closer to one than to any other
+    fine_power(images)                  how much fine detail is there?
 
 Features are [N, D]; classifier.py makes them out of images.
 """
@@ -74,6 +75,15 @@ def precision_recall(features, reference, k=3):
     recall with missing variety. Equal numbers of both, please: the first N of the reference are taken."""
     reference = reference[:len(features)]
     return _inside(features, reference, k), _inside(reference, features, k)
+
+
+def fine_power(images):
+    """The mean power of the fine half of the frequencies, those that take fewer than four pixels for a wave, in
+    uint8 images [N, C, H, W]. Blurred samples have less of it than real images, speckled ones more."""
+    cycles = [torch.fft.fftfreq(size) for size in images.shape[-2:]]
+    fine = torch.hypot(cycles[0][:, None], cycles[1]) > 0.25
+    power = sum(torch.fft.fft2(part.double(), norm="ortho").abs().square().sum((0, 1)) for part in images.split(5000))
+    return float(power[fine].mean()) / (len(images) * images.shape[1])
 
 
 # ---- Copies

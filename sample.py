@@ -33,12 +33,13 @@ MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
 @torch.no_grad()
 def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler="ddim", steps=None,
              eta=None, spacing=None, y=None, guidance=1.0, guidance_interval=None, weak=None, first_index=0,
-             batch_size=64, device="cpu", precision=torch.float32, num_frames=0):
+             batch_size=64, device="cpu", precision=torch.float32, num_frames=0, begin=None):
     """Make images first_index, first_index + 1, ... of a seed, batch by batch, with a progress bar.
 
     y: [num_images] classes, -1 for none (as without it).
     guidance: 1 follows the class, more pushes towards it at twice the cost; or away from `weak`, a worse model;
     and that at all levels or in guidance_interval (low, high).
+    begin: (x_0, calls) to noise these images, [num_images, C, H, W], and take only the last so many steps.
     Returns (images [num_images, C, H, W] in [-1, 1], frames). frames is empty unless num_frames > 0:
     then it lists at most that many moments (t, x_t, x_0 estimate made from x_t) of the first batch,
     evenly spread from pure noise to the finished pictures, which stand last with t = -1.
@@ -48,14 +49,19 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     firsts = range(first_index, first_index + num_images, batch_size)
     settings = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, seed=seed, guidance=guidance,
                     guidance_interval=guidance_interval, weak=weak)
-    calls = len(diffusion.sampling_levels(sampler, steps)) - 1
+    levels = diffusion.sampling_levels(sampler, steps, spacing)
+    if begin:
+        levels, settings["calls"] = levels[-1 - begin[1]:], begin[1]
+    calls = len(levels) - 1
     keep = set(torch.linspace(0, calls, min(num_frames, calls + 1)).round().int().tolist())
     with (tqdm(total=len(firsts) * calls, desc="sampling", unit="call") as bar,
           torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == torch.bfloat16)):
         for first in firsts:
             indices = range(first, min(first + batch_size, first_index + num_images))
-            x_t = seeded_noise(seed, indices, 0, shape).to(device)
-            t = diffusion.num_timesteps - 1
+            x_t, t = seeded_noise(seed, indices, 0, shape).to(device), levels[0]
+            if begin:
+                x_0 = begin[0][first - first_index:][:batch_size].to(device)
+                x_t, _ = diffusion.forward_diffusion(x_0, torch.full((len(x_0),), t, device=device), x_t)
             path = diffusion.trajectory(model, x_t, first_index=first, **settings,
                                         y=None if y is None else y[first - first_index:][:batch_size].to(device))
             for k, (t_next, x_next, x_0) in enumerate(path):

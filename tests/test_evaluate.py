@@ -12,9 +12,10 @@ import data
 import evaluate
 from classifier import Classifier, get_classifier, load_classifier, look, save_classifier, train_classifier
 from data import get_dataset
+from diffusion import seeded_noise
 from images import to_signed, to_uint8
 from load import load_model
-from measures import (copied_share, frechet_between, frechet_distance, kernel_distance, nearest,
+from measures import (copied_share, fine_power, frechet_between, frechet_distance, kernel_distance, nearest,
                       nearest_images, precision_recall, single_share)
 from sample import generate
 from synthetic import digits
@@ -259,6 +260,7 @@ def command(two_shades, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, message", [
     (["--race", "--sampler", "ddim"], "--race takes every sampler"), (["--race", "--eta", "0"], "--race takes every"),
+    (["--stages", "--label", "dark"], "--stages takes"), (["--stages", "--race"], "leave out --race"),
     (["--label", "north"], "unknown class 'north'"), (["--steps", "5000"], "5000")])
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(argv, message, command, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", None)
@@ -272,6 +274,41 @@ def test_several_labels_and_more_samples_than_held_out_images(command, tmp_path,
     found = json.loads((tmp_path / "evaluation.json").read_text())
     held = found["num_held_out"]
     assert found["num_images"] == 201 and held < 201 and f"those of {held} samples" in capsys.readouterr().out
+
+
+def test_fine_power_tells_waves_of_three_pixels_from_waves_of_six():
+    """A cosine of amplitude a has the mean square a^2 / 2, all of it (Parseval) at two frequencies of 12 x 12."""
+    x = torch.arange(12)
+    short, long = ((128 + 90 * torch.cos(2 * math.pi * x / wave)).round().to(torch.uint8) for wave in (3, 6))
+    cycles = [min(k, 12 - k) / 12 for k in range(12)]
+    fine = sum(math.hypot(u, v) > 1 / 4 for u in cycles for v in cycles)
+    for images in (short.expand(2, 3, 12, 12), short[:, None].expand(2, 3, 12, 12)):
+        assert fine_power(images) == pytest.approx(90**2 / 2 * 144 / fine, rel=0.01)
+    assert fine_power(long.expand(2, 3, 12, 12)) < 1
+
+
+def test_stages_noise_real_images_and_take_the_last_steps(command, tmp_path):
+    """A row is what a plain loop over the last levels makes of the held-out images; the first is those."""
+    evaluate.main([*map(str, command), "--stages", "--num_images", "100", "--steps", "5", "--sampler", "ddim",
+                   "--seed", "3"])
+    found = json.loads((tmp_path / "stages.json").read_text())
+    assert [row["steps"] for row in found["rows"]] == [0, 1, 2, 4, 5] and (tmp_path / "stages.png").is_file()
+    model, diffusion, data = load_model(command[1])
+    images, held = evaluate.load_reference(data, "data", "synthetic_digits")[:2]
+    network = load_classifier(tmp_path / "classifier.pt")[0]
+    count = min(100, len(held))
+    noise = seeded_noise(3, range(count), 0, (1, 8, 8))
+    for row, levels in zip(found["rows"], ([], [9, -1], [19, 9, -1], [39, 29, 19, 9, -1], [49, 39, 29, 19, 9, -1])):
+        x = to_signed(held[:count])
+        if levels:
+            ab = diffusion.alpha_bar[levels[0]].float()
+            x = ab.sqrt() * x + (1 - ab).sqrt() * noise
+        for t, t_prev in zip(levels, levels[1:]):
+            with torch.no_grad():
+                x, _ = diffusion.reverse_diffusion_step(model, x, t, t_prev, eta=0)
+        distance = frechet_distance(look(network, to_uint8(x))[1], look(network, images)[1])[0]
+        assert row["fd"] == pytest.approx(distance, rel=1e-3)
+        assert row["detail"] == pytest.approx(fine_power(to_uint8(x)) / fine_power(images), rel=1e-3)
 
 
 def test_the_race_draws_the_same_noises_by_every_sampler(command, tmp_path, monkeypatch):
