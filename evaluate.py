@@ -8,8 +8,7 @@
 The distance is the Frechet distance in the features of our own small classifier ("FD, small classifier"): it is
 not the FID of the literature, and no other project's number compares with it. What does stands beside it: the
 floor, the distance of as many real images that nobody trained on. Prints a table; writes evaluation.json and
-nearest.png (samples above the training images they are most like), or race.json and race.png, or stages.json and
-stages.png.
+nearest.png (samples above the training images they are most like), or a .json and a .png named race or stages.
 """
 
 import functools
@@ -326,8 +325,8 @@ def main(argv=None):
 
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint)
-    output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "race.json", "stages.json", "nearest.png",
-                                 "race.png", "stages.png")
+    output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png", "race.json",
+                                 "race.png", "stages.json", "stages.png")
     model, diffusion, data = load_model(args.checkpoint, device)
     fill_in(args, data, diffusion.num_timesteps)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)

@@ -413,8 +413,8 @@ def main(argv=None):
         type=positive_float)
     add("--clip_loss", "ask of black and white pixels no more than to be right once cut to their range, as "
         "sampling does", False, action=SWITCH)
-    add("--density", "which noise levels are met how often: all alike, or the middle ones more", "uniform",
-        choices=DENSITIES)
+    add("--density", "which noise levels are met how often: all alike, the middle ones more (logit_normal), or the "
+        "low ones (quadratic)", "uniform", choices=DENSITIES)
     add("--grad_clip", "largest gradient norm; off unless given", type=positive_float)
     add("--grad_checkpoint", "less memory, about a third slower", False, action=SWITCH)
     add("--ema_decay", "averaging of the weights for samples; 0 is off", 0.9995, type=fraction)

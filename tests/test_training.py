@@ -136,6 +136,15 @@ def test_logit_normal_timesteps_have_gaussian_logits():
         assert (t < 10_000 * want).double().mean() == pytest.approx(share, abs=0.01)
 
 
+def test_quadratic_timesteps_are_squares_of_even_ones():
+    """The share below a level is the root of that level's place."""
+    torch.manual_seed(0)
+    t = torch.stack([get_timesteps(64, 10_000, "cpu", "quadratic") for _ in range(500)]).flatten()
+    assert 0 <= t.min() < 10 and 9_900 < t.max() <= 9_999
+    for share in (0.1, 0.25, 0.5, 0.9):
+        assert (t < 10_000 * share).double().mean() == pytest.approx(share**0.5, abs=0.01)
+
+
 def test_bf16_training_stays_close_to_float32(few_digits, tmp_path):
     settings = dict(**few_digits, **{**TINY, "precision": "bf16"}, steps=4)
     _, _, low = train(output_dir=tmp_path / "a", **settings)
