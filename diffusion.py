@@ -321,13 +321,15 @@ class DiffusionProcess:
             raise ValueError(f"unknown spacing {spacing!r}; choose from {sorted(SPACINGS)}")
         return distinct(SPACINGS[spacing](self.alpha_bar.numpy(), int(steps)))
 
-    def sampling_levels(self, sampler, steps=None, spacing=None):
-        """The timesteps of a sampler: those asked for, or its own number of them (at most T)."""
+    def sampling_levels(self, sampler, steps=None, spacing=None, calls=None):
+        """The timesteps of a sampler: those asked for, or its own number of them (at most T). calls: only those of
+        the last so many steps."""
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}; choose from {sorted(SAMPLERS)}")
         if steps is None and SAMPLERS[sampler].steps is not None:
             steps = min(SAMPLERS[sampler].steps, self.num_timesteps)
-        return self.timesteps(steps, spacing or SAMPLERS[sampler].spacing)
+        levels = self.timesteps(steps, spacing or SAMPLERS[sampler].spacing)
+        return levels if calls is None else levels[-1 - calls:]
 
     @torch.no_grad()
     def trajectory(self, model, x_T, *, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
@@ -343,8 +345,7 @@ class DiffusionProcess:
         guidance_interval, weak: where guidance acts, and a model that it leads away from, see sample.
         calls: only the last so many steps; x_T is then at the level where they begin.
         """
-        ts = self.sampling_levels(sampler, steps, spacing)
-        ts = ts if calls is None else ts[-1 - calls:]
+        ts = self.sampling_levels(sampler, steps, spacing, calls)
         row = SAMPLERS[sampler]
         eta = row.eta if eta is None else eta
         indices = range(first_index, first_index + len(x_T))

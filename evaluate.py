@@ -204,12 +204,11 @@ def stages(draw, x_0, images, classifier, steps, shown):
     shown: the indices of the pictures to keep.  Returns (rows, one picture row each); the first is x_0 itself.
     """
     _, reference = look(classifier, images)
-    usual, rows, pictures = fine_power(images), [], []
+    x_0_signed, usual, rows, pictures = to_signed(x_0), fine_power(images) or 1.0, [], []
     for count in [0, *stage_lengths(steps)]:
-        drawn = to_uint8(draw(begin=(to_signed(x_0), count))[0]) if count else x_0
+        drawn = to_uint8(draw(begin=(x_0_signed, count))[0]) if count else x_0
         distance, error = frechet_distance(look(classifier, drawn)[1], reference)
-        rows.append({"steps": count, "fd": distance, "fd_error": error,
-                     "detail": fine_power(drawn) / usual if usual else 1.0})
+        rows.append({"steps": count, "fd": distance, "fd_error": error, "detail": fine_power(drawn) / usual})
         pictures.append(to_signed(drawn[shown]))
         tqdm.write(f"  the last {count:>4} steps   FD {distance:9.3f} +- {error:6.3f}   "
                    f"fine detail {rows[-1]['detail']:6.1%}")
@@ -337,9 +336,8 @@ def main(argv=None):
     else:
         args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
         entrants = [(args.sampler, args.steps)]
-    ways = [diffusion.sampling_levels(sampler, steps, args.spacing) for sampler, steps in entrants]
-    if args.stages:
-        ways = [ways[0][-1 - count:] for count in stage_lengths(args.steps)]
+    ways = [diffusion.sampling_levels(sampler, steps, args.spacing, calls) for sampler, steps in entrants
+            for calls in (stage_lengths(steps) if args.stages else [None])]
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
     if min(len(images), len(held)) < FEWEST:

@@ -47,11 +47,9 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     images, frames = [], []
     shape = (model.image_channels, image_size, image_size)
     firsts = range(first_index, first_index + num_images, batch_size)
-    settings = dict(sampler=sampler, steps=steps, eta=eta, spacing=spacing, seed=seed, guidance=guidance,
-                    guidance_interval=guidance_interval, weak=weak)
-    levels = diffusion.sampling_levels(sampler, steps, spacing)
-    if begin:
-        levels, settings["calls"] = levels[-1 - begin[1]:], begin[1]
+    way = dict(sampler=sampler, steps=steps, spacing=spacing, calls=begin and begin[1])
+    settings = dict(way, eta=eta, seed=seed, guidance=guidance, guidance_interval=guidance_interval, weak=weak)
+    levels = diffusion.sampling_levels(**way)
     calls = len(levels) - 1
     keep = set(torch.linspace(0, calls, min(num_frames, calls + 1)).round().int().tolist())
     with (tqdm(total=len(firsts) * calls, desc="sampling", unit="call") as bar,

@@ -189,7 +189,7 @@ EDITS = [
          "k.transpose(-1, -2)).softmax(-1)", "k.transpose(-1, -2)).softmax(-2)", "visualize_model"),
     Edit("no level more often than another", "utils.py", 'if density == "logit_normal":', "if False:", "training"),
     Edit("low levels no more often", "utils.py", "comb = comb ** 2", "comb = comb", "training"),
-    Edit("the last steps and one more", "diffusion.py", "ts[-1 - calls:]", "ts[-2 - calls:]", "evaluate"),
+    Edit("the last steps and one more", "diffusion.py", "levels[-1 - calls:]", "levels[-2 - calls:]", "evaluate"),
     Edit("all detail is fine", "measures.py", "cycles[1]) > 0.25", "cycles[1]) > 0", "evaluate"),
     Edit("an error forgiven that clipping does not mend", "diffusion.py", "(x_0.abs() >= 1) & (over * x_0 > 0)",
          "over * x_0 > 0", "diffusion"),
