@@ -29,12 +29,12 @@ from command_line import (Parser, command, format_seconds, make_output_dir, posi
                           seed_number)
 from data import Batches
 from diffusion import DiffusionProcess
-from evaluate import load_reference
 from images import save_strip, to_signed, to_uint8
 from load import load_model
 from loop import measure_seconds
 from measures import frechet_distance
 from presets import PRESETS
+from reference import load_reference
 from sample import generate
 from train import ARGUMENTS, train
 from utils import EMA, count_parameters, describe_device, get_device, get_precision, write_file

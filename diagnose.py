@@ -20,10 +20,10 @@ import torch
 from checkpoint import load_checkpoint
 from command_line import Parser, command
 from diffusion import OBJECTIVES, seeded_noise
-from evaluate import load_reference, same_classes
 from images import to_signed, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model
 from measures import copied_share, nearest_images
+from reference import load_reference, same_classes
 from sample import generate
 from schedules import SCHEDULES, linear_alpha_bar
 from utils import describe_device, get_device

@@ -22,17 +22,16 @@ from tqdm import tqdm
 from classifier import get_classifier, look
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval, make_output_dir,
                           positive_int, seed_number)
-from data import DATASETS, Batches, class_names, get_dataset, split_held_out
 from diffusion import SAMPLERS, model_calls
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, fill_in, find_model, load_model, load_weak
 from measures import (copied_share, fine_power, frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall, single_share)
+from reference import FEWEST, labels_like, load_reference, same_classes
 from sample import choose_labels, generate, guidance_words, seconds_for, thinned
 from schedules import SPACINGS
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
 
-FEWEST = 5  # images, or precision and recall have no neighbours to look at
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
 MAX_IMAGES = 200_000
@@ -40,68 +39,12 @@ RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 1
         "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
 
 
-# ---- What the samples are held against
-
-def same_classes(data, name=None):
-    """Does the model know the very classes of this data set, or of its own? data: what the checkpoint says."""
-    return bool(data["classes"]) and data["classes"] == class_names(name or data["name"], True)
-
-
-def load_reference(data, data_dir, name=None):
-    """The images that a model was trained on, and others like them.
-
-    data: what the checkpoint says.  name: another data set instead.
-    Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
-    A named set has its test set, here in random order, since the first half of MNIST's is by other writers than
-    the second (LeCun et al. 1998, section III.A). A folder is divided as in the training (--val_fraction); where
-    nothing was held out, a tenth is set aside. It has labels if its classes are those of the model.
-    """
-    like = dict(image_size=data["image_size"], channels=data.get("channels"))
-    chosen = name or data["name"]
-    if chosen not in DATASETS:
-        return folder_reference(data, like, name)
-    images, labels = get_dataset(chosen, data_dir, **like)
-    held, held_labels = get_dataset(chosen, data_dir, train=False, **like)
-    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
-    return images, held[order], (labels, held_labels[order]), "test images"
-
-
-def folder_reference(data, like, name=None):
-    """load_reference of a folder. The phrase follows from the fingerprints that the training has left."""
-    images, y = get_dataset(name or data["name"], with_labels=same_classes(data, name),
-                            fit="stretch" if data.get("fit") == "stretch" else "crop", **like)
-    share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
-    if type(share) not in (int, float) or not 0 <= share < 1 or type(seed) is not int or seed < 0:
-        raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, "
-                         f"seed {seed!r:.40}")
-    kept, aside = split_held_out(len(images), share or min(0.5, max(0.1, FEWEST / len(images))), seed)
-    trained_on, held_out = data.get("images"), data.get("held_out")
-    if share and held_out == Batches(images, y, indices=aside).fingerprint():
-        what = "held-out images"
-        start = data.get("started_from")
-        if start and start.get("images") != trained_on:
-            what += " (the weights that it started from may know them)"
-    elif not share and trained_on == Batches(images, y).fingerprint():
-        what = "images that it was trained on: nothing was held out"
-    elif name:
-        what = f"images of {name} that are set aside here"
-    elif trained_on or held_out:
-        what = "images of a folder that has changed since: it was trained on some of them"
-    else:                                                       # an older checkpoint has no fingerprints
-        what = "held-out images" if share else "images that it was trained on: nothing was held out"
-    return images[kept], images[aside], None if y is None else (y[kept], y[aside]), what
-
-
-def labels_like(labels, count, seed=0):
-    """The classes of `count` images drawn by chance from those that `labels` [N] belong to: [count] integers.
-
-    MNIST has a fourth more ones than fives. Samples with as many of each are another distribution, and the FD of
-    10,000 real digits chosen so is twice the floor. By chance, as the floor's images are what chance gave them.
-    """
-    return labels[torch.randint(len(labels), (count,), generator=torch.Generator().manual_seed(seed))]
-
-
 # ---- Measures of one set of samples
+
+def share_sure(probabilities):
+    """The share of images of whose class the classifier is confident. probabilities: [N, K]."""
+    return float((probabilities.max(1).values > SURE).double().mean())
+
 
 def quality(probabilities, features, reference, labels=None):
     """What the classifier makes of some images, as a dict of plain numbers.
@@ -115,8 +58,7 @@ def quality(probabilities, features, reference, labels=None):
     kid, kid_error = kernel_distance(features, reference)
     precision, recall = precision_recall(features, reference)
     found = {"fd": distance, "fd_error": error, "kid": kid, "kid_error": kid_error, "precision": precision,
-             "recall": recall, "confident": float((probabilities.max(1).values > SURE).double().mean()),
-             "classes": shares.tolist()}
+             "recall": recall, "confident": share_sure(probabilities), "classes": shares.tolist()}
     if labels is not None and (labels >= 0).all():
         agrees = (classes == labels).double()
         found["agreement"] = float(agrees.mean())
@@ -160,75 +102,6 @@ def loss_by_timestep(model, diffusion, x_0, y=None, bins=BINS, seed=0):
     return edges, losses
 
 
-# ---- Tables and pictures
-
-def print_quality(found, floor, count, held_count, held_name):
-    def line(title, value, limit):
-        print(f"  {title:<38}{value:>20}{limit:>20}")
-
-    print(f"{count} samples".rjust(60) + "floor".rjust(20))
-    line("FD, small classifier", f"{found['fd']:.3f} +- {found['fd_error']:.3f}",
-         f"{floor['fd']:.3f} +- {floor['fd_error']:.3f}")
-    line("  in units of the floor", f"{found['fd'] / floor['fd']:.2f}" if floor["fd"] > 0 else "-", "1")
-    line("KID, small classifier, x 1000", f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
-         f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
-    for key, title in (("precision", "precision: looks real"), ("recall", "recall: has the variety"),
-                       ("detail", "fine detail, of the training images'"),
-                       ("confident", f"classifier surer than {SURE}"),
-                       ("agreement", "classifier sees what was asked")):
-        if key in found:
-            line(title, f"{found[key]:.1%}", f"{floor[key]:.1%}" if key in floor else "")
-    line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
-    if abs(found["fd"] - floor["fd"]) < found["fd_error"] + floor["fd_error"]:
-        print("  the two distances lie within their errors: only more images can tell them apart")
-    print(f"  floor: {held_count} {held_name}, measured in the same way"
-          + f"; distances, precision and recall are those of {held_count} samples" * (held_count < count))
-
-
-def to_show(y, count=10):
-    """Which images to show: the first of each class, in order; the first ones where there are too few classes."""
-    firsts = [] if y is None else [(y == k).nonzero()[0, 0] for k in y.unique()][:count]
-    return torch.stack(firsts) if len(firsts) == count else torch.arange(count)
-
-
-def save_nearest(images, training, index, path):
-    rows = [to_signed(images), to_signed(training[index])]
-    save_strip(rows, [""] * len(images), path, row_labels=["sample", "most similar\ntraining image"])
-
-
-def stages(draw, x_0, images, classifier, steps, shown):
-    """Real images, noised so far that the last 1, 2, 4, ... and all of the steps have to undo it: at which noise
-    levels do samples get worse than real images?
-
-    draw: generate, with all else decided.  x_0: uint8 [N, C, H, W], not trained on.  images: the training images.
-    shown: the indices of the pictures to keep.  Returns (rows, one picture row each); the first is x_0 itself.
-    """
-    _, reference = look(classifier, images)
-    x_0_signed, usual, rows, pictures = to_signed(x_0), fine_power(images) or 1.0, [], []
-    for count in [0, *stage_lengths(steps)]:
-        drawn = to_uint8(draw(begin=(x_0_signed, count))[0]) if count else x_0
-        distance, error = frechet_distance(look(classifier, drawn)[1], reference)
-        rows.append({"steps": count, "fd": distance, "fd_error": error, "detail": fine_power(drawn) / usual})
-        pictures.append(to_signed(drawn[shown]))
-        tqdm.write(f"  the last {count:>4} steps   FD {distance:9.3f} +- {error:6.3f}   "
-                   f"fine detail {rows[-1]['detail']:6.1%}")
-    return rows, pictures
-
-
-def stage_lengths(steps):
-    """How many steps are taken: 1, 2, 4, ... and all."""
-    return [*(2**k for k in range(steps.bit_length()) if 2**k < steps), steps]
-
-
-# ---- Commands
-
-def write_rows(path, facts, pictures, title, row_labels):
-    """A comparison, as path.json and path.png."""
-    write_file(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
-    save_strip(pictures, [""] * len(pictures[0]), path.with_suffix(".png"), title=title, row_labels=row_labels)
-    print(f"wrote {path.with_suffix('.json')}\nwrote {path.with_suffix('.png')}")
-
-
 def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, classifier, device):
     """Measure all that this file knows of the pictures drawn.
 
@@ -269,6 +142,51 @@ def seconds_to_measure(classifier, images, num_images, mirrored=False):
     return (one_look * (len(images) + 2 * num_images) + one_search * 2 * count * views) / len(some)
 
 
+# ---- Tables and pictures
+
+def print_quality(found, floor, count, held_count, held_name):
+    def line(title, value, limit):
+        print(f"  {title:<38}{value:>20}{limit:>20}")
+
+    print(f"{count} samples".rjust(60) + "floor".rjust(20))
+    line("FD, small classifier", f"{found['fd']:.3f} +- {found['fd_error']:.3f}",
+         f"{floor['fd']:.3f} +- {floor['fd_error']:.3f}")
+    line("  in units of the floor", f"{found['fd'] / floor['fd']:.2f}" if floor["fd"] > 0 else "-", "1")
+    line("KID, small classifier, x 1000", f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
+         f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
+    for key, title in (("precision", "precision: looks real"), ("recall", "recall: has the variety"),
+                       ("detail", "fine detail, of the training images'"),
+                       ("confident", f"classifier surer than {SURE}"),
+                       ("agreement", "classifier sees what was asked")):
+        if key in found:
+            line(title, f"{found[key]:.1%}", f"{floor[key]:.1%}" if key in floor else "")
+    line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
+    if abs(found["fd"] - floor["fd"]) < found["fd_error"] + floor["fd_error"]:
+        print("  the two distances lie within their errors: only more images can tell them apart")
+    print(f"  floor: {held_count} {held_name}, measured in the same way"
+          + f"; distances, precision and recall are those of {held_count} samples" * (held_count < count))
+
+
+def to_show(y, count=10):
+    """Which images to show: the first of each class, in order; the first ones where there are too few classes."""
+    firsts = [] if y is None else [(y == k).nonzero()[0, 0] for k in y.unique()][:count]
+    return torch.stack(firsts) if len(firsts) == count else torch.arange(count)
+
+
+def save_nearest(images, training, index, path):
+    rows = [to_signed(images), to_signed(training[index])]
+    save_strip(rows, [""] * len(images), path, row_labels=["sample", "most similar\ntraining image"])
+
+
+# ---- Several sets of samples beside one another: a row of numbers and a row of pictures for each
+
+def distance_row(drawn, classifier, reference):
+    """What tells uint8 images [N, C, H, W] from real ones.  reference: features of the training images."""
+    probabilities, features = look(classifier, drawn)
+    distance, error = frechet_distance(features, reference)
+    return {"fd": distance, "fd_error": error, "confident": share_sure(probabilities)}
+
+
 def race(draw, images, classifier, entrants, shown):
     """The same noises through each (sampler, steps) of `entrants`. draw: generate, with all else decided.
     shown: the indices of the pictures to keep.  Returns (rows, one picture row each)."""
@@ -278,17 +196,48 @@ def race(draw, images, classifier, entrants, shown):
         start = time.perf_counter()
         drawn, _ = draw(sampler=sampler, steps=steps)
         seconds = time.perf_counter() - start
-        probabilities, features = look(classifier, to_uint8(drawn))
-        distance, error = frechet_distance(features, reference)
-        rows.append({"sampler": sampler, "steps": steps, "fd": distance, "fd_error": error, "seconds": seconds,
-                     "confident": float((probabilities.max(1).values > SURE).double().mean())})
+        row = distance_row(to_uint8(drawn), classifier, reference)
+        rows.append({"sampler": sampler, "steps": steps, **row, "seconds": seconds})
         pictures.append(drawn[shown].cpu())
-        tqdm.write(f"  {sampler:<14}{steps:>5} steps   FD {distance:9.3f} +- {error:6.3f}   {seconds:8.1f} s")
+        tqdm.write(f"  {sampler:<14}{steps:>5} steps   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
+                   f"{seconds:8.1f} s")
     return rows, pictures
 
 
-@command
-def main(argv=None):
+def stages(draw, x_0, images, classifier, steps, shown):
+    """Real images, noised so far that the last 1, 2, 4, ... and all of the steps have to undo it: at which noise
+    levels do samples get worse than real images?
+
+    draw: generate, with all else decided.  x_0: uint8 [N, C, H, W], not trained on.  images: the training images.
+    shown: the indices of the pictures to keep.  Returns (rows, one picture row each); the first is x_0 itself.
+    """
+    _, reference = look(classifier, images)
+    x_0_signed, usual, rows, pictures = to_signed(x_0), fine_power(images) or 1.0, [], []
+    for count in [0, *stage_lengths(steps)]:
+        drawn = to_uint8(draw(begin=(x_0_signed, count))[0]) if count else x_0
+        row = distance_row(drawn, classifier, reference)
+        rows.append({"steps": count, **row, "detail": fine_power(drawn) / usual})
+        pictures.append(to_signed(drawn[shown]))
+        tqdm.write(f"  the last {count:>4} steps   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
+                   f"fine detail {rows[-1]['detail']:6.1%}")
+    return rows, pictures
+
+
+def stage_lengths(steps):
+    """How many steps are taken: 1, 2, 4, ... and all."""
+    return [*(2**k for k in range(steps.bit_length()) if 2**k < steps), steps]
+
+
+def write_rows(path, facts, pictures, title, row_labels):
+    """A comparison, as path.json and path.png."""
+    write_file(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
+    save_strip(pictures, [""] * len(pictures[0]), path.with_suffix(".png"), title=title, row_labels=row_labels)
+    print(f"wrote {path.with_suffix('.json')}\nwrote {path.with_suffix('.png')}")
+
+
+# ---- The command
+
+def parse(argv):
     parser = Parser(description="Measure a checkpoint's pictures beside real ones.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
@@ -321,16 +270,22 @@ def main(argv=None):
         raise ValueError("--stages takes real images, and their classes: leave out --race and --label")
     if args.num_images > MAX_IMAGES:
         raise ValueError(f"--num_images {args.num_images}: at most {MAX_IMAGES}")
+    return args
 
+
+@command
+def main(argv=None):
+    args = parse(argv)
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint)
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png", "race.json",
                                  "race.png", "stages.json", "stages.png")
     model, diffusion, data = load_model(args.checkpoint, device)
+    spacing = args.spacing
     fill_in(args, data, diffusion.num_timesteps)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     if args.race:
-        args.sampler = args.steps = None                        # in race.json: all of them
+        args.sampler, args.steps, args.spacing = None, None, spacing    # of all of them, so in race.json
         entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
                     if steps <= diffusion.num_timesteps]
     else:
@@ -378,9 +333,10 @@ def main(argv=None):
     shown = to_show(y, min(10, args.num_images))
     if args.race:
         rows, pictures = race(draw, images, classifier, entrants, shown)
-        floor, error = frechet_distance(look(classifier, held[:args.num_images])[1], look(classifier, images)[1])
-        print(f"  floor: {floor:.3f} +- {error:.3f} ({min(args.num_images, len(held))} {held_name})")
-        write_rows(output_dir / "race", {"rows": rows, "floor": floor, **settings}, pictures,
+        floor = distance_row(held[:args.num_images], classifier, look(classifier, images)[1])
+        print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} "
+              f"({min(args.num_images, len(held))} {held_name})")
+        write_rows(output_dir / "race", {"rows": rows, "floor": floor["fd"], **settings}, pictures,
                    "the same ten noises, every sampler",
                    [f"{row['sampler']} {row['steps']}\nFD {row['fd']:.3f}, {format_seconds(row['seconds'])}"
                     for row in rows])

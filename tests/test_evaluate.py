@@ -17,6 +17,7 @@ from images import to_signed, to_uint8
 from load import load_model
 from measures import (copied_share, fine_power, frechet_between, frechet_distance, kernel_distance, nearest,
                       nearest_images, precision_recall, single_share)
+from reference import labels_like, load_reference
 from sample import generate
 from synthetic import digits
 from test_commands import fails
@@ -134,14 +135,14 @@ def test_mirrored_copies_are_found_when_asked_for():
 def test_classes_are_drawn_by_chance_as_the_training_images_have_them():
     """Their numbers vary from seed to seed as those of a binomial do; with exact shares they would not."""
     labels = torch.tensor([2] * 600 + [0] * 300 + [1] * 90 + [4] * 10)
-    drawn = torch.stack([evaluate.labels_like(labels, 500, seed) for seed in range(400)])
+    drawn = torch.stack([labels_like(labels, 500, seed) for seed in range(400)])
     for label, share in ((2, 0.6), (0, 0.3), (1, 0.09), (4, 0.01)):
         counts = (drawn == label).sum(1).double()
         spread = (500 * share * (1 - share)) ** 0.5
         assert abs(counts.mean() - 500 * share) < 4 * spread / 400**0.5
         assert counts.std() == pytest.approx(spread, rel=0.2)
     assert abs((drawn[:, :250] == 2).double().mean() - 0.6) < 0.02      # in random order
-    assert torch.equal(drawn[3], evaluate.labels_like(labels, 500, 3))
+    assert torch.equal(drawn[3], labels_like(labels, 500, 3))
 
 
 def test_pictures_are_shown_in_the_order_of_their_classes():
@@ -157,13 +158,13 @@ def test_test_images_come_in_random_order_with_their_labels(monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 200)
     plain, plain_labels = data.get_dataset("synthetic_digits", train=False)
     like = {"name": "synthetic_digits", "image_size": 28, "channels": 1, "classes": None}
-    _, held, (_, labels), _ = evaluate.load_reference(like, "data")
+    _, held, (_, labels), _ = load_reference(like, "data")
     place = (held[:, None].int() - plain[None].int()).abs().sum((2, 3, 4)).argmin(1)
     assert torch.equal(held, plain[place]) and torch.equal(labels, plain_labels[place])
     assert len(place.unique()) == len(plain)
     half = len(plain) // 2
     assert 0.35 * half < (place[:half] < half).sum() < 0.65 * half
-    assert torch.equal(held, evaluate.load_reference(like, "data")[1])
+    assert torch.equal(held, load_reference(like, "data")[1])
 
 
 def test_a_classifier_learns_and_survives_its_file(tmp_path):
@@ -231,8 +232,8 @@ def test_the_command_writes_its_numbers_and_tells_them_again(two_shades, tmp_pat
     shades = torch.cat([torch.full((48, 1, 8, 8), 40), torch.full((16, 1, 8, 8), 215)]).to(torch.uint8)
     shades = (shades + torch.randint(0, 9, shades.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
     monkeypatch.setitem(data.DATASETS, "shades", data.Row(None, ("dark", "bright")))
-    monkeypatch.setattr(evaluate, "get_dataset", lambda *args, **settings: (shades.repeat(4, 1, 1, 1),
-                                                                           (torch.arange(64) // 48).repeat(4)))
+    monkeypatch.setattr("reference.get_dataset", lambda *args, **settings: (shades.repeat(4, 1, 1, 1),
+                                                                            (torch.arange(64) // 48).repeat(4)))
     flags = ["--checkpoint", str(two_shades), "--num_images", "100", "--steps", "5", "--output_dir", str(tmp_path),
              "--device", "cpu"]
     evaluate.main(flags)
@@ -294,7 +295,7 @@ def test_stages_noise_real_images_and_take_the_last_steps(command, tmp_path):
     found = json.loads((tmp_path / "stages.json").read_text())
     assert [row["steps"] for row in found["rows"]] == [0, 1, 2, 4, 5] and (tmp_path / "stages.png").is_file()
     model, diffusion, data = load_model(command[1])
-    images, held = evaluate.load_reference(data, "data", "synthetic_digits")[:2]
+    images, held = load_reference(data, "data", "synthetic_digits")[:2]
     network = load_classifier(tmp_path / "classifier.pt")[0]
     count = min(100, len(held))
     noise = seeded_noise(3, range(count), 0, (1, 8, 8))
@@ -320,7 +321,7 @@ def test_the_race_draws_the_same_noises_by_every_sampler(command, tmp_path, monk
     assert [(row["sampler"], row["steps"]) for row in found["rows"]] == [("ddim", 1), ("ddim", 50)]
     assert found["sampler"] is None and (tmp_path / "race.png").is_file()
     model, diffusion, data = load_model(command[1])
-    images = evaluate.load_reference(data, "data", "synthetic_digits")[0]
+    images = load_reference(data, "data", "synthetic_digits")[0]
     network = load_classifier(tmp_path / "classifier.pt")[0]
     for row in found["rows"]:
         drawn, _ = generate(model, diffusion, 100, 8, seed=3, steps=row["steps"], y=torch.arange(100) % 2,

@@ -29,6 +29,7 @@ from images import as_text, read_note, save_gif, save_images
 from load import PRETRAINED, card_recipe, find_model, load_model
 from models import create_model, model_defaults
 from plan import Plan
+from reference import load_reference
 from running import Signals, Stopped
 from sample import choose_labels
 from test_commands import fails
@@ -158,10 +159,10 @@ def test_held_out_images_of_a_folder_that_has_grown_are_not_called_held_out(tmp_
     told = Batches(images, None, indices=split_held_out(60, 0.2, 0)[1]).fingerprint()
     about = {"name": str(folder), "image_size": 16, "channels": 1, "classes": None, "val_fraction": 0.2, "seed": 0,
              "held_out": told}
-    assert evaluate.load_reference(about, "data")[3] == "held-out images"
+    assert load_reference(about, "data")[3] == "held-out images"
     sheets(tmp_path / "more", 61, seed=1)
     (tmp_path / "more" / "060.png").rename(folder / "0.png")           # before all others
-    assert "trained on some" in evaluate.load_reference(about, "data")[3]
+    assert "trained on some" in load_reference(about, "data")[3]
 
 
 def test_an_average_that_never_begins_is_refused(few_digits, tmp_path, capsys):

@@ -1,0 +1,71 @@
+"""The real images that samples are held against: those the model was trained on, and others like them.
+
+    images, held, labels, what = load_reference(data)     # data: what the checkpoint says
+"""
+
+import torch
+
+from data import DATASETS, Batches, class_names, get_dataset, split_held_out
+
+FEWEST = 5  # images, or precision and recall have no neighbours to look at
+
+
+def same_classes(data, name=None):
+    """Does the model know the very classes of this data set, or of its own? data: what the checkpoint says."""
+    return bool(data["classes"]) and data["classes"] == class_names(name or data["name"], True)
+
+
+def load_reference(data, data_dir, name=None):
+    """The images that a model was trained on, and others like them.
+
+    data: what the checkpoint says.  name: another data set instead.
+    Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
+    A named set has its test set, here in random order, since the first half of MNIST's is by other writers
+    than the second (LeCun et al. 1998, section III.A). A folder is divided as in the training
+    (--val_fraction); where nothing was held out, a tenth is set aside. It has labels if its classes are those
+    of the model.
+    """
+    like = dict(image_size=data["image_size"], channels=data.get("channels"))
+    chosen = name or data["name"]
+    if chosen not in DATASETS:
+        return folder_reference(data, like, name)
+    images, labels = get_dataset(chosen, data_dir, **like)
+    held, held_labels = get_dataset(chosen, data_dir, train=False, **like)
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+    return images, held[order], (labels, held_labels[order]), "test images"
+
+
+def folder_reference(data, like, name=None):
+    """load_reference of a folder. The phrase follows from the fingerprints that the training has left."""
+    images, y = get_dataset(name or data["name"], with_labels=same_classes(data, name),
+                            fit="stretch" if data.get("fit") == "stretch" else "crop", **like)
+    share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
+    if type(share) not in (int, float) or not 0 <= share < 1 or type(seed) is not int or seed < 0:
+        raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, "
+                         f"seed {seed!r:.40}")
+    kept, aside = split_held_out(len(images), share or min(0.5, max(0.1, FEWEST / len(images))), seed)
+    trained_on, held_out = data.get("images"), data.get("held_out")
+    if share and held_out == Batches(images, y, indices=aside).fingerprint():
+        what = "held-out images"
+        start = data.get("started_from")
+        if start and start.get("images") != trained_on:
+            what += " (the weights that it started from may know them)"
+    elif not share and trained_on == Batches(images, y).fingerprint():
+        what = "images that it was trained on: nothing was held out"
+    elif name:
+        what = f"images of {name} that are set aside here"
+    elif trained_on or held_out:
+        what = "images of a folder that has changed since: it was trained on some of them"
+    else:                                                       # an older checkpoint has no fingerprints
+        what = "held-out images" if share else "images that it was trained on: nothing was held out"
+    return images[kept], images[aside], None if y is None else (y[kept], y[aside]), what
+
+
+def labels_like(labels, count, seed=0):
+    """The classes of `count` images drawn by chance from those that `labels` [N] belong to: [count] integers.
+
+    MNIST has a fourth more ones than fives. Samples with as many of each are another distribution, and the FD
+    of 10,000 real digits chosen so is twice the floor. By chance, as the floor's images are what chance gave
+    them.
+    """
+    return labels[torch.randint(len(labels), (count,), generator=torch.Generator().manual_seed(seed))]
