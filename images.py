@@ -17,7 +17,8 @@ from utils import write_file
 
 
 # Colours that stay apart for the colour-blind too (Okabe & Ito 2008), each with a line of its own.
-COLOURS, LINES = ("#d55e00", "#0072b2", "#009e73", "#000000"), ("-", "--", "-.", ":")
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#000000", "#cc79a7")
+LINES = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
 
 
 def to_signed(images):

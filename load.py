@@ -13,6 +13,7 @@ from checkpoint import (check_weights, drawing_digest, load_checkpoint, read_con
                         whole_precision)
 from diffusion import SAMPLERS, DiffusionProcess
 from models import create_model, model_defaults
+from schedules import SPACINGS
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
@@ -116,18 +117,19 @@ def check_config(config, defaults):
 
 
 def card_recipe(card, T):
-    """{sampler, steps or None, guidance, guidance_interval or None, weak or None} with which a model was
-    measured, as its card (export.py) tells; weak is the name of a file beside it. Where the card does not
-    tell: ddim, its own number of steps, and the class followed plainly."""
+    """{sampler, steps, spacing, guidance, guidance_interval, weak} with which a model was measured, as its card
+    (export.py) tells; weak is the name of a file beside it. Where the card does not tell: ddim, the class
+    followed plainly, and None for the others."""
     card = card if isinstance(card, dict) else {}
     sampler, steps, guidance, weak = map(card.get, ("sampler", "sampler_steps", "guidance", "weak"))
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         sampler, steps = "ddim", None
-    levels = card.get("guidance_interval")
+    spacing, levels = card.get("spacing"), card.get("guidance_interval")
     known = (isinstance(levels, (list, tuple)) and [type(level) for level in levels] == [int, int]
              and 0 <= levels[0] <= levels[1] <= T)
     return {"guidance_interval": tuple(levels) if known else None,
             "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
+            "spacing": spacing if isinstance(spacing, str) and spacing in SPACINGS else None,
             "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0,
             # Never a path: only what lies beside.
             "weak": (weak if isinstance(weak, str) and weak and weak == Path(weak).name and weak.isprintable()
@@ -135,10 +137,12 @@ def card_recipe(card, T):
 
 
 def fill_in(args, data, T):
-    """Take the model's own sampler, steps, guidance and weak model where the command line names none.
+    """Take the model's own sampler with its steps and spacing, guidance and weak model where the command line
+    names none.
     ValueError for guidance towards nothing."""
     if args.sampler is None:
         args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
+        args.spacing = args.spacing or data["spacing"]
     guided = data["classes"] and args.label != "none"
     as_measured = guided and not args.weak
     if data["weak"] and not args.weak and args.guidance != 1:

@@ -87,8 +87,19 @@ def karras_spacing(alpha_bar, steps, rho=7):
     return _even_in(((1 - alpha_bar) / alpha_bar) ** (0.5 / rho), steps)
 
 
-SPACINGS = {"uniform": uniform_spacing, "trailing": trailing_spacing, "log_snr": log_snr_spacing,
-            "karras": karras_spacing}
+def tapered_spacing(alpha_bar, steps, bend=0.02):
+    """Equal strides down to about t = bend T, and from there ever shorter ones, in proportion to t.
+
+    The last step of "uniform" leaps from T / steps to the clean image, and what noise hides at that level it
+    smooths. Here it is left for t = 0, at the price of strides above that are somewhat longer.
+    """
+    T = len(alpha_bar)
+    t = np.arange(T)
+    return _even_in(t / (bend * T) + np.log(t + 1), steps)
+
+
+SPACINGS = {"uniform": uniform_spacing, "trailing": trailing_spacing, "tapered": tapered_spacing,
+            "log_snr": log_snr_spacing, "karras": karras_spacing}
 
 
 def distinct(levels):

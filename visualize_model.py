@@ -50,7 +50,7 @@ FIGURES = {
     "table":       Row("model_table.png", (), "channels, parameters and memory of each level"),
 }
 # Okabe & Ito's colours, but the yellow, which white paper swallows, and three more: ten classes, ten colours.
-PALETTE, MARKERS = (*COLOURS, "#e69f00", "#56b4e9", "#cc79a7", "#999999", "#8c510a", "#5e3c99"), "o^sDvP*"
+PALETTE, MARKERS = (*COLOURS, "#e69f00", "#56b4e9", "#999999", "#8c510a", "#5e3c99"), "o^sDvP*"
 
 
 # ---- Attention

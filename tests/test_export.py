@@ -125,6 +125,24 @@ def test_an_evaluation_that_does_not_name_its_weak_model_makes_no_card(two_shade
     assert not (tmp_path / "x.pt").exists()
 
 
+def test_sampling_takes_the_spacing_of_the_card_with_its_sampler_only(two_shades, evaluation, tmp_path):
+    evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "steps": 4, "spacing": "tapered"}))
+    small = tmp_path / "small.pt"
+    export.export(two_shades, small, evaluation)
+
+    def drawn(*flags):
+        sample.main(["--checkpoint", str(small), "--num_images", "2", "--device", "cpu", "--output_dir", str(tmp_path),
+                     *flags])
+        note = read_note(tmp_path / "generated_samples.png")
+        return note["steps"], note["spacing"]
+
+    assert drawn() == (4, "tapered") and drawn("--steps", "3") == (3, "tapered")
+    assert drawn("--spacing", "karras") == (4, "karras")
+    assert drawn("--sampler", "dpmpp_2m", "--steps", "3") == (3, "uniform")
+    for damaged in ("none such", ["tapered"], 7):
+        assert card_recipe({"spacing": damaged}, 1000)["spacing"] is None
+
+
 @pytest.mark.parametrize("name", ["../early.pt", "/early.pt", "", ["early.pt"], 7])
 def test_a_card_names_no_weak_model_elsewhere(name):
     assert card_recipe({"weak": name}, 1000)["weak"] is None

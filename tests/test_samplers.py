@@ -139,7 +139,8 @@ def test_spacings_are_even_in_what_they_are_named_for():
     diffusion = DiffusionProcess(100_000)                                   # rounding hardly shows
     ab = diffusion.alpha_bar.numpy()
     for spacing, value in (("log_snr", np.log(ab / (1 - ab))), ("karras", np.sqrt((1 - ab) / ab) ** (1 / 7)),
-                           ("uniform", np.arange(100_000.0))):
+                           ("uniform", np.arange(100_000.0)),
+                           ("tapered", np.arange(100_000) / 2000 + np.log(np.arange(1, 100_001)))):
         strides = np.diff(value[diffusion.timesteps(12, spacing)[:-1]])
         np.testing.assert_allclose(strides, strides.mean(), rtol=0.03)     # at t = 0 it does
     assert DiffusionProcess(1000).timesteps(4, "trailing") == [999, 749, 499, 249, -1]
