@@ -1,14 +1,15 @@
 """How good are a checkpoint's pictures, and are they its own?
 
-    python evaluate.py                                    # outputs/model_final.pt, against what it was trained on
+    python evaluate.py                       # outputs/model_final.pt, against what it was trained on
     python evaluate.py --num_images 10000 --sampler dpmpp_2m
-    python evaluate.py --race                             # every sampler from 5 calls up: quality and seconds
-    python evaluate.py --stages                           # at which noise levels the distance arises
+    python evaluate.py --race                # every sampler from 5 calls up: quality and seconds
+    python evaluate.py --stages              # at which noise levels the distance arises
 
-The distance is the Frechet distance in the features of our own small classifier ("FD, small classifier"): it is
-not the FID of the literature, and no other project's number compares with it. What does stands beside it: the
-floor, the distance of as many real images that nobody trained on. Prints a table; writes evaluation.json and
-nearest.png (samples above the training images they are most like), or a .json and a .png named race or stages.
+The distance is the Frechet distance in the features of our own small classifier ("FD, small classifier"): it
+is not the FID of the literature, and no other project's number compares with it. What does stands beside it:
+the floor, the distance of as many real images that nobody trained on. Prints a table; writes evaluation.json
+and nearest.png (samples above the training images they are most like), or a .json and a .png named race or
+stages.
 """
 
 import functools
@@ -20,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from classifier import get_classifier, look
-from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval, make_output_dir,
-                          positive_int, seed_number)
+from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval,
+                          make_output_dir, positive_int, seed_number)
 from diffusion import SAMPLERS, model_calls
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, fill_in, find_model, load_model, load_weak
@@ -34,6 +35,7 @@ from utils import PRECISIONS, describe_device, get_device, get_precision, measur
 
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
+OF_EQUAL_NUMBERS = ("fd", "fd_error", "kid", "kid_error", "precision", "recall")  # only so do they compare
 MAX_IMAGES = 200_000
 RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
         "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
@@ -116,9 +118,9 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
         bar.update()
         found = quality(probabilities, features, reference, y)
         count = min(len(drawn), len(held))
-        if count < len(drawn):              # only of equal numbers do distances compare
+        if count < len(drawn):
             equal = quality(probabilities[:count], features[:count], reference)
-            found.update({key: equal[key] for key in ("fd", "fd_error", "kid", "kid_error", "precision", "recall")})
+            found.update({key: equal[key] for key in OF_EQUAL_NUMBERS})
         floor = quality(held_probabilities, held_features, reference, held_y)
         usual = fine_power(images) or 1.0                               # 0 where all images are plain
         found["detail"], floor["detail"] = fine_power(drawn) / usual, fine_power(held) / usual
@@ -129,8 +131,8 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
         _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
                                      held_y[:256].to(device) if y is not None else None)
         bar.update()
-    return {"samples": found, "floor": floor, "held_out": held_name, "copies": copied, "loss_by_timestep": losses,
-            "num_images": len(drawn), "num_held_out": len(held)}, index
+    return {"samples": found, "floor": floor, "held_out": held_name, "copies": copied,
+            "loss_by_timestep": losses, "num_images": len(drawn), "num_held_out": len(held)}, index
 
 
 def seconds_to_measure(classifier, images, num_images, mirrored=False):
@@ -168,7 +170,7 @@ def print_quality(found, floor, count, held_count, held_name):
 
 
 def to_show(y, count=10):
-    """Which images to show: the first of each class, in order; the first ones where there are too few classes."""
+    """Which images to show: the first of each class, in order, or where the classes are too few the first."""
     firsts = [] if y is None else [(y == k).nonzero()[0, 0] for k in y.unique()][:count]
     return torch.stack(firsts) if len(firsts) == count else torch.arange(count)
 
@@ -205,11 +207,12 @@ def race(draw, images, classifier, entrants, shown):
 
 
 def stages(draw, x_0, images, classifier, steps, shown):
-    """Real images, noised so far that the last 1, 2, 4, ... and all of the steps have to undo it: at which noise
-    levels do samples get worse than real images?
+    """Real images, noised so far that the last 1, 2, 4, ... and all of the steps have to undo it: at which
+    noise levels do samples get worse than real images?
 
-    draw: generate, with all else decided.  x_0: uint8 [N, C, H, W], not trained on.  images: the training images.
-    shown: the indices of the pictures to keep.  Returns (rows, one picture row each); the first is x_0 itself.
+    draw: generate, with all else decided.  x_0: uint8 [N, C, H, W], not trained on.  images: the training
+    images.  shown: the indices of the pictures to keep.
+    Returns (rows, one picture row each); the first is x_0 itself.
     """
     _, reference = look(classifier, images)
     x_0_signed, usual, rows, pictures = to_signed(x_0), fine_power(images) or 1.0, [], []
@@ -231,7 +234,8 @@ def stage_lengths(steps):
 def write_rows(path, facts, pictures, title, row_labels):
     """A comparison, as path.json and path.png."""
     write_file(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
-    save_strip(pictures, [""] * len(pictures[0]), path.with_suffix(".png"), title=title, row_labels=row_labels)
+    save_strip(pictures, [""] * len(pictures[0]), path.with_suffix(".png"), title=title,
+               row_labels=row_labels)
     print(f"wrote {path.with_suffix('.json')}\nwrote {path.with_suffix('.png')}")
 
 
@@ -252,8 +256,8 @@ def parse(argv):
     add("--steps", "steps; default: as sample.py", type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
-    add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset (in turn where "
-        "that has no labels)")
+    add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset (in turn "
+        "where that has no labels)")
     add("--guidance", "how strongly to follow the class; default: as sample.py", type=guidance_number)
     add("--guidance_interval", "as in sample.py", metavar="LOW,HIGH", type=interval)
     add("--weak", "as in sample.py", metavar="FILE")
@@ -278,8 +282,8 @@ def main(argv=None):
     args = parse(argv)
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint)
-    output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png", "race.json",
-                                 "race.png", "stages.json", "stages.png")
+    output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png",
+                                 "race.json", "race.png", "stages.json", "stages.png")
     model, diffusion, data = load_model(args.checkpoint, device)
     spacing = args.spacing
     fill_in(args, data, diffusion.num_timesteps)
@@ -296,8 +300,8 @@ def main(argv=None):
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
     if min(len(images), len(held)) < FEWEST:
-        raise ValueError(f"{len(images)} images and {len(held)} to hold them against: distances need {FEWEST} of "
-                         "each; name more with --dataset")
+        raise ValueError(f"{len(images)} images and {len(held)} to hold them against: distances need {FEWEST} "
+                         "of each; name more with --dataset")
     known = same_classes(data, args.dataset)
     if args.stages:
         args.num_images = min(args.num_images, len(held))
@@ -313,8 +317,8 @@ def main(argv=None):
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
     calls = sum(model_calls(levels, args.guidance, args.guidance_interval) for levels in ways)
-    seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls, device,
-                          precision)
+    seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls,
+                          device, precision)
     cost = (f"{args.num_images} images, {calls} calls of the model for each"
             + guidance_words(args.guidance, args.guidance_interval) + f", about {format_seconds(seconds)} here")
     if not (args.race or args.stages):
@@ -349,12 +353,12 @@ def main(argv=None):
                    ["real", *(f"t = {levels[0]}\nsteps: {len(levels) - 1}" for levels in ways)])
         return
     drawn = to_uint8(draw(sampler=args.sampler, steps=args.steps)[0])
-    found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held, labels, held_name,
-                            classifier, device)
+    found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held, labels,
+                            held_name, classifier, device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     copied = found["copies"]
-    print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of the "
-          f"held-out images are ({copied['copied_in_features']:.1%} in features)\n"
+    print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of "
+          f"the held-out images are ({copied['copied_in_features']:.1%} in features)\n"
           f"          {copied['single']:.1%} are less than a third as far from one training image as from "
           f"any other ({copied['single_held_out']:.1%} of the held-out images)")
     losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
