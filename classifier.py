@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import check_weights, half_precision, load_checkpoint, save_checkpoint
+from checkpoint import check_weights, half_precision, load_checkpoint, save_checkpoint, whole_precision
 from command_line import Parser, command, make_output_dir, positive_int, seed_number, speaks
 from data import Batches, get_dataset
 from images import to_signed
@@ -99,8 +99,7 @@ def load_classifier(path):
     entries = load_checkpoint(path)
     try:
         classifier = Classifier(**entries["settings"])
-        weights = {name: value.float() if value.is_floating_point() else value
-                   for name, value in entries["classifier"].items()}
+        weights = whole_precision(entries["classifier"])
         check_weights(path, weights, classifier)
         classifier.load_state_dict(weights)
         card = {"accuracy": 0.0, **entries["card"]}
