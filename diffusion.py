@@ -322,8 +322,8 @@ class DiffusionProcess:
         return distinct(SPACINGS[spacing](self.alpha_bar.numpy(), int(steps)))
 
     def sampling_levels(self, sampler, steps=None, spacing=None, calls=None):
-        """The timesteps of a sampler: those asked for, or its own number of them (at most T). calls: only those of
-        the last so many steps."""
+        """The timesteps of a sampler: those asked for, or its own number of them (at most T).
+        calls: only those of the last so many steps."""
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}; choose from {sorted(SAMPLERS)}")
         if steps is None and SAMPLERS[sampler].steps is not None:
