@@ -29,10 +29,10 @@ from command_line import (Parser, command, format_seconds, make_output_dir, posi
                           seed_number)
 from data import Batches
 from diffusion import DiffusionProcess
+from evaluate import distance_row
 from images import save_strip, to_signed, to_uint8
 from load import load_model
 from loop import measure_seconds
-from measures import frechet_distance
 from presets import PRESETS
 from reference import load_reference
 from sample import generate
@@ -199,25 +199,24 @@ def main(argv=None):
     print(f"cost: {format_seconds(60 * args.minutes * len(args.entrants))} of training, and then "
           f"{args.num_images} pictures each in {STEPS} calls, which may take as long again", flush=True)
     _, reference = look(classifier, images)
-    floor, floor_error = frechet_distance(look(classifier, held[:args.num_images])[1], reference)
+    floor = distance_row(held[:args.num_images], classifier, reference)
 
     rows, pictures = [], []
-    found = {"rows": rows, "floor": floor, "minutes": args.minutes, "num_images": args.num_images,
+    found = {"rows": rows, "floor": floor["fd"], "minutes": args.minutes, "num_images": args.num_images,
              "seed": args.seed, "dataset": args.dataset, "threads": torch.get_num_threads(),
              "torch": torch.__version__}
     for name in args.entrants:
         torch.manual_seed(args.seed)
         entry = ENTRANTS[name](args, images, device, precision)
-        distance, error = frechet_distance(look(classifier, to_uint8(entry.samples))[1], reference)
         rows.append({"name": name, "parameters": entry.parameters, "images": entry.images,
-                     "seconds": entry.seconds, "fd": distance, "fd_error": error})
+                     "seconds": entry.seconds, **distance_row(to_uint8(entry.samples), classifier, reference)})
         pictures.append(entry.samples[:10])
         write_file(output_dir / "contest.json", json.dumps(found, indent=1).encode())
     print(f"{'':16}{'parameters':>12}{'images seen':>13}{'seconds':>9}{'FD':>18}{'in floors':>11}")
     for row in rows:
         print(f"{row['name']:16}{row['parameters']:>12,}{row['images']:>13,}{row['seconds']:>9.0f}"
-              f"{row['fd']:>10.2f} +- {row['fd_error']:<5.2f}{row['fd'] / floor:>10.1f}")
-    print(f"floor: {floor:.2f} +- {floor_error:.2f}, {len(held[:args.num_images])} test images")
+              f"{row['fd']:>10.2f} +- {row['fd_error']:<5.2f}{row['fd'] / floor['fd']:>10.1f}")
+    print(f"floor: {floor['fd']:.2f} +- {floor['fd_error']:.2f}, {len(held[:args.num_images])} test images")
     save_strip(pictures, [""] * 10, output_dir / "contest.png", row_labels=[row["name"] for row in rows],
                title=f"after {args.minutes:g} minutes of training each")
     print(f"wrote {output_dir / 'contest.json'}\nwrote {output_dir / 'contest.png'}")

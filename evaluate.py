@@ -285,11 +285,9 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png",
                                  "race.json", "race.png", "stages.json", "stages.png")
     model, diffusion, data = load_model(args.checkpoint, device)
-    spacing = args.spacing
-    fill_in(args, data, diffusion.num_timesteps)
+    fill_in(args, data, diffusion.num_timesteps, one_sampler=not args.race)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     if args.race:
-        args.sampler, args.steps, args.spacing = None, None, spacing    # of all of them, so in race.json
         entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
                     if steps <= diffusion.num_timesteps]
     else:

@@ -12,8 +12,9 @@ import json
 import math
 from pathlib import Path
 
-from checkpoint import drawing_digest, half_precision, load_checkpoint, save_checkpoint, told_of
+from checkpoint import half_precision, load_checkpoint, save_checkpoint, told_of
 from command_line import Parser, command, make_output_dir
+from load import load_model
 
 KEPT = ("model_name", "model_config", "diffusion_config", "data")
 
@@ -22,11 +23,11 @@ def export(checkpoint, output, evaluation=None, **card):
     """Write the small file. evaluation: what evaluate.py wrote, for this very checkpoint.  card: plain values.
 
     A checkpoint that is small already keeps its weights and gets a newer card. Returns the card.
-    Raises ValueError if the evaluation is another checkpoint's.
+    Raises ValueError for a checkpoint that nothing can draw from, and another one's evaluation.
     """
     if Path(output).exists() and Path(output).samefile(checkpoint):
         raise ValueError(f"{output} is the checkpoint itself: give another --output")
-    entries = load_checkpoint(checkpoint)
+    entries, digest = load_checkpoint(checkpoint), load_model(checkpoint)[2]["digest"]
     try:
         if "card" in entries:
             card = {**entries["card"], **card}
@@ -43,7 +44,7 @@ def export(checkpoint, output, evaluation=None, **card):
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError(f"{checkpoint}: not all weights are numbers that half precision can hold")
     if evaluation:
-        card.update(read_evaluation(evaluation, checkpoint, drawing_digest(entries)))
+        card.update(read_evaluation(evaluation, checkpoint, digest))
     save_checkpoint(output, {**kept, "ema": weights, "card": card})
     return card
 

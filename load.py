@@ -136,11 +136,11 @@ def card_recipe(card, T):
                      else None)}
 
 
-def fill_in(args, data, T):
+def fill_in(args, data, T, one_sampler=True):
     """Take the model's own sampler with its steps and spacing, guidance and weak model where the command line
-    names none.
+    names none. one_sampler: not where several are compared.
     ValueError for guidance towards nothing."""
-    if args.sampler is None:
+    if args.sampler is None and one_sampler:
         args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
         args.spacing = args.spacing or data["spacing"]
     guided = data["classes"] and args.label != "none"

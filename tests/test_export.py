@@ -70,6 +70,10 @@ def test_what_cannot_be_exported_is_one_line_and_changes_nothing(two_shades, eva
     entries["ema"] = {name: value * 1e9 for name, value in entries["ema"].items()}
     save_checkpoint(tmp_path / "huge.pt", entries)
     assert "half precision" in refused("--checkpoint", tmp_path / "huge.pt", "--output", tmp_path / "x.pt")
+    entries = load_checkpoint(two_shades)
+    entries["model_config"] = {**entries["model_config"], "base_channels": 64}
+    save_checkpoint(tmp_path / "other.pt", entries)
+    assert "do not fit" in refused("--checkpoint", tmp_path / "other.pt", "--output", tmp_path / "x.pt")
     found = json.loads(evaluation.read_text())
     for text, words in ((json.dumps({**found, "digest": "0"}), "another checkpoint"), ("[]", "no evaluation.json"),
                         ("[" * 100_000, "no evaluation.json"), (json.dumps({"digest": found["digest"]}), "no evaluation")):
