@@ -121,7 +121,8 @@ def ddpm_pytorch(args, images, device, precision):
 
 def diffusers(args, images, device, precision):
     """diffusers, with the recipe of its example train_unconditional.py: batch 16, AdamW 1e-4 (0.95, 0.999),
-    weight decay 1e-6, 500 steps of warm-up and a cosine to zero, EMA, clipping at 1; eps, linear schedule."""
+    weight decay 1e-6, 500 steps of warm-up (here at most a tenth of the time) and a cosine to zero, EMA, clipping
+    at 1; eps, linear schedule."""
     from diffusers import DDIMScheduler, DDPMScheduler
     from diffusers.training_utils import EMAModel
     unet = benchmark.diffusers().network.to(device)
@@ -137,7 +138,8 @@ def diffusers(args, images, device, precision):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         cosine = (1 + math.cos(math.pi * share)) / 2
-        optimizer.param_groups[0]["lr"] = 1e-4 * min(1.0, next(taken) / 500) * cosine
+        warm = min(1.0, max(next(taken) / 500, 10 * share))     # few steps: then a tenth of the time is enough
+        optimizer.param_groups[0]["lr"] = 1e-4 * warm * cosine
         optimizer.step()
         optimizer.zero_grad()
         ema.step(unet.parameters())

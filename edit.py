@@ -157,7 +157,8 @@ def load_originals(args, data, channels):
                          f"{', '.join(DATASETS)}")
     else:
         images, _ = get_dataset(name, args.data_dir, train=False, image_size=size, channels=channels)
-    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:args.num_images]
+    # The same ones whatever --seed is: it asks for another answer, not for another question.
+    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:args.num_images]
     return to_signed(images[pick])
 
 

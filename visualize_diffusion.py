@@ -79,6 +79,18 @@ def choose_timesteps(asked, default, num_timesteps):
 
 # ---- Figures of data
 
+def different_ones(labels, count, seed=0):
+    """The numbers below `count` in random order, but one image of each class before a second of any.
+    labels: [count] class indices, or None."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    if labels is None:
+        return order
+    turns = torch.empty(count)
+    for k in labels.unique():
+        turns[labels[order] == k] = torch.arange((labels == k).sum(), dtype=turns.dtype)
+    return order[turns.argsort(stable=True)]
+
+
 def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0, title=None):
     """One row per image, one column per timestep: the image sinks into noise.
 
@@ -262,7 +274,7 @@ def draw_from_data(name, args, path, loaded=None):
         dataset_figure(images, labels, class_names(dataset), path, count, args.seed,
                        title=f"{as_text(dataset)}: {len(images):,} images of {shape}")
     else:
-        pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:count]
+        pick = different_ones(labels, len(images), args.seed)[:count]
         schedule = "the model's own" if loaded else args.schedule
         forward_figure(images[pick], diffusion, path, timesteps, args.seed,
                        title=f"{as_text(dataset)}: the forward process, {schedule} schedule")

@@ -67,6 +67,16 @@ def test_visualize_writes_the_forward_figure(tmp_path, monkeypatch, capsys):
     assert "forward_diffusion.png" in capsys.readouterr().out
 
 
+def test_one_image_of_each_class_comes_before_a_second_of_any():
+    labels = torch.tensor([0] * 50 + [1] * 5 + [2] * 2)
+    order = visualize_diffusion.different_ones(labels, 57, seed=3)
+    assert sorted(order.tolist()) == list(range(57))
+    assert [sorted(labels[order[k:k + 3]].tolist()) for k in (0, 3)] == [[0, 1, 2]] * 2
+    assert sorted(labels[order[6:12]].tolist()) == [0, 0, 0, 1, 1, 1] and set(labels[order[12:]].tolist()) == {0}
+    assert not torch.equal(order, visualize_diffusion.different_ones(labels, 57, seed=4))
+    assert len(set(visualize_diffusion.different_ones(None, 57).tolist())) == 57
+
+
 def test_the_forward_figure_is_clean_at_the_left_and_static_at_the_right(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(visualize_diffusion, "save_strip",

@@ -4,6 +4,7 @@ model."""
 import pytest
 import torch
 
+import data
 import edit
 from diffusion import DiffusionProcess
 from edit import colourise, deblur, inpaint, read_mask, solve, upscale
@@ -133,6 +134,17 @@ def test_known_pixels_stay_as_they_are(two_shades, tmp_path, capsys):
     assert torch.equal(to_uint8(found)[..., :4, :], to_uint8(x)[..., :4, :])
     # The model knows dark squares and bright ones: below a dark half belongs a dark one.
     assert found[..., 4:, :].mean() < 0
+
+
+def test_another_seed_is_another_answer_to_the_same_pictures(two_shades, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
+    monkeypatch.setattr(edit, "save_strip", lambda rows, *_, **__: asked.append(rows))
+    for seed in "01":
+        edit.main(["--checkpoint", str(two_shades), "--dataset", "synthetic_digits", "--num_images", "4", "--steps", "3",
+                   "--travel", "1", "--seed", seed, "--output_dir", str(tmp_path), "--device", "cpu"])
+    (first, _, answer), (second, _, other) = asked
+    assert torch.equal(first, second) and not torch.equal(answer, other)
 
 
 @pytest.mark.parametrize("flags, message", [
