@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from command_line import Parser, command, positive_int
 from diffusion import DiffusionProcess
+from interop import Foreign
 from loop import train_step
 from models import create_model
 from presets import PRESETS
@@ -37,30 +38,16 @@ def ours(preset):
         row.get("model", "simple"), **config, image_channels=row.get("channels", 1))
 
 
-class Peer(nn.Module):
-    """Another library's network behind our contract."""
-
-    image_channels, num_classes = 1, None
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x_t, t, y=None):
-        out = self.network(x_t, t)
-        return getattr(out, "sample", out)
-
-
 def ddpm_pytorch():
     """denoising-diffusion-pytorch's Unet at its defaults, narrowed to about SimpleUNet's parameters: 2.6 M."""
     from denoising_diffusion_pytorch import Unet
-    return Peer(Unet(dim=32, dim_mults=(1, 2, 4), channels=1))
+    return Foreign(Unet(dim=32, dim_mults=(1, 2, 4), channels=1), image_channels=1)
 
 
 def diffusers():
     """diffusers' UNet2DModel, with its default blocks and three levels: about 4 M."""
     from diffusers import UNet2DModel
-    return Peer(UNet2DModel(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 128),
+    return Foreign(UNet2DModel(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 128),
                             down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
                             up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")))
 

@@ -21,12 +21,14 @@ from models import model_defaults
 from muon import Muon, is_inner
 from utils import EMA, write_file
 
+PRETRAINED = Path(__file__).resolve().parent / "pretrained"  # weights that come with the project
 CHECKPOINT_FORMAT = "readable-diffusion"
 CHECKPOINT_VERSION = 1
 MAX_DEPTH, MAX_ENTRIES = 20, 200_000  # a few bytes of pickle can stand for billions of entries
 MAX_PICKLE = 10_000_000
 NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
 INDIRECT = ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # other ways to name things; torch.save uses none
+ENCRYPTED = 1  # a flag in a zip file
 SAFE_TORCH = (2, 10)  # before it, weights_only=True could be got round
 
 
@@ -87,12 +89,13 @@ def _check_pickle(path, container, member):
     if member.file_size > MAX_PICKLE:
         raise ValueError(f"{path}: refused, {member.file_size / 1e6:.0f} MB of it are not tensors")
     try:
-        for opcode, argument, _ in pickletools.genops(container.read(member)):
-            if opcode.name in INDIRECT or opcode.name == "GLOBAL" and not NAMES.fullmatch(argument):
-                raise ValueError(f"{path}: refused, it holds more than tensors and plain values (a foreign "
-                                 f"checkpoint, or one that would run code): {str(argument)[:60]!r}")
-    except (UnicodeDecodeError, pickle.UnpicklingError) as error:
+        names = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(container.read(member))]
+    except (ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: damaged, it cannot be read ({type(error).__name__})") from error
+    for opcode, argument in names:
+        if opcode in INDIRECT or opcode == "GLOBAL" and not NAMES.fullmatch(argument):
+            raise ValueError(f"{path}: refused, it holds more than tensors and plain values (a foreign checkpoint, "
+                             f"or one that would run code): {str(argument)[:60]!r}")
 
 
 def read_container(path):
@@ -112,10 +115,10 @@ def read_container(path):
         with zipfile.ZipFile(path) as container:
             members = container.infolist()
             # torch.save stores without compression, so a member larger than the file is a bomb or a lie.
-            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or (
+            if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & ENCRYPTED for m in members) or (
                     sum(m.file_size for m in members) > path.stat().st_size):
-                raise ValueError(f"{path}: not a checkpoint of this project (its container is compressed "
-                                 "or broken)")
+                raise ValueError(f"{path}: not a checkpoint of this project (its container is compressed, "
+                                 "encrypted or broken)")
             for member in members:
                 if member.filename.endswith("/data.pkl"):
                     _check_pickle(path, container, member)

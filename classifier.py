@@ -1,7 +1,7 @@
 """A small network that looks at finished pictures: which class is it, and what is it like?
 
-    classifier, accuracy = train_classifier(images, labels, classes)
-    logits, features = look(classifier, images)
+    classifier = train_classifier(images, labels, num_classes)
+    probabilities, features = look(classifier, images)
 
 evaluate.py measures samples in its features, [N, 128]. Those of MNIST and Fashion-MNIST are shipped in
 pretrained/; another set's is trained when it is needed, in a minute or two. Images without classes train it
@@ -17,13 +17,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import check_weights, half_precision, load_checkpoint, save_checkpoint, whole_precision
+from checkpoint import PRETRAINED, check_weights, half_precision, load_checkpoint, save_checkpoint, whole_precision
 from command_line import Parser, command, make_output_dir, positive_int, seed_number, speaks
 from data import Batches, get_dataset
 from images import to_signed
 from utils import get_device, get_precision, seed_step
 
-PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 TURNS = ("upright", "a quarter", "a half", "three quarters")
 
 
@@ -53,7 +52,7 @@ def turned(x_0):
     return torch.cat([x_0.rot90(k, (2, 3)) for k in range(4)]), torch.arange(4).repeat_interleave(len(x_0))
 
 
-def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size=128, seed=0, title="classifier"):
+def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size=128, seed=0):
     """Train on uint8 [N, C, H, W] and labels [N] of num_classes; without labels, on turned images.
 
     Returns the Classifier, in eval mode, on the CPU.
@@ -68,7 +67,7 @@ def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size
     steps = epochs * len(batches)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(2, steps), pct_start=0.1)
-    bar = tqdm(zip(range(steps), batches.stream()), total=steps, desc=title, unit="step", disable=not speaks())
+    bar = tqdm(zip(range(steps), batches.stream()), total=steps, desc="classifier", unit="step", disable=not speaks())
     for _, (x_0, y) in bar:
         x_0, y = turned(x_0) if labels is None else (x_0, y)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):

@@ -98,7 +98,7 @@ def class_names(name, with_labels=False):
     """The names of the classes, in the order of the labels; None for a folder without labels."""
     if name in DATASETS:
         return list(DATASETS[name].classes)
-    return class_folders(name) if with_labels else None
+    return class_folders(_folder(name)) if with_labels else None
 
 
 def verify_dataset(name, sheet, data_dir="data", *, image_size=None, channels=None, fit="crop"):
@@ -141,16 +141,19 @@ def _torchvision_arrays(name, source, data_dir, train):
 
 def _download(name, source, data_dir, train):
     folder = Path(data_dir) / getattr(source, "base_folder", Path(source.__name__) / "raw")
-    missing = (f"{name} is not in {folder} and cannot be downloaded ({{}}); put its files there, name "
-               "the folder that holds them with --data_dir, or use --dataset synthetic_digits")
+
+    def missing(reason):
+        return DatasetUnavailable(
+            f"{name} is not in {folder} and cannot be downloaded ({reason}); put its files there, name the folder "
+            "that holds them with --data_dir, or use --dataset synthetic_digits")
+
     urls = [source.url] if hasattr(source, "url") else source.mirrors
     if not _any_reachable(urls):
-        raise DatasetUnavailable(missing.format("no connection"))
+        raise missing("no connection")
     try:
         return source(data_dir, train=train, download=True)
     except (RuntimeError, urllib.error.URLError, ConnectionError, TimeoutError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DatasetUnavailable(missing.format(reason)) from error
+        raise missing(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _any_reachable(urls, seconds=8):
@@ -212,8 +215,8 @@ def _with_channels(images, channels):
 class Batches:
     """Batches of (images float [B, C, H, W] in [-1, 1], labels [B]) without end, or an epoch of them.
 
-    Iterating over it is one epoch, number `epoch`; stream(k) starts at step k of the run and goes on
-    from epoch to epoch. Order and flips depend only on (seed, step). The last partial batch of an epoch
+    Iterating over it is one epoch, number `epoch`, and the next time the next one; stream(k) starts at step k
+    of the run and goes on from epoch to epoch. Order and flips depend only on (seed, step). The last partial batch of an epoch
     is dropped (60,000 images in batches of 128 are 468 steps); a set smaller than one batch is one
     batch. Without labels, every label is -1 ("no class").
 
@@ -252,11 +255,12 @@ class Batches:
         return f"{self.num_images} of {shape}, digest {sha.hexdigest()[:8]}"
 
     def __iter__(self):
-        return self.from_step(0)
+        self.epoch += 1
+        return self.from_step(self.epoch - 1, 0)
 
-    def from_step(self, first):
-        """The batches of epoch `epoch` from the first-th on."""
-        random = np.random.default_rng([self.seed, self.epoch])
+    def from_step(self, epoch, first):
+        """The batches of one epoch from the first-th on."""
+        random = np.random.default_rng([self.seed, epoch])
         # To the images' device once an epoch: a copy makes a GPU wait.
         order = self.indices[torch.from_numpy(random.permutation(self.num_images))].to(self.images.device)
         mirrored = torch.from_numpy(random.random(len(order)) < 0.5).to(order.device) if self.flip else None
@@ -266,7 +270,7 @@ class Batches:
 
     def stream(self, first_step=0):
         """Batches from step `first_step` of the run on, epoch after epoch, without end."""
+        epoch, first = divmod(first_step, len(self))
         while True:
-            self.epoch = first_step // len(self)
-            yield from self.from_step(first_step % len(self))
-            first_step = (self.epoch + 1) * len(self)
+            yield from self.from_step(epoch, first)
+            epoch, first = epoch + 1, 0

@@ -225,9 +225,11 @@ def check_time(model, diffusion, images, device="cpu"):
 
 @torch.no_grad()
 def check_labels(model, diffusion, images, labels, device="cpu"):
-    """With its own class an image should be easier to guess than with another one."""
+    """With its own class an image should be easier to guess than with another one, if there is another."""
+    if model.num_classes < 2:
+        return []
     x_0, y = to_signed(images).to(device), labels.to(device)
-    shift = 1 + torch.arange(len(y), device=device) % max(1, model.num_classes - 1)
+    shift = 1 + torch.arange(len(y), device=device) % (model.num_classes - 1)
     noise, gains = seeded_noise(0, range(len(x_0)), 1, x_0.shape[1:]).to(device), []
     for share in (0.3, 0.1, 0.03):
         level = int((diffusion.alpha_bar - share).abs().argmin())

@@ -321,19 +321,20 @@ class DiffusionProcess:
             raise ValueError(f"unknown spacing {spacing!r}; choose from {sorted(SPACINGS)}")
         return distinct(SPACINGS[spacing](self.alpha_bar.numpy(), int(steps)))
 
-    def sampling_levels(self, sampler, steps=None, spacing=None, calls=None):
+    def sampling_levels(self, sampler, steps=None, spacing=None, last_steps=None):
         """The timesteps of a sampler: those asked for, or its own number of them (at most T).
-        calls: only those of the last so many steps."""
+        last_steps: only those of the last so many."""
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}; choose from {sorted(SAMPLERS)}")
         if steps is None and SAMPLERS[sampler].steps is not None:
             steps = min(SAMPLERS[sampler].steps, self.num_timesteps)
         levels = self.timesteps(steps, spacing or SAMPLERS[sampler].spacing)
-        return levels if calls is None else levels[-1 - calls:]
+        return levels if last_steps is None else levels[-1 - last_steps:]
 
     @torch.no_grad()
     def trajectory(self, model, x_T, *, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
-                   guidance=1.0, guidance_interval=None, weak=None, seed=0, first_index=0, clip=True, calls=None):
+                   guidance=1.0, guidance_interval=None, weak=None, seed=0, first_index=0, clip=True,
+                   last_steps=None):
         """The one sampling loop: a generator that yields (t, x_t, x_0) after each step.
 
         t is the level just reached, -1 in the last item, whose x_t is the finished picture; x_0 is
@@ -343,9 +344,9 @@ class DiffusionProcess:
         x_T: [B, C, H, W] noise.  sampler: a key of SAMPLERS; steps, eta, spacing default to its row.
         y: [B] class indices.  seed, first_index: which noise the steps add (see seeded_noise).
         guidance_interval, weak: where guidance acts, and a model that it leads away from, see sample.
-        calls: only the last so many steps; x_T is then at the level where they begin.
+        last_steps: only the last so many; x_T is then at the level where they begin.
         """
-        ts = self.sampling_levels(sampler, steps, spacing, calls)
+        ts = self.sampling_levels(sampler, steps, spacing, last_steps)
         row = SAMPLERS[sampler]
         eta = row.eta if eta is None else eta
         indices = range(first_index, first_index + len(x_T))
@@ -364,7 +365,7 @@ class DiffusionProcess:
                 yield t_prev, x_t, x_0
 
     @torch.no_grad()
-    def invert(self, model, x_0, *, steps=None, spacing=None, y=None, guesses=3):
+    def invert(self, model, x_0, *, steps=None, y=None, guesses=3):
         """The noise that DDIM turns into these images: its steps, taken backwards.
 
         A step from t to t_prev uses the model's answer at t, which is not known yet on the way back; so it is
@@ -375,7 +376,7 @@ class DiffusionProcess:
 
         x_0: [B, C, H, W] in [-1, 1].  Returns x_T, [B, C, H, W].
         """
-        levels = self.sampling_levels("ddim", steps, spacing)
+        levels = self.sampling_levels("ddim", steps)
         x = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
         with _evaluating(model):
             for t, t_prev in reversed(list(zip(levels, levels[1:]))):

@@ -31,10 +31,10 @@ from command_line import (Parser, command, format_seconds, fraction, make_output
                           seed_number, spare)
 from data import DATASETS, get_dataset, get_default_dataset
 from diffusion import seeded_noise
-from folders import read_picture
+from folders import load_pictures, read_picture
 from images import save_images, save_strip, to_signed
-from interpolate import load_pictures, psnr
 from load import CHECKPOINT_HELP, find_model, load_model
+from measures import psnr
 from sample import choose_labels, seconds_for, thinned
 from utils import describe_device, get_device
 
@@ -117,7 +117,7 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
           device="cpu", progress=lambda: None):
     """Draw images that have the measurement `given` and that the model finds likely.
 
-    shape: (B, C, H, W).  steps, travel: steps x travel calls of the model.  eta: fresh noise in each step.
+    shape: (B, C, H, W).  travel: how often each of the steps is taken, but the last.  eta: fresh noise in each step.
     y: [B] classes or None.  Image i depends on (seed, i) alone.  Returns [B, C, H, W], within [-1, 1] as far as
     the measurement is.
     """
@@ -130,13 +130,13 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
     levels = diffusion.timesteps(steps)
     x = noise()
     for t, t_prev in zip(levels, levels[1:]):
-        for again in reversed(range(travel)):
+        for again in reversed(range(travel if t_prev >= 0 else 1)):     # the last step adds no noise to draw anew
             x_0 = diffusion.predict_x0(model, x, t, y)
             # In this order known pixels come out bit for bit: what is taken away is all there was.
             x_0 = x_0 - operator.back(operator.measure(x_0)) + operator.back(given)
             x_prev = diffusion._step(x, x_0, t, t_prev, eta, "posterior", noise())
             progress()
-            if again and t_prev >= 0:           # back up, by fresh noise: another draw of the same step
+            if again:                           # back up, by fresh noise: another draw of the same step
                 kept = float(diffusion.alpha_bar[t]) / float(diffusion.alpha_bar[t_prev])
                 x = math.sqrt(kept) * x_prev + math.sqrt(1 - kept) * noise()
         x = x_prev
@@ -178,7 +178,7 @@ def main(argv=None):
     add("--factor", "upscale: from blocks of so many by so many pixels; default: 4", type=positive_int)
     add("--label", "the class to draw, as a number or name; default: none")
     add("--steps", "steps from noise to picture", 50, type=positive_int)
-    add("--travel", "how often each step is taken; each is a call of the model", 5, type=positive_int)
+    add("--travel", "how often each step but the last is taken; each is a call of the model", 5, type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1", 1.0, type=fraction)
     add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ", 1,
         type=positive_int)
@@ -209,7 +209,7 @@ def main(argv=None):
     y = None if y is None else thinned(y, len(originals)).to(device)
     print(f"device: {describe_device(device, args.device)}; model: {path}")
     diffusion.timesteps(args.steps)                         # refuses too many
-    calls = args.steps * args.travel * args.average
+    calls = ((args.steps - 1) * args.travel + 1) * args.average
     seconds = seconds_for(model, diffusion, len(originals), size, len(originals), calls, device)
     print(f"cost: {len(originals)} pictures, {calls} calls of the model for each, "
           f"about {format_seconds(seconds)} here", flush=True)

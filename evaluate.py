@@ -25,7 +25,7 @@ from command_line import (Parser, command, format_seconds, fraction, guidance_nu
                           make_output_dir, positive_int, seed_number)
 from diffusion import SAMPLERS, model_calls
 from images import save_strip, to_signed, to_uint8
-from load import CHECKPOINT_HELP, fill_in, find_model, load_model, load_weak
+from load import CHECKPOINT_HELP, apply_card, find_model, load_model, load_weak
 from measures import (copied_share, fine_power, frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall, single_share)
 from reference import FEWEST, labels_like, load_reference, same_classes
@@ -285,7 +285,10 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png",
                                  "race.json", "race.png", "stages.json", "stages.png")
     model, diffusion, data = load_model(args.checkpoint, device)
-    fill_in(args, data, diffusion.num_timesteps, one_sampler=not args.race)
+    known = same_classes(data, args.dataset)
+    if args.stages and not known:
+        args.label = "none"
+    apply_card(args, data, diffusion.num_timesteps, one_sampler=not args.race)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     if args.race:
         entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
@@ -293,17 +296,17 @@ def main(argv=None):
     else:
         args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
         entrants = [(args.sampler, args.steps)]
-    ways = [diffusion.sampling_levels(sampler, steps, args.spacing, calls) for sampler, steps in entrants
-            for calls in (stage_lengths(steps) if args.stages else [None])]
+    ways = [diffusion.sampling_levels(sampler, steps, args.spacing, last_steps) for sampler, steps in entrants
+            for last_steps in (stage_lengths(steps) if args.stages else [None])]
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
+    if args.stages:
+        args.num_images = min(args.num_images, len(held))
     y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
     if min(len(images), len(held)) < FEWEST:
         raise ValueError(f"{len(images)} images and {len(held)} to hold them against: distances need {FEWEST} "
                          "of each; name more with --dataset")
-    known = same_classes(data, args.dataset)
-    if args.stages:
-        args.num_images = min(args.num_images, len(held))
-        y, args.label = (labels[1][:args.num_images], "their own") if known else (None, None)
+    if args.stages and known:
+        y, args.label = labels[1][:args.num_images], "their own"
     elif args.label is None and known:
         y = labels_like(labels[0], args.num_images, args.seed)
         args.label = "by chance"                                # so in evaluation.json

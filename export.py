@@ -59,7 +59,7 @@ def read_evaluation(path, checkpoint, digest):
                  **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance",
                                                    "label", "seed")},
                  "sampler_steps": found["steps"], "guidance_interval": found.get("guidance_interval"),
-                 "spacing": found.get("spacing"), "weak": found.get("weak_file")}
+                 "spacing": found.get("spacing"), "eta": found.get("eta"), "weak": found.get("weak_file")}
         numbers = [facts["fd"], facts["fd_error"], facts["fd_floor"], facts["copied"], facts["guidance"]]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise ValueError("not all of its numbers are numbers")

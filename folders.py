@@ -133,6 +133,15 @@ def find_files(folder):
     return images, len(files) - len(images)
 
 
+def load_pictures(paths, image_size, channels):
+    """Real pictures, cut to the model's size: [N, C, S, S] in [-1, 1]. Raises ValueError for a bad file."""
+    found = [read_picture(Path(path), str(path), image_size, channels=channels) for path in paths]
+    for picture in found:
+        if picture.problem:
+            raise ValueError(f"{picture.name}: {picture.problem}")
+    return to_signed(torch.stack([torch.from_numpy(picture.pixels.copy()) for picture in found]))
+
+
 def read_folder(folder, files, image_size, fit="crop", channels=None):
     """Yield a Picture for each file, in order, with a progress bar where it takes long."""
     def read(path):

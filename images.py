@@ -31,7 +31,7 @@ def to_uint8(images):
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def image_grid(images, columns=None, padding=2, background=255):
+def image_grid(images, columns=None, padding=2):
     """Lay images side by side, as square as possible; one alone has no border. uint8 [N, C, H, W] -> [H', W', 3].
 
     As torchvision's make_grid does it, whose import alone would take two seconds of every command.
@@ -42,7 +42,7 @@ def image_grid(images, columns=None, padding=2, background=255):
         return images[0].permute(1, 2, 0)
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     down, across = height + padding, width + padding
-    grid = torch.full((3, math.ceil(count / columns) * down + padding, columns * across + padding), background,
+    grid = torch.full((3, math.ceil(count / columns) * down + padding, columns * across + padding), 255,
                       dtype=torch.uint8)
     for k, image in enumerate(images):
         top, left = padding + k // columns * down, padding + k % columns * across
@@ -141,7 +141,7 @@ def save_strip(rows, column_labels, path, row_labels=None, title=None):
 
 
 def new_figure(width, height, rows=1, columns=1, **settings):
-    """An empty figure in the style of plot_losses, sizes in inches: (figure, axes [rows, columns])."""
+    """An empty figure in the style of this project, sizes in inches: (figure, axes [rows, columns])."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **settings)
     for one in axes.flat:
@@ -167,8 +167,7 @@ def plot_losses(losses, path, held_out=None, window=100):
     window = max(1, min(window, len(losses) // 4))
     steps = np.arange(1, len(losses) + 1)
     average = moving_average(losses, window)
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.add_subplot()
+    figure, ((axes,),) = new_figure(8, 4.5)
     axes.plot(steps, losses, color="#b8c4d6", linewidth=0.6, label="each step")
     axes.plot(steps, average, color="#d55e00", linewidth=1.8, label=f"mean of the last {window} steps")
     if held_out:
@@ -183,6 +182,5 @@ def plot_losses(losses, path, held_out=None, window=100):
     axes.set_ylabel("loss (mean squared error)")
     axes.set_title(f"Training loss after {len(losses)} steps: {average[-1]:.4f} on average")
     axes.grid(alpha=0.25, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     save_figure(figure, path)

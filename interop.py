@@ -48,8 +48,8 @@ def load_foreign(path, entries=None, image_size=None):
     """
     network, levels, channels, diffusion, size, digest = (
         load_pipeline(Path(path)) if entries is None else load_trainer(path, entries))
-    if channels not in (1, 3, 4):
-        raise ValueError(f"{path}: it makes images of {channels} channels; a picture has 1, 3 or 4")
+    if channels not in (1, 3):
+        raise ValueError(f"{path}: it makes images of {channels} channels; a picture has 1 or 3")
     if not all(value.isfinite().all() for value in network.state_dict().values()):
         raise ValueError(f"{path}: not all weights are finite numbers")
     if size and image_size:

@@ -8,7 +8,6 @@
 Writes outputs/morph.gif, and all frames in rows as outputs/morph.png; with --compare outputs/lerp_slerp.png.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -18,9 +17,10 @@ from tqdm import tqdm
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float, positive_int,
                           seed_number, spare)
 from diffusion import seeded_noise
-from folders import read_picture
-from images import save_gif, save_images, save_strip, to_signed, to_uint8
+from folders import load_pictures
+from images import save_gif, save_images, save_strip, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model
+from measures import psnr
 from sample import choose_labels, seconds_for
 from utils import describe_device, get_device
 
@@ -44,6 +44,7 @@ def slerp(a, b, share):
 
 
 MAX_GIF = 1_000_000_000  # pixels, three bytes each while it is made
+BATCH = 64  # pictures at a time
 PATHS = {"lerp": lerp, "slerp": slerp}
 
 
@@ -59,31 +60,17 @@ def walk(keys, num_frames, path=slerp, loop=False):
 
 
 @torch.no_grad()
-def draw(model, diffusion, noises, y=None, steps=50, title="sampling", batch_size=64, clip=True):
+def draw(model, diffusion, noises, y=None, steps=50, title="sampling", clip=True):
     """The pictures that DDIM makes of these noises, [N, C, H, W], with a progress bar."""
     pictures = []
-    calls = len(diffusion.sampling_levels("ddim", steps)) - 1
-    with tqdm(total=calls * math.ceil(len(noises) / batch_size), desc=title, unit="call") as bar:
-        for k, x_T in enumerate(noises.split(batch_size)):
-            labels = None if y is None else y[k * batch_size:][:batch_size]
+    steps, parts = len(diffusion.sampling_levels("ddim", steps)) - 1, noises.split(BATCH)
+    with tqdm(total=steps * len(parts), desc=title, unit="step") as bar:
+        for k, x_T in enumerate(parts):
+            labels = None if y is None else y[k * BATCH:][:BATCH]
             for _, x, _ in diffusion.trajectory(model, x_T, sampler="ddim", steps=steps, y=labels, clip=clip):
                 bar.update()
             pictures.append(x)
     return torch.cat(pictures)
-
-
-def load_pictures(paths, image_size, channels):
-    """Real pictures, cut to the model's size: [N, C, S, S] in [-1, 1]. Raises ValueError for a bad file."""
-    found = [read_picture(Path(path), str(path), image_size, channels=channels) for path in paths]
-    for picture in found:
-        if picture.problem:
-            raise ValueError(f"{picture.name}: {picture.problem}")
-    return to_signed(torch.stack([torch.from_numpy(picture.pixels.copy()) for picture in found]))
-
-
-def psnr(images, reference):
-    """Peak signal-to-noise ratio in dB, of images in [-1, 1]: 20 is poor, 30 good, 40 hardly visible."""
-    return float(10 * torch.log10(4 / (images - reference).square().mean()))
 
 
 @command

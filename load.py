@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 import interop
-from checkpoint import (check_weights, drawing_digest, load_checkpoint, read_container, told_of,
+from checkpoint import (PRETRAINED, check_weights, drawing_digest, load_checkpoint, read_container, told_of,
                         whole_precision)
 from diffusion import SAMPLERS, DiffusionProcess
 from models import create_model, model_defaults
 from schedules import SPACINGS
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
-PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 OWN = "outputs/model_final.pt"
 WEAK_GUIDANCE, WEAK_FROM = 3.0, 0.3  # by --weak, at the noisier levels: from this share of T on
 CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
@@ -117,32 +116,37 @@ def check_config(config, defaults):
 
 
 def card_recipe(card, T):
-    """{sampler, steps, spacing, guidance, guidance_interval, weak} with which a model was measured, as its card
-    (export.py) tells; weak is the name of a file beside it. Where the card does not tell: ddim, the class
+    """{sampler, steps, spacing, eta, guidance, guidance_interval, weak} with which a model was measured, as its
+    card (export.py) tells; weak is the name of a file beside it. Where the card does not tell: ddim, the class
     followed plainly, and None for the others."""
     card = card if isinstance(card, dict) else {}
     sampler, steps, guidance, weak = map(card.get, ("sampler", "sampler_steps", "guidance", "weak"))
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         sampler, steps = "ddim", None
-    spacing, levels = card.get("spacing"), card.get("guidance_interval")
+    spacing, eta, levels = map(card.get, ("spacing", "eta", "guidance_interval"))
     known = (isinstance(levels, (list, tuple)) and [type(level) for level in levels] == [int, int]
              and 0 <= levels[0] <= levels[1] <= T)
     return {"guidance_interval": tuple(levels) if known else None,
             "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
             "spacing": spacing if isinstance(spacing, str) and spacing in SPACINGS else None,
+            "eta": float(eta) if type(eta) in (int, float) and 0 <= eta <= 1 else None,
             "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0,
             # Never a path: only what lies beside.
             "weak": (weak if isinstance(weak, str) and weak and weak == Path(weak).name and weak.isprintable()
                      else None)}
 
 
-def fill_in(args, data, T, one_sampler=True):
-    """Take the model's own sampler with its steps and spacing, guidance and weak model where the command line
-    names none. one_sampler: not where several are compared.
-    ValueError for guidance towards nothing."""
+def apply_card(args, data, T, one_sampler=True):
+    """Put into `args` what the command line does not name: sampler, weak model, guidance, as the card has them.
+
+    data: what load_model tells.  one_sampler: not where several are compared.
+    ValueError for guidance towards nothing.
+    """
     if args.sampler is None and one_sampler:
         args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
         args.spacing = args.spacing or data["spacing"]
+        args.eta = data["eta"] if args.eta is None else args.eta
+
     guided = data["classes"] and args.label != "none"
     as_measured = guided and not args.weak
     if data["weak"] and not args.weak and args.guidance != 1:
@@ -153,20 +157,24 @@ def fill_in(args, data, T, one_sampler=True):
         else:
             print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: "
                   "drawing without")
-    if args.guidance is None:
-        args.guidance, levels = 1.0, None
-        if as_measured:
-            args.guidance, levels = data["guidance"], data["guidance_interval"]
-        elif args.weak:
-            args.guidance, levels = WEAK_GUIDANCE, (round(WEAK_FROM * T), T)
-        if args.guidance not in (0, 1):
-            args.guidance_interval = args.guidance_interval or levels
-    elif args.guidance not in (0, 1) and not guided and not args.weak:
+
+    guidance, levels = 1.0, None
+    if as_measured:
+        guidance, levels = data["guidance"], data["guidance_interval"]
+    elif args.weak:
+        guidance, levels = WEAK_GUIDANCE, (round(WEAK_FROM * T), T)
+    if args.guidance is not None and not args.weak:     # away from "no class" it may act at all levels
+        levels = None
+    args.guidance = guidance if args.guidance is None else args.guidance
+    if args.guidance in (0, 1):
+        if args.guidance_interval:
+            raise ValueError(f"--guidance_interval says where guidance acts, and --guidance {args.guidance:g} is "
+                             "none")
+    elif not guided and not args.weak:
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards, or a --weak model: "
                          + ("--label none has none" if data["classes"] else "the model was trained without"))
-    if args.guidance_interval and args.guidance in (0, 1):
-        raise ValueError(f"--guidance_interval says where guidance acts, and --guidance {args.guidance:g} is "
-                         "none")
+    else:
+        args.guidance_interval = args.guidance_interval or levels
 
 
 def load_weak(path, model, diffusion, own, device="cpu", image_size=None):

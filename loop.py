@@ -94,7 +94,7 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
 
 
 def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1, rate=None, seed=None,
-                first_step=0, steps=None, losses=None, bar=None, held=contextlib.nullcontext, **settings):
+                first_step=0, steps=None, losses=None, bar=None, each=contextlib.nullcontext, **settings):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
     dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
@@ -103,7 +103,7 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
     first_step:  how many steps the run has behind it.   steps: how many to do, if not one pass.
     losses:      a list that the loss of each step is appended to, also if the training is stopped.
-    bar:         a tqdm to go on with, if not one of its own.   held: a context that each step is taken in.
+    bar:         a tqdm to go on with, if not one of its own.   each: a context that each step is taken in.
     settings:    precision, grad_clip, accumulate, label_drop, min_snr, density: as train_step takes them.
     """
     model.train()
@@ -121,7 +121,7 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
             if rate is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = rate(step)
-            with held():
+            with each():
                 loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, **settings)
                 if ema is not None and (step + 1) % ema_every == 0:
                     ema.update(model)

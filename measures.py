@@ -7,6 +7,7 @@
     copied_share(distances, held_out)   how many are closer to one than unseen images are
     single_share(distances)             how many are far closer to one than to any other
     fine_power(images)                  how much fine detail is there?
+    psnr(images, reference)             how near is each pixel to what it should be?
 
 Features are [N, D]; classifier.py makes them out of images.
 """
@@ -84,6 +85,11 @@ def fine_power(images):
     fine = torch.hypot(cycles[0][:, None], cycles[1]) > 0.25
     power = sum(torch.fft.fft2(part.double(), norm="ortho").abs().square().sum((0, 1)) for part in images.split(5000))
     return float(power[fine].mean()) / (len(images) * images.shape[1])
+
+
+def psnr(images, reference):
+    """Peak signal-to-noise ratio in dB, of images in [-1, 1]: 20 is poor, 30 good, 40 hardly visible."""
+    return float(10 * torch.log10(4 / (images - reference).square().mean()))
 
 
 # ---- Copies

@@ -2,8 +2,8 @@
 
 Adam scales each weight alone; the update of a matrix then is mostly a few strong directions. Muon takes the
 momentum of the whole matrix and makes all of its singular values alike, so that the weak directions learn, too.
-Only for the inner convolutions and linear layers; what is not a matrix, and the first and last layers, go with
-Adam, in the same optimizer.
+Only for matrices of at least 32 rows and columns, which the inner convolutions and linear layers are. The rest
+goes with Adam, in the same optimizer: biases, norms, the first and the last layer, and a table of few classes.
 """
 
 import torch

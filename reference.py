@@ -51,7 +51,8 @@ def folder_reference(data, like, name=None):
         if start and start.get("images") != trained_on:
             what += " (the weights that it started from may know them)"
     elif not share and trained_on == Batches(images, y).fingerprint():
-        what = "images that it was trained on: nothing was held out"
+        what = "images that it was trained on: " + ("nothing was held out" if not held_out else
+                                                    "what was held out lies elsewhere (--dataset)")
     elif name:
         what = f"images of {name} that are set aside here"
     elif trained_on or held_out:

@@ -1,7 +1,7 @@
 """A training as a good guest: alone in its folder, and stopped in good order.
 
     with Signals() as signals, only_run("outputs"):     # Ctrl-C, SIGTERM and a closed terminal raise Stopped,
-        with signals.held():                            # but in here only at the end
+        with signals.postponed():                       # but in here only at the end
             ...
 """
 
@@ -140,7 +140,7 @@ class Signals:
             raise Stopped(number)
 
     @contextlib.contextmanager
-    def held(self):
+    def postponed(self):
         """Let what is inside come to its end before a signal takes effect."""
         self.holding = True
         try:

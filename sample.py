@@ -22,8 +22,9 @@ from command_line import (Parser, command, format_seconds, fraction, guidance_nu
                           positive_int, seed_number, spare, whole_number)
 from diffusion import SAMPLERS, model_calls, seeded_noise
 from images import image_grid, png_bytes, save_gif, save_images, save_strip, to_uint8
-from load import CHECKPOINT_HELP, WEAK_FROM, WEAK_GUIDANCE, fill_in, find_model, load_model, load_weak
-from recipe import as_flags, compare, make_note, read_recipe
+from load import (CHECKPOINT_HELP, WEAK_FROM, WEAK_GUIDANCE, apply_card, find_model, load_model,
+                  load_weak)
+from recipe import MAX_IMAGES, as_flags, compare, make_note, read_recipe
 from schedules import SPACINGS
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
 
@@ -39,7 +40,7 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     y: [num_images] classes, -1 for none (as without it).
     guidance: 1 follows the class, more pushes towards it at twice the cost; or away from `weak`, a worse model;
     and that at all levels or in guidance_interval (low, high).
-    begin: (x_0, calls) to noise these images, [num_images, C, H, W], and take only the last so many steps.
+    begin: (x_0, last_steps) to noise these images, [num_images, C, H, W], and take only the last so many steps.
     Returns (images [num_images, C, H, W] in [-1, 1], frames). frames is empty unless num_frames > 0:
     then it lists at most that many moments (t, x_t, x_0 estimate made from x_t) of the first batch,
     evenly spread from pure noise to the finished pictures, which stand last with t = -1.
@@ -47,12 +48,12 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     images, frames = [], []
     shape = (model.image_channels, image_size, image_size)
     firsts = range(first_index, first_index + num_images, batch_size)
-    way = dict(sampler=sampler, steps=steps, spacing=spacing, calls=begin and begin[1])
+    way = dict(sampler=sampler, steps=steps, spacing=spacing, last_steps=begin and begin[1])
     settings = dict(way, eta=eta, seed=seed, guidance=guidance, guidance_interval=guidance_interval, weak=weak)
     levels = diffusion.sampling_levels(**way)
-    calls = len(levels) - 1
-    keep = set(torch.linspace(0, calls, min(num_frames, calls + 1)).round().int().tolist())
-    with (tqdm(total=len(firsts) * calls, desc="sampling", unit="call") as bar,
+    count = len(levels) - 1
+    keep = set(torch.linspace(0, count, min(num_frames, count + 1)).round().int().tolist())
+    with (tqdm(total=len(firsts) * count, desc="sampling", unit="step") as bar,
           torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == torch.bfloat16)):
         for first in firsts:
             indices = range(first, min(first + batch_size, first_index + num_images))
@@ -194,10 +195,10 @@ def main(argv=None):
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; "
         "default: as the model's card says, or 1", type=guidance_number)
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "
-        "the model's card says where --guidance is not given, else all", metavar="LOW,HIGH", type=interval)
+        "the model's card says where --guidance is not given, else all, or those of --weak", metavar="LOW,HIGH", type=interval)
     add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
-        f"mistakes, also without classes, by {WEAK_GUIDANCE:g} at the noisier {1 - WEAK_FROM:.0%} of the "
-        "levels unless --guidance says otherwise; default: what the model's card names beside it",
+        f"mistakes, also without classes, by {WEAK_GUIDANCE:g} unless --guidance says otherwise, at the noisier "
+        f"{1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; default: what the model's card names beside it",
         metavar="FILE")
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
@@ -214,6 +215,8 @@ def main(argv=None):
     add("--precision", "bf16 is faster on some devices and changes the pictures a little", "float32",
         choices=list(PRECISIONS))
     args = parser.parse_args(argv)
+    if args.num_images > MAX_IMAGES:
+        raise ValueError(f"--num_images {args.num_images}: at most {MAX_IMAGES}")
     picture = Path(args.output_dir) / "generated_samples.png"
     again = read_recipe(args.recreate) if args.recreate else None
     if again:
@@ -237,7 +240,7 @@ def main(argv=None):
     if again and again["weights"] != data["digest"]:
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
                          f"digest {str(again['weights'])[:12]}..., not {data['digest'][:12]}...")
-    fill_in(args, data, diffusion.num_timesteps)
+    apply_card(args, data, diffusion.num_timesteps)
     size, classes = data["image_size"], data["classes"]
     y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
     count = args.num_images if y is None else len(y)
@@ -262,7 +265,8 @@ def main(argv=None):
     evaluations = model_calls(levels, args.guidance, args.guidance_interval)
     seconds = seconds_for(model, diffusion, count, size, args.batch_size, evaluations, device, precision)
     print(f"cost: {count} images in {note['steps']} steps of {args.sampler}"
-          + guidance_words(args.guidance, args.guidance_interval) + f", about {format_seconds(seconds)} here",
+          + guidance_words(args.guidance, args.guidance_interval)
+          + f", {evaluations} calls of the model, about {format_seconds(seconds)} here",
           flush=True)
 
     images, frames = generate(

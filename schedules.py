@@ -65,7 +65,8 @@ def uniform_spacing(alpha_bar, steps):
 
 
 def trailing_spacing(alpha_bar, steps):
-    """The same in the rounding of Lin et al. 2023 (table 2): it differs by one level, where T / steps is odd."""
+    """The same in the rounding of Lin et al. 2023 (table 2): levels differ, by one, where a multiple of T / steps
+    ends in .5."""
     return np.round(np.arange(steps, -1, -1) * (len(alpha_bar) / steps)) - 1
 
 

@@ -74,11 +74,11 @@ def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir
             dataset_name, *arrays = get_default_dataset(data_dir, **settings)
         else:
             arrays = get_dataset(dataset_name, data_dir, **settings)
-        images = arrays[0]
-        if val_dir:
-            like = dict(settings, image_size=images.shape[-1], channels=images.shape[1])
+        images, classes = arrays[0], None if labels is False else class_names(dataset_name, bool(labels))
+        if val_dir:                               # without classes, if it has others or none
+            same = bool(classes) and class_names(val_dir, True) == classes
+            like = dict(settings, image_size=images.shape[-1], channels=images.shape[1], with_labels=same)
             held_arrays = get_dataset(val_dir, data_dir, train=False, **like)
-    classes = None if labels is False else class_names(dataset_name, bool(labels))
     y = arrays[1] if classes else None
     bare = [name for k, name in enumerate(classes or []) if not (y == k).any()]
     if bare and dataset_name not in DATASETS:
@@ -87,8 +87,7 @@ def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir
         images = images.to(device)            # then no step waits for a copy
     kept, held = split_held_out(len(images), 0.0 if val_dir else val_fraction, seed)
     held_out = None                           # or so many at a time as there are pictures in a sheet
-    if val_dir:                               # without classes, if it has others or none
-        same = classes and class_names(val_dir, True) == classes
+    if val_dir:
         held_out = Batches(held_arrays[0], held_arrays[1] if same else None, batch_size=64)
     elif len(held):
         held_out = Batches(images, y, batch_size=64, indices=held)
@@ -138,6 +137,10 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     # ---- What can be wrong is found before the training begins.
     if num_epochs < 1 or (steps is not None and steps < 1):
         raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
+    for name, value, known in (("model_name", model_name, MODELS), ("optimizer", optimizer, OPTIMIZERS),
+                               ("lr_schedule", lr_schedule, LR_SCHEDULES), ("fit", fit, FITS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
     if not 0 <= beta2 < 1:
         raise ValueError(f"beta2 must lie in [0, 1), got {beta2}")
     diffusion = DiffusionProcess(timesteps, schedule, objective, clip_loss=clip_loss)
@@ -227,18 +230,18 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
                 replacing = False
 
         def save(name):
-            with signals.held():        # torch.save turns an exception in its midst into one of its own
+            with signals.postponed():   # torch.save turns an exception in its midst into one of its own
                 write(name)
 
         def look(seconds):
             if replacing:
                 save(LATEST)
             report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size,
-                   device, precision, signals.held)
+                   device, precision, signals.postponed)
 
         start = time.perf_counter()
         try:
-            follow(plan, state, save, look, network, batches, diffusion, device, held=signals.held,
+            follow(plan, state, save, look, network, batches, diffusion, device, each=signals.postponed,
                    leg=max(1, int(SAVE_SECONDS / 10 / step_seconds)), ema_every=ema_every, rate=rate, seed=seed,
                    **step_settings)
             if rank == 0:
@@ -294,7 +297,7 @@ def follow(plan, state, save, look, network, batches, diffusion, device, *, leg,
 
 
 def report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size, device,
-           precision, held):
+           precision, postponed):
     """After an epoch, or when pictures or a checkpoint are due: the held-out loss, pictures, tables."""
     step = len(state.losses)
     text = f"{plan.title(step)}: mean loss {statistics.fmean(state.losses[plan.previous_report(step):]):.4f}, "
@@ -310,7 +313,7 @@ def report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, nu
         save_images(sample_images(state.ema.model, diffusion, device, num_samples, image_size), path)
         text += f"; wrote {path}"
     print(text, flush=True)
-    with held():
+    with postponed():
         write_losses(output_dir, state, rate)
     if best:
         save(BEST)

@@ -232,6 +232,8 @@ def epochs_figure(run, path, image_size, count, columns=8):
     for sheet in sheets:
         with Image.open(sheet, formats=["PNG"]) as picture:
             pixels = torch.from_numpy(np.array(picture.convert("RGB"))[::scale, ::scale]).permute(2, 0, 1)
+        if pixels.shape[1:] == (image_size, image_size):    # one alone has no border
+            pixels = torch.nn.functional.pad(pixels, (2, 2, 2, 2))
         if pixels.shape[2] % cell != 2 or pixels.shape[1] % cell != 2:
             raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images")
         here = range(2, min(pixels.shape[2] - 2, count * cell), cell)
@@ -283,10 +285,8 @@ def draw_from_data(name, args, path, loaded=None):
 
 def images_of(data, args, **settings):
     """(name, images, labels) of what a model was trained on, or of --dataset, in the model's own size."""
-    name, shape = args.dataset or data["name"], dict(image_size=data["image_size"], channels=data["channels"])
-    if args.dataset is None and name not in DATASETS:   # a path in a stranger's checkpoint is not followed
-        raise ValueError(f"the model was trained on {name!r}: name the images to show with --dataset")
-    return name, *get_dataset(name, args.data_dir, **shape, **settings)
+    name = args.dataset or data["name"]
+    return name, *get_dataset(name, args.data_dir, image_size=data["image_size"], channels=data["channels"], **settings)
 
 
 def draw_from_formulas(name, args, path):

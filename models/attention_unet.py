@@ -115,10 +115,11 @@ class AttentionUNet(UNet):
 
     image_channels:    1 for grey, 3 for colour.
     base_channels, multipliers: level k works with base_channels * multipliers[k] channels, at 1 / 2^k of
-                       the resolution; height and width must be multiples of 2^(levels - 1).
+                       the resolution; height and width must be multiples of patch_size * 2^(levels - 1).
     patch_size:        treat so many by so many pixels as the channels of one: at 2 all of it works at half the
-                       resolution and costs a quarter; height and width must be multiples of this, too.
-    num_blocks:        residual blocks at each level.   attention_levels: which levels attend (0 = top).
+                       resolution and costs a quarter.
+    num_blocks:        residual blocks at each level.   attention_levels: which levels attend (0 = top); below the
+                       last, in the middle of the network, there is attention in any case.
     heads, groups:     of the attention and of the norms; both must divide the channels.
     time_emb_dim:      length of the time embedding; its network has four times as many hidden units.
     dropout:           share of values dropped in each block while training.

@@ -205,7 +205,21 @@ def make_bad(kind, good, path):
     if kind == "zip bomb":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
             z.writestr("archive/data.pkl", b"\0" * 200_000_000)
-        return "compressed or broken"
+        return "compressed, encrypted or broken"
+    if kind == "marked as encrypted":
+        torch.save({"a": torch.zeros(3)}, path)
+        raw = bytearray(path.read_bytes())
+        with zipfile.ZipFile(path) as z:
+            start, count = z.start_dir, len(z.infolist())
+        for _ in range(count):                          # the flags of each entry of the directory
+            raw[start + 8] |= 1
+            start += 46 + sum(int.from_bytes(raw[start + k:start + k + 2], "little") for k in (28, 30, 32))
+        path.write_bytes(raw)
+        return "encrypted or broken"
+    if kind == "an endless pickle":
+        with zipfile.ZipFile(path, "w") as z:
+            z.writestr("archive/data.pkl", b"\x80\x02]")
+        return "damaged, it cannot be read"
     entries = load_checkpoint(good)
     if kind == "newer":
         entries["version"] = 99
@@ -235,7 +249,7 @@ def make_bad(kind, good, path):
 
 @pytest.mark.parametrize("kind", [
     "missing", "a folder", "empty", "truncated", "altered", "text", "bare weights", "old pickle", "malicious",
-    "zip bomb", "newer", "another network", "monstrous network", "unknown network", "no weights", "no size",
+    "zip bomb", "marked as encrypted", "an endless pickle", "newer", "another network", "monstrous network", "unknown network", "no weights", "no size",
     "a huge size", "double precision", "not a number", "endless chain"])
 def test_a_bad_checkpoint_is_named_for_what_it_is(kind, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -244,6 +258,11 @@ def test_a_bad_checkpoint_is_named_for_what_it_is(kind, checkpoint, tmp_path, ca
     error = fails(capsys, sample.main, "--checkpoint", path, "--output_dir", tmp_path / "out")
     assert re.search(expected, error) and "bad.pt" in error
     assert not (tmp_path / "pwned.txt").exists()
+
+
+def test_a_billion_images_are_refused_before_anything_is_made_for_them(tmp_path, capsys):
+    assert "at most" in fails(capsys, sample.main, "--num_images", 10**9, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_malicious_checkpoint_that_passes_for_tensors_runs_no_code(tmp_path, monkeypatch):

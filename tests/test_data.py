@@ -161,6 +161,12 @@ def test_without_a_network_the_answer_comes_within_15_seconds(kind, silent_serve
     assert "synthetic digits" in said and "\n" not in said
 
 
+def test_a_folder_with_braces_is_named_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(DatasetUnavailable, match="x{y}"):
+        get_dataset("mnist", tmp_path / "x{y}")
+
+
 def test_damaged_files_are_called_damaged(mnist_server, tmp_path):
     get_dataset("mnist", tmp_path)
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"

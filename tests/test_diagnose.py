@@ -108,6 +108,8 @@ def test_classes_are_missed_where_they_say_nothing():
     model.num_classes = 2
     assert not d.check_labels(model, process, images, labels)
     assert d.check_labels(model, process, images, labels[torch.randperm(64, generator=torch.Generator().manual_seed(0))])
+    model.num_classes = 1                       # there is no other to tell it
+    assert not d.check_labels(model, process, images, labels * 0)
 
 
 def test_a_schedule_that_keeps_the_image_is_named():

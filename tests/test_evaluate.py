@@ -268,6 +268,16 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(argv, mess
     assert message in fails(capsys, evaluate.main, *command, "--num_images", 100, *argv)
 
 
+def test_stages_of_other_classes_take_guidance_from_none(tmp_path, monkeypatch):
+    """The card of the shipped digits asks for guidance, and garments have no class that it could follow."""
+    monkeypatch.setattr("data.SYNTHETIC_SIZE", 120)
+    monkeypatch.setattr(evaluate, "same_classes", lambda *given: False)
+    evaluate.main(["--checkpoint", "pretrained/synthetic_digits.pt", "--stages", "--num_images", "100", "--steps", "2",
+                   "--sampler", "ddim", "--output_dir", str(tmp_path), "--device", "cpu"])
+    found = json.loads((tmp_path / "stages.json").read_text())
+    assert found["guidance"] == 1 and found["guidance_interval"] is None and found["label"] == "none"
+
+
 def test_several_labels_and_more_samples_than_held_out_images(command, tmp_path, capsys):
     """Labels come in full rows, 202 for 201 pictures; and distances are those of as many samples as real
     images."""

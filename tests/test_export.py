@@ -98,6 +98,15 @@ def test_sampling_takes_the_sampler_of_the_card(named, flags, taken, two_shades,
     assert (note["sampler"], note["steps"]) == taken
 
 
+def test_a_model_is_drawn_with_the_eta_it_was_measured_with(two_shades, evaluation, tmp_path):
+    evaluation.write_text(json.dumps({**json.loads(evaluation.read_text()), "eta": 0.5}))
+    export.export(two_shades, tmp_path / "small.pt", evaluation)
+    for flags, eta in (((), 0.5), (("--eta", "0.25"), 0.25), (("--sampler", "ddpm", "--steps", "9"), 1.0)):
+        sample.main(["--checkpoint", str(tmp_path / "small.pt"), "--num_images", "2", "--output_dir", str(tmp_path),
+                     "--device", "cpu", *flags])
+        assert read_note(tmp_path / "generated_samples.png")["eta"] == eta
+
+
 def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_path, capsys):
     """Measured away from a weak model, drawn away from it: where it lies beside the small file, and unless
     the command line asks for the model alone. The picture tells which, and is made again."""
@@ -118,8 +127,9 @@ def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_p
     assert drawn() == (3, "0,10", True) and f"away from {tmp_path / 'early.pt'}" in capsys.readouterr().out
     sample.main(["--recreate", str(sheet), "--checkpoint", str(small), "--output_dir", str(tmp_path)])
     assert "byte for byte" in capsys.readouterr().out
-    assert drawn("--guidance", "2") == (2, None, True) and drawn("--guidance", "1") == (1, None, False)
+    assert drawn("--guidance", "2") == (2, "0,10", True) and drawn("--guidance", "1") == (1, None, False)
     assert drawn("--weak", str(two_shades)) == (sample.WEAK_GUIDANCE, "15,50", True)
+    assert drawn("--weak", str(two_shades), "--guidance", "5") == (5, "15,50", True)
 
 
 def test_an_evaluation_that_does_not_name_its_weak_model_makes_no_card(two_shades, evaluation, tmp_path, capsys):

@@ -299,6 +299,13 @@ def test_the_loss_figure_reads_what_train_wrote(run, tmp_path, monkeypatch):
     assert seen == [[0.5, 0.25], tmp_path / "loss.png", {2: 0.75}]
 
 
+def test_epochs_of_a_single_picture_are_shown(run, tmp_path):
+    for sheet in (run / "samples").iterdir():
+        save_images(torch.zeros(1, 1, 8, 8), sheet)
+    figures.main(["--figure", "epochs", "--run", str(run), "--output_dir", str(tmp_path)])
+    assert (tmp_path / "epochs.png").is_file()
+
+
 def test_a_model_that_predicts_no_noise_has_loss_one_at_every_level(run, tmp_path, monkeypatch):
     """The target is unit Gaussian; and the other checkpoints' losses are those of a plain loop."""
     seen = {}
@@ -350,10 +357,18 @@ def test_what_cannot_be_drawn_is_one_line(argv, words, checkpoint, tmp_path, cap
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_a_folder_named_by_a_checkpoint_is_not_followed(tmp_path, capsys):
-    path = write_model(tmp_path / "model.pt", name=str(tmp_path))
-    error = fails(capsys, figures.main, "--figure", "explore", "--checkpoint", path, "--output_dir", tmp_path / "o")
-    assert "name the images to show with --dataset" in error
+def test_explore_shows_the_folder_that_a_model_was_trained_on(tmp_path, capsys, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for k in range(3):
+        Image.new("L", (8, 8), 80 * k).save(tmp_path / "photos" / f"{k}.png")
+    path, shown = write_model(tmp_path / "model.pt", name=str(tmp_path / "photos")), []
+    monkeypatch.setattr(figures, "forward_figure", lambda images, *rest, **settings: shown.append(images))
+    monkeypatch.setattr(figures, "EXPLORE", ("forward",))
+    figures.main(["--figure", "explore", "--checkpoint", str(path), "--output_dir", str(tmp_path / "o")])
+    assert sorted(shown[0][:, 0, 0, 0].tolist()) == [0, 80, 160]
+    path = write_model(tmp_path / "model.pt", name="no/such/photos")
+    assert "'no/such/photos'" in fails(capsys, figures.main, "--figure", "explore", "--checkpoint", path,
+                                       "--output_dir", tmp_path / "o")
 
 
 def test_a_foreign_table_or_sheet_is_one_line(run, tmp_path, capsys):

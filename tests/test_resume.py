@@ -521,12 +521,12 @@ def test_a_log_that_cannot_be_written_any_more_does_not_cost_the_training(tmp_pa
 def test_a_signal_within_a_step_waits_for_its_end_and_a_second_does_not():
     done = []
     with pytest.raises(Stopped), Signals() as signals:
-        with signals.held():
+        with signals.postponed():
             os.kill(os.getpid(), signal.SIGTERM)
             done.append("the step came to its end")
     assert done
     script = ("import os, signal, time; from running import Signals\n"
-              "with Signals() as signals, signals.held():\n"
+              "with Signals() as signals, signals.postponed():\n"
               "    for pause in (0, 0.1, 1.5):\n"                     # the second is taken for an echo of the first
               "        time.sleep(pause); os.kill(os.getpid(), signal.SIGINT); print(pause, flush=True)")
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)

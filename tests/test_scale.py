@@ -189,7 +189,8 @@ def test_held_out_images_are_taken_from_the_set_and_kept_apart():
     batches = Batches(images, torch.arange(100), batch_size=10, indices=held)
     labels = torch.cat([y for _, y in batches])
     assert len(batches) == 2 and sorted(labels.tolist()) == held.tolist()
-    assert torch.equal(torch.cat([x for x, _ in batches]), torch.cat([x for x, _ in batches]))
+    again = torch.cat([y for _, y in batches])
+    assert sorted(again.tolist()) == held.tolist() and not torch.equal(again, labels)      # another epoch
     assert torch.equal(to_signed(images[labels[:1]]), next(iter(batches))[0][:1])
 
 
@@ -230,6 +231,27 @@ def test_held_out_images_can_come_from_a_folder(few_digits, tmp_path):
         Image.new("RGB", (40, 30), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
     train(**few_digits, **TINY, val_dir=str(tmp_path), num_epochs=1, output_dir=tmp_path / "out")
     assert len(load_checkpoint(tmp_path / "out" / "model_best.pt")["held_out_losses"]) == 1
+
+
+@pytest.mark.parametrize("labels", [None, True])
+@pytest.mark.parametrize("sorted_into, same", [(None, False), (tuple("0123456789"), True), (("a", "b"), False)])
+def test_held_out_images_keep_their_classes_where_those_are_the_models(few_digits, tmp_path, labels, sorted_into, same):
+    for k in range(20):
+        folder = tmp_path / "val" / (sorted_into[k % len(sorted_into)] if sorted_into else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (40, 30), 10 * k).save(folder / f"{k}.png")
+    _, classes, _, held_out = train_module.load_batches(
+        few_digits["dataset_name"], 16, 0, False, labels, "data", tmp_path / "val", 0.0, torch.device("cpu"),
+        image_size=16, channels=None, fit="crop", cache_dir=None)
+    assert len(classes) == 10 and held_out.num_images == 20
+    assert sorted(held_out.labels.tolist()) == (sorted([*range(10)] * 2) if same else [-1] * 20)
+
+
+@pytest.mark.parametrize("setting", ["model_name", "optimizer", "lr_schedule", "fit"])
+def test_an_unknown_word_is_refused_with_the_choices(setting, tmp_path):
+    with pytest.raises(ValueError, match=f"unknown {setting} 'best'; choose from .*, "):
+        train(**{setting: "best"}, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- The table of losses, and when things are written

@@ -287,12 +287,13 @@ def test_an_epoch_shows_each_image_once_with_its_label_in_an_order_of_its_own():
     images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
     batches = Batches(images, torch.arange(40), batch_size=8, seed=1)
     orders = []
-    for epoch in (1, 1, 2):
-        batches.epoch = epoch
+    for epoch in (1, 1, 2, None):
+        batches.epoch = batches.epoch if epoch is None else epoch
         x, y = (torch.cat(parts) for parts in zip(*batches))
         assert torch.equal(x, to_signed(images[y])) and sorted(y.tolist()) == list(range(40))
         orders.append(y.tolist())
     assert orders[0] == orders[1] != orders[2]
+    assert orders[3] not in orders[:3], "iterating again is the next epoch"
     other = Batches(images, torch.arange(40), batch_size=8, seed=2)
     other.epoch = 1
     assert torch.cat([y for _, y in other]).tolist() != orders[0]
