@@ -101,14 +101,14 @@ def class_names(name, with_labels=False):
     return class_folders(_folder(name)) if with_labels else None
 
 
-def verify_dataset(name, sheet, data_dir="data", *, image_size=None, channels=None, fit="crop"):
+def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None, channels=None, fit="crop"):
     """Look at a data set without training: print what is in it, draw a contact sheet as PNG.
 
-    Returns whether there is anything to train on. Raises what get_dataset raises.
+    multiple: the network takes images whose sides are multiples of this.  Returns whether there is anything to train on. Raises what get_dataset raises.
     """
     _check(image_size, channels)
     if name not in DATASETS:
-        return verify_folder(_folder(name), sheet, image_size, channels=channels, fit=fit)
+        return verify_folder(_folder(name), sheet, image_size, multiple, channels=channels, fit=fit)
     images, labels = get_dataset(name, data_dir, image_size=image_size, channels=channels)
     print(f"Found {len(images)} images in dataset {name}, {'x'.join(map(str, images.shape[1:]))}")
     counts = zip(class_names(name), torch.bincount(labels).tolist())

@@ -325,11 +325,12 @@ def save_sheet(images, path, columns=10):
     print(f"wrote {path}")
 
 
-def verify_folder(folder, sheet, image_size=None, *, channels=None, fit="crop"):
+def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, fit="crop"):
     """Read a folder without training and print what is in it; draw a contact sheet.
 
     Counts and names the unreadable files, the tiny ones (a side under 8 pixels: not used), the small
     ones (enlarged to image_size) and the duplicates (equal once they are cut to size).
+    multiple: the network takes images whose sides are multiples of this.
     Returns whether there is anything to train on.
     """
     folder = Path(folder)
@@ -356,8 +357,9 @@ def verify_folder(folder, sheet, image_size=None, *, channels=None, fit="crop"):
     _section("duplicates", [f"{used[i].name} = {used[k].name}"
                             for i, k in find_duplicates(digests)])
     print(f"other files, ignored: {others}")
-    if image_size % 4:
-        print(f"note: the networks need multiples of 4: train with --image_size {image_size // 4 * 4 + 4}")
+    if image_size % multiple:
+        print(f"note: this network needs multiples of {multiple}: train with --image_size "
+              f"{(image_size // multiple + 1) * multiple}")
     if used:
         save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet)
     return bool(used)

@@ -441,14 +441,16 @@ def main(argv=None):
         type=positive_int)
     settings = parse(parser, argv)
 
-    if settings.pop("verify"):
-        usable = verify_dataset(
-            settings["dataset"] or "mnist", make_output_dir(settings["output_dir"]) / "dataset_sheet.png",
-            settings["data_dir"], image_size=settings["image_size"], channels=settings["channels"],
-            fit=settings["fit"])
-        sys.exit(0 if usable else 2)
     model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
     model_config = {flag: value for flag, value in model_config.items() if value is not None}
+    if settings.pop("verify"):
+        with torch.device("meta"):
+            multiple = create_model(settings["model"], **model_config).multiple
+        usable = verify_dataset(
+            settings["dataset"] or "mnist", make_output_dir(settings["output_dir"]) / "dataset_sheet.png",
+            settings["data_dir"], multiple, image_size=settings["image_size"], channels=settings["channels"],
+            fit=settings["fit"])
+        sys.exit(0 if usable else 2)
     for flag, name in ARGUMENTS.items():
         settings[name] = settings.pop(flag)
     try:

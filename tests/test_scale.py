@@ -191,7 +191,8 @@ def test_held_out_images_are_taken_from_the_set_and_kept_apart():
     assert len(batches) == 2 and sorted(labels.tolist()) == held.tolist()
     again = torch.cat([y for _, y in batches])
     assert sorted(again.tolist()) == held.tolist() and not torch.equal(again, labels)      # another epoch
-    assert torch.equal(to_signed(images[labels[:1]]), next(iter(batches))[0][:1])
+    x_0, y = next(iter(batches))
+    assert torch.equal(to_signed(images[y]), x_0)
 
 
 def test_the_held_out_loss_of_simple_predictors_is_known(tiny_model):
