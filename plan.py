@@ -50,13 +50,14 @@ class Plan(NamedTuple):
 
 
 def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_every=None):
-    """Pictures after each epoch and a checkpoint every 5; in a run by steps both 5 times."""
+    """Pictures after each epoch and a checkpoint every 5; in a run by steps both 5 times, but not
+    within 200 steps."""
     if steps is None:
         unit, total = steps_per_epoch, num_epochs * steps_per_epoch
         sample_every, save_every = (sample_every or 1) * unit, (save_every or 5) * unit
         return Plan(total, sample_every, save_every, unit, "epoch")
-    fifth = math.ceil(steps / 5)
-    return Plan(steps, sample_every or fifth, save_every or fifth, 1, "step")
+    apart = max(math.ceil(steps / 5), min(steps, 200))          # in a short trial pictures would take the longest
+    return Plan(steps, sample_every or apart, save_every or apart, 1, "step")
 
 
 def print_cost(plan, done, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples, memory):

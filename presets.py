@@ -77,7 +77,7 @@ def parse(parser, argv):
         if row.get("dataset", "mnist") is None and given.dataset is None:
             raise ValueError(f"--preset {given.preset} is for a folder of your own: add --dataset FOLDER")
         parser.set_defaults(**row)
-    settings = vars(parser.parse_args(argv))
+    settings = vars(parser.parse_args(argv))                # once more: what was typed wins over the row
     if settings.pop("preset") and speaks():
         print(f"preset {given.preset}: {as_flags({flag: settings[flag] for flag in row})}")
     settings["epochs"] = settings["epochs"] or 20                      # --steps goes before it

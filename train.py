@@ -436,8 +436,8 @@ def main(argv=None):
     add("--output_dir", "where pictures and checkpoints go", "outputs")
     add("--num_samples", "pictures drawn while training", 64, type=positive_int)
     add("--sample_every", "epochs between two sets of pictures (default: 1); with --steps, steps (default: a "
-        "fifth of them)", type=positive_int)
-    add("--save_every", "epochs between two checkpoints (default: 5); with --steps, steps (default: a fifth)",
+        "fifth of them, 200 at least)", type=positive_int)
+    add("--save_every", "epochs between two checkpoints (default: 5); with --steps, steps (default: as well)",
         type=positive_int)
     settings = parse(parser, argv)
 

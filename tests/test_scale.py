@@ -292,6 +292,8 @@ def test_a_plan_counts_its_pictures():
     assert (plan.count(plan.sample_every), plan.name(2000)) == (100, "step_0002000")
     assert [plan.next_report(step) for step in (0, 1000, 1500, 99_999)] == [1000, 1500, 2000, 100_000]
     assert plan.num_reports() == 100 + 66 - 33
+    for steps, apart in ((150, 150), (250, 200), (1000, 200), (8000, 1600)):
+        assert make_plan(468, 20, steps=steps)[:3] == (steps, apart, apart)
 
 
 def test_an_odd_number_of_steps_is_not_reported_on_at_every_one():
