@@ -112,6 +112,9 @@ def read_container(path):
     if not path.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(path))
     try:
+        with open(path, "rb") as file:          # zipfile looks at the end of a file, torch at its beginning
+            if file.read(4) != b"PK\x03\x04":
+                raise zipfile.BadZipFile
         with zipfile.ZipFile(path) as container:
             members = container.infolist()
             # torch.save stores without compression, so a member larger than the file is a bomb or a lie.
@@ -119,9 +122,12 @@ def read_container(path):
                     sum(m.file_size for m in members) > path.stat().st_size):
                 raise ValueError(f"{path}: not a checkpoint of this project (its container is compressed, "
                                  "encrypted or broken)")
-            for member in members:
-                if member.filename.endswith("/data.pkl"):
-                    _check_pickle(path, container, member)
+            # torch finds its members in any case of letters, and one of another name may be a program.
+            pickles = [m for m in members if m.filename.lower().endswith(".pkl")]
+            if len(pickles) != 1 or not pickles[0].filename.endswith("/data.pkl"):
+                raise ValueError(f"{path}: not a checkpoint of this project (it holds {len(pickles)} pickles, or one "
+                                 "of another name)")
+            _check_pickle(path, container, pickles[0])
     except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
         raise ValueError(f"{path}: truncated, or not a checkpoint at all") from error
     try:

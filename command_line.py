@@ -18,7 +18,8 @@ FULL = "out of memory|t allocate memory|size calculation overflowed"  # what tor
 
 def speaks():
     """Is this the process that prints? Of several that torchrun has started, the first."""
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+    rank = os.environ.get("RANK", "0")
+    return rank == "0" or not rank.isdecimal() or "WORLD_SIZE" not in os.environ
 
 
 def command(main):
@@ -110,9 +111,9 @@ def int_tuple(text):
 
 
 def positive_float(text):
-    """An argparse type: a finite number above zero."""
+    """An argparse type: a number above zero that float32 can hold."""
     value = float(text)
-    if not 0 < value < math.inf:
+    if not 1e-37 < value < 1e38:
         raise ValueError
     return value
 
@@ -174,12 +175,14 @@ def make_output_dir(path, *files):
     for file in files:
         if (path / file).is_dir():
             raise IsADirectoryError(21, "a folder is in the way", str(path / file))
+        if (path / file).exists() and not (path / file).is_file():
+            raise FileExistsError(17, "no file, and in the way", str(path / file))
     return path
 
 
-def spare(inputs, *outputs):
+def spare(inputs, *outputs, flag="--output_dir"):
     """Raise ValueError if a file that is to be read would be written over."""
     for path in inputs:
         for output in map(Path, outputs):
             if output.exists() and Path(path).exists() and output.samefile(path):
-                raise ValueError(f"{path} would be written over: give another --output_dir")
+                raise ValueError(f"{path} would be written over: give another {flag}")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import torchvision
 
 import synthetic
-from folders import class_folders, digest, find_duplicates, load_folder, save_sheet, verify_folder
+from folders import class_folders, digest, find_duplicates, fits, load_folder, save_sheet, verify_folder
 from images import to_signed
 
 
@@ -115,7 +115,7 @@ def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None,
     print("classes: " + ", ".join(f"{label} ({count})" for label, count in counts))
     print(f"duplicates: {len(find_duplicates(map(digest, images.numpy())))}")
     save_sheet(images, sheet)
-    return True
+    return fits(images.shape[-1], multiple)
 
 
 # ---- torchvision's sets
@@ -123,7 +123,8 @@ def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None,
 def _torchvision_arrays(name, source, data_dir, train):
     try:
         dataset = source(data_dir, train=train, download=False)
-    except (RuntimeError, ValueError, AssertionError, EOFError, OSError, KeyError, IndexError) as error:
+    except (RuntimeError, ValueError, AssertionError, EOFError, OSError, KeyError, IndexError,
+            TypeError) as error:
         if "not found" not in str(error):
             raise ValueError(f"{name}: the files under {data_dir} are damaged ({error}); "
                              "delete them to download anew") from error

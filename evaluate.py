@@ -293,6 +293,8 @@ def main(argv=None):
     if args.race:
         entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
                     if steps <= diffusion.num_timesteps]
+        if not entrants:
+            raise ValueError(f"--race begins with 5 steps, and this model has {diffusion.num_timesteps}")
     else:
         args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
         entrants = [(args.sampler, args.steps)]

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from checkpoint import half_precision, load_checkpoint, save_checkpoint, told_of
-from command_line import Parser, command, make_output_dir
+from command_line import Parser, command, make_output_dir, spare
 from load import load_model
 
 KEPT = ("model_name", "model_config", "diffusion_config", "data")
@@ -25,8 +25,9 @@ def export(checkpoint, output, evaluation=None, **card):
     A checkpoint that is small already keeps its weights and gets a newer card. Returns the card.
     Raises ValueError for a checkpoint that nothing can draw from, and another one's evaluation.
     """
-    if Path(output).exists() and Path(output).samefile(checkpoint):
-        raise ValueError(f"{output} is the checkpoint itself: give another --output")
+    spare([checkpoint, *([evaluation] if evaluation else [])], output, flag="--output")
+    if Path(output).exists() and "card" not in load_checkpoint(output):
+        raise ValueError(f"{output} is the checkpoint of a training, or no file of this kind: give another --output")
     entries, digest = load_checkpoint(checkpoint), load_model(checkpoint)[2]["digest"]
     try:
         if "card" in entries:
@@ -65,7 +66,7 @@ def read_evaluation(path, checkpoint, digest):
             raise ValueError("not all of its numbers are numbers")
         if len(repr(facts)) > 10_000:
             raise ValueError("its words are too many")
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is no evaluation.json of evaluate.py") from error
     if found.get("weak") and not isinstance(facts["weak"], str):
         raise ValueError(f"{path} was measured with --weak and does not name its file: measure anew")
@@ -98,7 +99,7 @@ def main(argv=None):
     card = export(args.checkpoint, output, args.evaluation,
                   **({"training": args.training} if args.training else {}))
     print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
-    if card.get("weak") and not (output.parent / card["weak"]).exists():
+    if isinstance(card.get("weak"), str) and not (output.parent / card["weak"]).exists():
         print(f"put {card['weak']}, the weak model it was measured with, beside it")
 
 

@@ -357,9 +357,14 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
     _section("duplicates", [f"{used[i].name} = {used[k].name}"
                             for i, k in find_duplicates(digests)])
     print(f"other files, ignored: {others}")
-    if image_size % multiple:
-        print(f"note: this network needs multiples of {multiple}: train with --image_size "
-              f"{(image_size // multiple + 1) * multiple}")
     if used:
         save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet)
-    return bool(used)
+    return bool(used) and fits(image_size, multiple)
+
+
+def fits(image_size, multiple):
+    """Does a network take images of this size? Says so if not."""
+    if image_size % multiple:
+        print(f"this network needs multiples of {multiple}: train with --image_size "
+              f"{(image_size // multiple + 1) * multiple}")
+    return image_size % multiple == 0

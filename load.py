@@ -80,9 +80,10 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         check_weights(path, weights, model)
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
-        data = {"classes": None, **entries["data"], "digest": drawing_digest(entries),
-                **{name: told_of(entries).get(name) for name in ("images", "held_out")},
-                "started_from": told_of(entries, "started_from"),
+        told = {"classes": None, **entries["data"], "started_from": told_of(entries, "started_from"),
+                **{name: told_of(entries).get(name) for name in ("images", "held_out")}}
+        data = {**{name: value for name, value in told.items() if not isinstance(value, torch.Tensor)},
+                "channels": model.image_channels, "digest": drawing_digest(entries),
                 **card_recipe(entries.get("card"), diffusion.num_timesteps)}
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
@@ -132,8 +133,8 @@ def card_recipe(card, T):
             "eta": float(eta) if type(eta) in (int, float) and 0 <= eta <= 1 else None,
             "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0,
             # Never a path: only what lies beside.
-            "weak": (weak if isinstance(weak, str) and weak and weak == Path(weak).name and weak.isprintable()
-                     else None)}
+            "weak": (weak if isinstance(weak, str) and 0 < len(weak) < 200 and weak == Path(weak).name
+                     and weak.isprintable() else None)}
 
 
 def apply_card(args, data, T, one_sampler=True):

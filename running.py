@@ -7,6 +7,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ LATEST, FINAL = "model_latest.pt", "model_final.pt"  # the first is there while 
 BEST = "model_best.pt"  # by the held-out loss
 RUN_FILES = (LATEST, FINAL, BEST, "training_loss.png", "training_loss.csv", "samples/epoch_*.png",
              "samples/step_*.png", "checkpoints/model_epoch_*.pt", "checkpoints/model_step_*.pt")
+NUMBERED = re.compile(r"(model_)?(epoch|step)_\d+\.(png|pt)")  # and not step_by_step.png
 
 
 def _lock(file):
@@ -45,7 +47,10 @@ def only_run(folder):
     """
     folder = Path(folder)
     # The file stays: were it deleted, two others could each hold a lock, on the old and on a new one.
-    with open(folder / ".lock", "w") as lock:
+    path = folder / ".lock"
+    if path.is_symlink() or path.exists() and not path.is_file():
+        raise ValueError(f"{path} is in the way: no file that a run has left there")
+    with open(path, "a") as lock:               # "w" would empty a file that happens to have this name
         if not _lock(lock):
             raise ValueError(f"{folder} is in use by a run that is still going on")
         for pattern in RUN_FILES:
@@ -63,7 +68,7 @@ def find_checkpoint(folder, resume, overwrite):
     """
     folder = Path(folder)
     latest, final = folder / LATEST, folder / FINAL
-    numbered = sorted(folder.glob("checkpoints/model_*.pt"))
+    numbered = sorted(path for path in run_files(folder) if path.parent.name == "checkpoints")
     unfinished = latest.exists() or numbered and not final.exists()
     if resume == "latest":
         found = next((path for path in (latest, final, *reversed(numbered)) if path.exists()), None)
@@ -82,7 +87,8 @@ def find_checkpoint(folder, resume, overwrite):
 
 def run_files(folder):
     """What a run has written into a folder, and nothing else that lies there."""
-    return [path for pattern in RUN_FILES for path in Path(folder).glob(pattern)]
+    return [path for pattern in RUN_FILES for path in Path(folder).glob(pattern)
+            if "*" not in pattern or NUMBERED.fullmatch(path.name)]
 
 
 def clear_run(folder, keep):

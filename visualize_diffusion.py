@@ -230,8 +230,11 @@ def epochs_figure(run, path, image_size, count, columns=8):
     scale, cell = max(1, math.ceil(84 / image_size)), image_size + 2
     tiles = []
     for sheet in sheets:
-        with Image.open(sheet, formats=["PNG"]) as picture:
-            pixels = torch.from_numpy(np.array(picture.convert("RGB"))[::scale, ::scale]).permute(2, 0, 1)
+        try:
+            with Image.open(sheet, formats=["PNG"]) as picture:
+                pixels = torch.from_numpy(np.array(picture.convert("RGB"))[::scale, ::scale]).permute(2, 0, 1)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images") from error
         if pixels.shape[1:] == (image_size, image_size):    # one alone has no border
             pixels = torch.nn.functional.pad(pixels, (2, 2, 2, 2))
         if pixels.shape[2] % cell != 2 or pixels.shape[1] % cell != 2:
@@ -249,6 +252,8 @@ def loss_figure(run, path):
         rows = list(csv.DictReader(table.read_text().splitlines()))
         losses = [float(row["loss"]) for row in rows]
         held_out = {int(row["step"]): float(row["held_out_loss"]) for row in rows if row["held_out_loss"]}
+        if not all(0 < step <= len(losses) for step in held_out):
+            raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise ValueError(f"{table} is not a table that train.py wrote") from error
     if not any(0 < loss < math.inf for loss in losses):

@@ -23,6 +23,7 @@ from conftest import ROOT
 from diffusion import SAMPLERS, DiffusionProcess
 from images import image_grid, save_images, to_uint8
 from models import create_model
+from utils import write_file
 
 
 @pytest.fixture
@@ -258,6 +259,36 @@ def test_a_bad_checkpoint_is_named_for_what_it_is(kind, checkpoint, tmp_path, ca
     error = fails(capsys, sample.main, "--checkpoint", path, "--output_dir", tmp_path / "out")
     assert re.search(expected, error) and "bad.pt" in error
     assert not (tmp_path / "pwned.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["Data.pkl", "constants.pkl"])
+def test_a_pickle_of_another_name_is_not_read(name, tmp_path):
+    """torch looks for data.pkl in any case of letters: Data.pkl went past the check, and filled the memory."""
+    path = tmp_path / "bad.pt"
+    torch.save({"a": torch.zeros(3)}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(path, "w") as bad:
+        for member in good.infolist():
+            bad.writestr(member.filename.replace("data.pkl", name), good.read(member))
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        load_checkpoint(path)
+
+
+def test_a_zip_behind_something_else_is_not_read(tmp_path):
+    """torch reads a file from its beginning, zipfile from its end."""
+    torch.save({"a": torch.zeros(3)}, tmp_path / "x.pt")
+    (tmp_path / "x.pt").write_bytes(pickle.dumps(Evil()) + (tmp_path / "x.pt").read_bytes())
+    with pytest.raises(ValueError, match="truncated, or not a checkpoint"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_pipe_is_not_replaced_by_a_file(checkpoint, tmp_path, capsys):
+    import os
+    import export
+    os.mkfifo(tmp_path / "pipe")
+    assert "in the way" in fails(capsys, export.main, "--checkpoint", checkpoint, "--output", tmp_path / "pipe")
+    with pytest.raises(OSError, match="neither a file"):
+        write_file(tmp_path / "pipe", b"x")
+    assert (tmp_path / "pipe").is_fifo() and not list(tmp_path.glob(".*"))
 
 
 def test_a_billion_images_are_refused_before_anything_is_made_for_them(tmp_path, capsys):

@@ -61,7 +61,11 @@ def test_what_cannot_be_exported_is_one_line_and_changes_nothing(two_shades, eva
         return fails(capsys, export.main, *argv)
 
     before = two_shades.read_bytes()
-    assert "itself" in refused("--checkpoint", two_shades, "--output", two_shades)
+    assert "written over" in refused("--checkpoint", two_shades, "--output", two_shades)
+    assert "written over" in refused("--checkpoint", two_shades, "--evaluation", evaluation, "--output", evaluation)
+    shutil.copy(two_shades, tmp_path / "run.pt")
+    assert "of a training" in refused("--checkpoint", two_shades, "--output", tmp_path / "run.pt")
+    assert (tmp_path / "run.pt").read_bytes() == two_shades.read_bytes()
     assert two_shades.read_bytes() == before
     small = tmp_path / "small.pt"
     export.main(["--checkpoint", str(two_shades), "--output", str(small)])

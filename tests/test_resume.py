@@ -194,12 +194,28 @@ def test_a_run_killed_between_its_saves_goes_on_from_its_last_checkpoint(whole, 
 
 def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     train(**RUN, output_dir=tmp_path)
-    (tmp_path / "samples" / "mine.png").write_bytes(b"x")
-    save_checkpoint(tmp_path / "model_keep.pt", {})
+    for name in ("mine.png", "step_by_step.png", "epoch_of_art.png"):
+        (tmp_path / "samples" / name).write_bytes(b"x")
+    for name in ("model_keep.pt", "checkpoints/model_step_notes.pt"):
+        save_checkpoint(tmp_path / name, {})
     train(**{**RUN, "num_epochs": 1, "val_fraction": 0.0}, output_dir=tmp_path)
     assert "replaced an earlier run" in capsys.readouterr().out
     assert sorted(Path(name).name for name in files(tmp_path)) == [
-        "epoch_001.png", "mine.png", "model_final.pt", "model_keep.pt", "training_loss.csv", "training_loss.png"]
+        "epoch_001.png", "epoch_of_art.png", "mine.png", "model_final.pt", "model_keep.pt", "model_step_notes.pt",
+        "step_by_step.png", "training_loss.csv", "training_loss.png"]
+
+
+def test_the_lock_takes_nothing_that_is_not_a_run_s(tmp_path):
+    (tmp_path / ".lock").write_text("a list of locks")
+    with only_run(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == "a list of locks"
+    (tmp_path / ".lock").unlink()
+    (tmp_path / "thesis.txt").write_text("chapter one")
+    (tmp_path / ".lock").symlink_to("thesis.txt")
+    with pytest.raises(ValueError, match="in the way"), only_run(tmp_path):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "chapter one"
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
