@@ -58,7 +58,8 @@ CAUSES = {
     "rate": ("the learning rate is too high", "python train.py --lr 2e-4 --grad_clip 1"),
     "few steps": (
         "it is not trained enough",
-        "more --epochs or --steps; with a constant rate, --resume goes on with the run"),
+        "more --epochs or --steps; with a constant rate, --resume goes on with the run, and after one that fell to "
+        "zero a new run with --start_from its last checkpoint"),
     "copies": (
         "it has learnt training images by heart",
         "fewer steps, more images, --flip, or --dropout 0.1 with --model attention; python evaluate.py shows "

@@ -195,12 +195,13 @@ def main(argv=None):
     spare([*(args.images or []), *([args.mask] if args.mask else [])],
           *(Path(args.output_dir) / name for name in ("edited.png", "edited_only.png")))
     device = get_device(args.device)
-    path = find_model(args.checkpoint)
+    path = find_model(args.checkpoint, images=args.dataset)
     output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")
     model, diffusion, data = load_model(path, device)
     size, channels, classes = data["image_size"], model.image_channels, data["classes"]
     if args.task == "colourise" and channels != 3:
-        raise ValueError("--task colourise needs a model of colour pictures, this one is grey")
+        raise ValueError("--task colourise needs a model of colour pictures, and this one is grey: for instance "
+                         "--checkpoint pretrained/african_fabrics.pt")
     settings = {"inpaint": lambda: [read_mask(args.mask or "lower", size).to(device)],
                 "upscale": lambda: [args.factor or 4]}
     operator = TASKS[args.task](size, *settings.get(args.task, list)())
@@ -227,7 +228,9 @@ def main(argv=None):
     rows = {"original": originals, "given": plain, "the model": ours}
     if args.task == "upscale":
         rows = {"original": originals, "given": operator.back(given), "bicubic": plain, "the model": ours}
-    if args.label in (None, "none"):                        # else the originals are not what was asked for
+    if args.label not in (None, "none"):
+        print("no likeness to the originals is told: --label may ask for something else than they are")
+    else:
         found = ", ".join(f"{name} {psnr(pictures, originals):.2f} dB" for name, pictures in rows.items()
                           if name != "original")
         print(f"PSNR, likeness to the originals: {found}")

@@ -206,22 +206,23 @@ def race(draw, images, classifier, entrants, shown):
     return rows, pictures
 
 
-def stages(draw, x_0, images, classifier, steps, shown):
+def stages(draw, x_0, images, classifier, levels, shown):
     """Real images, noised so far that the last 1, 2, 4, ... and all of the steps have to undo it: at which
     noise levels do samples get worse than real images?
 
     draw: generate, with all else decided.  x_0: uint8 [N, C, H, W], not trained on.  images: the training
-    images.  shown: the indices of the pictures to keep.
+    images.  levels: of all steps, from T - 1 to -1.  shown: the indices of the pictures to keep.
     Returns (rows, one picture row each); the first is x_0 itself.
     """
     _, reference = look(classifier, images)
     x_0_signed, usual, rows, pictures = to_signed(x_0), fine_power(images) or 1.0, [], []
-    for count in [0, *stage_lengths(steps)]:
+    for count in [0, *stage_lengths(len(levels) - 1)]:
         drawn = to_uint8(draw(begin=(x_0_signed, count))[0]) if count else x_0
         row = distance_row(drawn, classifier, reference)
-        rows.append({"steps": count, **row, "detail": fine_power(drawn) / usual})
+        rows.append({"steps": count, "t": levels[-1 - count], **row, "detail": fine_power(drawn) / usual})
         pictures.append(to_signed(drawn[shown]))
-        tqdm.write(f"  the last {count:>4} steps   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
+        where = f"t = {levels[-1 - count]:>4}, {count:>4} steps" if count else "real images"
+        tqdm.write(f"  {where:<20}   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
                    f"fine detail {rows[-1]['detail']:6.1%}")
     return rows, pictures
 
@@ -281,7 +282,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     device = get_device(args.device)
-    args.checkpoint = find_model(args.checkpoint)
+    args.checkpoint = find_model(args.checkpoint, images=args.dataset)
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png",
                                  "race.json", "race.png", "stages.json", "stages.png")
     model, diffusion, data = load_model(args.checkpoint, device)
@@ -316,6 +317,9 @@ def main(argv=None):
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "
           f"{len(held)} {held_name}" + (f"; away from {args.weak}" if weak else ""))
+    if args.dataset and args.dataset != data["name"]:
+        print(f"note: the model was trained on {data['name']!r}, and knows nothing of these images unless they are "
+              "the same")
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
@@ -350,10 +354,11 @@ def main(argv=None):
         return
     if args.stages:
         draw = functools.partial(draw, sampler=args.sampler, steps=args.steps)
-        rows, pictures = stages(draw, held[:args.num_images], images, classifier, args.steps, shown)
+        rows, pictures = stages(draw, held[:args.num_images], images, classifier, ways[-1], shown)
+        print("  differences smaller than the errors say nothing: more --num_images make them smaller")
         write_rows(output_dir / "stages", {"rows": rows, **settings}, pictures,
                    "real images, noised to a level and drawn on from there",
-                   ["real", *(f"t = {levels[0]}\nsteps: {len(levels) - 1}" for levels in ways)])
+                   ["real", *(f"t = {row['t']}\nsteps: {row['steps']}" for row in rows[1:])])
         return
     drawn = to_uint8(draw(sampler=args.sampler, steps=args.steps)[0])
     found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held, labels,

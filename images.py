@@ -111,10 +111,13 @@ def as_text(name):
     return str(name).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
+DPI = 150  # dots in an inch of a figure
+
+
 def save_figure(figure, path):
     """Save a matplotlib figure as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", facecolor="white")
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
     write_file(path, buffer.getvalue())
 
 
@@ -126,7 +129,8 @@ def save_strip(rows, column_labels, path, row_labels=None, title=None):
     count, channels, height, width = rows[0].shape
     pad = 2
     grid = image_grid(to_uint8(torch.cat(list(rows))), columns=count, padding=pad)
-    scale = 0.95 / (width + pad)                                    # inches per pixel: 0.95 per image
+    # Inches per pixel: about 0.95 per image, and each pixel as many dots as the others.
+    scale = max(1, round(0.95 * DPI / (width + pad))) / DPI
     figure = Figure(figsize=(grid.shape[1] * scale, grid.shape[0] * scale))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(np.asarray(grid), interpolation="nearest")
@@ -164,7 +168,7 @@ def plot_losses(losses, path, held_out=None, window=100):
     losses: a list of numbers.  held_out: {step: loss on images that are not trained on}.
     """
     losses = np.asarray(losses, dtype=np.float64)
-    window = max(1, min(window, len(losses) // 4))
+    window = max(1, min(window, len(losses) // 10))
     steps = np.arange(1, len(losses) + 1)
     average = moving_average(losses, window)
     figure, ((axes,),) = new_figure(8, 4.5)
@@ -180,7 +184,7 @@ def plot_losses(losses, path, held_out=None, window=100):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (mean squared error)")
-    axes.set_title(f"Training loss after {len(losses)} steps: {average[-1]:.4f} on average")
+    axes.set_title(f"Training loss after {len(losses)} steps: {average[-1]:.4f} in the mean of the last {window}")
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
     save_figure(figure, path)

@@ -21,11 +21,12 @@ WEAK_GUIDANCE, WEAK_FROM = 3.0, 0.3  # by --weak, at the noisier levels: from th
 CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
 
 
-def find_model(checkpoint=None, dataset=None, made_with=None):
+def find_model(checkpoint=None, dataset=None, made_with=None, images=None):
     """The path of the weights to draw from: your own, or as long as there are none those that are shipped.
 
     checkpoint: a file, or None for OWN.  dataset: take the shipped weights of this data set.
     made_with: where neither is named, take those of this digest.
+    images: the data set that they are to be used with; of the shipped weights, take its own if there are any.
     Raises ValueError where there is nothing.
     """
     shipped = sorted(path.stem for path in PRETRAINED.glob("*.pt") if not path.stem.startswith("classifier"))
@@ -37,15 +38,16 @@ def find_model(checkpoint=None, dataset=None, made_with=None):
                     return path
         raise ValueError(f"neither {OWN} nor shipped weights made that picture: name with --checkpoint what "
                          "did")
+    datasets = [name for name in shipped if not name.endswith("_early")]           # those are for --weak
     if dataset is not None:
-        datasets = [name for name in shipped if not name.endswith("_early")]       # those are for --weak
         if dataset not in datasets:
             raise ValueError(f"no weights are shipped for {dataset!r}; choose from {', '.join(datasets)}, or "
                              f"train your own with python train.py --dataset {dataset}")
         return PRETRAINED / f"{dataset}.pt"
     if checkpoint is None and not Path(OWN).exists() and "mnist" in shipped:
-        print(f"no {OWN} yet: taking the weights that are shipped, pretrained/mnist.pt")
-        return PRETRAINED / "mnist.pt"
+        name = images if images in datasets else "mnist"
+        print(f"no {OWN} yet: taking the weights that are shipped, pretrained/{name}.pt")
+        return PRETRAINED / f"{name}.pt"
     checkpoint = checkpoint or OWN
     if not Path(checkpoint).exists():
         raise ValueError(f"no checkpoint at {checkpoint}; make one with python train.py, or name one "

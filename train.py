@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distributed
-from checkpoint import State, check_settings, load_checkpoint, save_checkpoint, take_weights
+from checkpoint import GO_ON, State, check_settings, load_checkpoint, save_checkpoint, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, spare, speaks, whole_number)
 from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset,
@@ -338,8 +338,11 @@ def restore(state, origin, facts, plan):
     saved = load_checkpoint(origin)
     if isinstance(saved.get("model_config"), dict):     # it may be older than a setting of the network
         saved["model_config"] = {**model_defaults(facts["model_name"]), **saved["model_config"]}
+    advice, was = GO_ON, saved.get("settings")
+    if isinstance(was, dict) and was.get("total_steps") != facts["settings"].get("total_steps"):
+        advice += " (a rate that falls to zero cannot be prolonged: --start_from learns on, in a run of its own)"
     for part in ("settings", "model_config", "diffusion_config"):
-        check_settings(origin, saved.get(part), facts[part])
+        check_settings(origin, saved.get(part), facts[part], advice)
     facts["started_from"] = saved.get("started_from")
     state.restore(origin, saved)
     if len(state.losses) > plan.total_steps:

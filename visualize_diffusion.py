@@ -279,12 +279,12 @@ def draw_from_data(name, args, path, loaded=None):
     if name == "dataset":
         shape = "x".join(map(str, images.shape[1:]))
         dataset_figure(images, labels, class_names(dataset), path, count, args.seed,
-                       title=f"{as_text(dataset)}: {len(images):,} images of {shape}")
+                       title=f"{as_text(Path(dataset).name)}: {len(images):,} images of {shape}")
     else:
         pick = different_ones(labels, len(images), args.seed)[:count]
         schedule = "the model's own" if loaded else args.schedule
         forward_figure(images[pick], diffusion, path, timesteps, args.seed,
-                       title=f"{as_text(dataset)}: the forward process, {schedule} schedule")
+                       title=f"{as_text(Path(dataset).name)}: the forward process, {schedule} schedule")
     return [path]
 
 

@@ -160,6 +160,8 @@ def time_figure(sines, learned, timesteps, path, title=None):
         axis.set_ylabel("cosine of the angle")
         axis.set_title(f"likeness of t and the others: {name}", fontsize=10.5)
     axes[1, 1].sharey(axes[1, 0])
+    low = axes[1, 0].get_ylim()[0]
+    axes[1, 0].set_ylim(low - 0.3 * (1 - low), None)                # room for the legend below the curves
     axes[1, 0].legend(frameon=False, fontsize=9, loc="lower center", ncols=3)
     axes[0, 0].set_title("the embedding of each timestep", fontsize=10.5)
     axes[0, 1].set_title("three of its sines, by the length of a wave", fontsize=10.5)

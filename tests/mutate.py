@@ -254,6 +254,12 @@ EDITS = [
          "    except Exception as error:                # a damaged file", "    except OSError as error:  #", "hostile"),
     Edit("a card decides what drew a picture", "checkpoint.py", 'kept = ("ema",', 'kept = ("card", "ema",', "export"),
     Edit("sixty steps are enough", "diagnose.py", "FEW_STEPS = 300", "FEW_STEPS = 3", "diagnose"),
+    Edit("Data.pkl is not looked into", "checkpoint.py", "if len(pickles) != 1 or not", "if False and not", "commands"),
+    Edit("others' pictures are deleted", "running.py", "NUMBERED.fullmatch(path.name)", "True", "resume"),
+    Edit("the lock empties a file", "running.py", 'open(path, "a") as lock', 'open(path, "w") as lock', "resume"),
+    Edit("every pass is the first", "data.py", "self.epoch += 1", "self.epoch = 1", "training"),
+    Edit("garments mended by the digits' weights", "load.py", "images if images in datasets else", "", "hostile"),
+    Edit("one digit four times", "visualize_diffusion.py", "order[turns.argsort(stable=True)]", "order", "commands"),
     Edit("an average that never begins", "train.py", "if ema_every > plan.total_steps", "if False", "hostile"),
 ]
 

@@ -251,6 +251,17 @@ def test_early_weights_are_no_data_set():
         find_model(dataset="african_fabrics_early")
 
 
+def test_images_are_mended_with_the_shipped_weights_that_know_them(tmp_path, monkeypatch, capsys):
+    """edit.py --dataset fashion_mnist drew garments out of strokes of digits."""
+    monkeypatch.chdir(tmp_path)
+    assert find_model(images="fashion_mnist") == PRETRAINED / "fashion_mnist.pt"
+    assert "fashion_mnist.pt" in capsys.readouterr().out
+    assert find_model(images="cifar10") == find_model(images="african_fabrics_early") == PRETRAINED / "mnist.pt"
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "model_final.pt").touch()
+    assert find_model(images="fashion_mnist") == "outputs/model_final.pt"            # your own
+
+
 def test_a_shared_file_does_not_tell_where_the_images_lay(two_shades, tmp_path):
     entries = checkpoint.load_checkpoint(two_shades)
     entries["data"] = {**entries["data"], "name": "/home/me/private/photos"}
