@@ -104,7 +104,8 @@ def class_names(name, with_labels=False):
 def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None, channels=None, fit="crop"):
     """Look at a data set without training: print what is in it, draw a contact sheet as PNG.
 
-    multiple: the network takes images whose sides are multiples of this.  Returns whether there is anything to train on. Raises what get_dataset raises.
+    multiple: the network takes images whose sides are multiples of this.
+    Returns whether it can be trained on. Raises what get_dataset raises.
     """
     _check(image_size, channels)
     if name not in DATASETS:
@@ -217,9 +218,9 @@ class Batches:
     """Batches of (images float [B, C, H, W] in [-1, 1], labels [B]) without end, or an epoch of them.
 
     Iterating over it is one epoch, number `epoch`, and the next time the next one; stream(k) starts at step k
-    of the run and goes on from epoch to epoch. Order and flips depend only on (seed, step). The last partial batch of an epoch
-    is dropped (60,000 images in batches of 128 are 468 steps); a set smaller than one batch is one
-    batch. Without labels, every label is -1 ("no class").
+    of the run and goes on from epoch to epoch. Order and flips depend only on (seed, step). The last partial
+    batch of an epoch is dropped (60,000 images in batches of 128 are 468 steps); a set smaller than one batch is
+    one batch. Without labels, every label is -1 ("no class").
 
     images: uint8 [N, C, H, W], on the device that makes the batches.  flip: mirror each with probability
     1/2.  indices: use only these images, without copying them.
