@@ -23,6 +23,12 @@ class Plan(NamedTuple):
         """For the eye: epoch 5/20, step 5000/8000."""
         return f"{self.unit_name} {step // self.unit}/{self.total_steps // self.unit}"
 
+    def stretch(self, first, last):
+        """What lies between two reports: epoch 5/20, steps 4001 to 5000 of 8000."""
+        if self.unit_name == "epoch":
+            return self.title(last)
+        return f"steps {first + 1} to {last} of {self.total_steps}"
+
     def _intervals(self):
         return [self.unit] if self.unit_name == "epoch" else [self.sample_every, self.save_every]
 

@@ -280,7 +280,7 @@ def follow(plan, state, save, look, network, batches, diffusion, device, *, leg,
         if step >= plan.total_steps:
             return
         first, last = plan.previous_report(step + 1), plan.next_report(step)
-        with tqdm(initial=step - first, total=last - first, desc=plan.title(last), unit="step",
+        with tqdm(initial=step - first, total=last - first, desc=plan.stretch(first, last), unit="step",
                   disable=not speaks()) as bar:
             while (step := len(state.losses)) < last:
                 epoch_end = (step // len(batches) + 1) * len(batches)
