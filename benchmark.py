@@ -47,9 +47,10 @@ def ddpm_pytorch():
 def diffusers():
     """diffusers' UNet2DModel, with its default blocks and three levels: about 4 M."""
     from diffusers import UNet2DModel
-    return Foreign(UNet2DModel(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 128),
-                            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-                            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")))
+    unet = UNet2DModel(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 128),
+                       down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+                       up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+    return Foreign(unet, image_channels=1)
 
 
 PEERS = {"ddpm_pytorch": "denoising_diffusion_pytorch", "diffusers": "diffusers"}   # network: package

@@ -154,8 +154,8 @@ def test_a_gpu_trains_with_everything_switched_on(compile, few_digits, tmp_path)
 def test_flips_mirror_about_half_and_depend_on_the_step_alone():
     images = torch.zeros(400, 1, 1, 2, dtype=torch.uint8)
     images[..., 0] = 255
-    batches = Batches(images, torch.arange(400), batch_size=40, seed=1, flip=True)
-    runs = [torch.cat([x[torch.argsort(y)] for x, y in batches]) for _ in range(2)]
+    runs = [torch.cat([x[torch.argsort(y)] for x, y in
+                       Batches(images, torch.arange(400), batch_size=40, seed=1, flip=True)]) for _ in range(2)]
     mirrored = sum(int((x[..., 0] == -1).sum()) for x in runs[:1])
     assert torch.equal(*runs) and 160 < mirrored < 240
     assert {tuple(row.flatten().tolist()) for row in runs[0]} == {(1.0, -1.0), (-1.0, 1.0)}
