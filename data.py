@@ -101,7 +101,8 @@ def class_names(name, with_labels=False):
     return class_folders(_folder(name)) if with_labels else None
 
 
-def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None, channels=None, fit="crop"):
+def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None, channels=None, fit="crop",
+                   with_labels=False):
     """Look at a data set without training: print what is in it, draw a contact sheet as PNG.
 
     multiple: the network takes images whose sides are multiples of this.
@@ -109,7 +110,8 @@ def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None,
     """
     _check(image_size, channels)
     if name not in DATASETS:
-        return verify_folder(_folder(name), sheet, image_size, multiple, channels=channels, fit=fit)
+        return verify_folder(_folder(name), sheet, image_size, multiple, channels=channels, fit=fit,
+                             with_labels=with_labels)
     images, labels = get_dataset(name, data_dir, image_size=image_size, channels=channels)
     print(f"Found {len(images)} images in dataset {name}, {'x'.join(map(str, images.shape[1:]))}")
     counts = zip(class_names(name), torch.bincount(labels).tolist())

@@ -325,13 +325,14 @@ def save_sheet(images, path, columns=10):
     print(f"wrote {path}")
 
 
-def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, fit="crop"):
+def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, fit="crop", with_labels=False):
     """Read a folder without training and print what is in it; draw a contact sheet.
 
     Counts and names the unreadable files, the tiny ones (a side under 8 pixels: not used), the small
     ones (enlarged to image_size) and the duplicates (equal once they are cut to size).
-    multiple: the network takes images whose sides are multiples of this.
-    Returns whether there is anything to train on.
+    multiple: the network takes images whose sides are multiples of this.  with_labels: every image has to lie
+    in a sub-folder, its class.
+    Returns whether it can be trained on.
     """
     folder = Path(folder)
     files, others = find_files(folder)
@@ -356,10 +357,13 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
         f"{p.name}: {p.size[0]}x{p.size[1]}" for p in used if min(p.size) < image_size])
     _section("duplicates", [f"{used[i].name} = {used[k].name}"
                             for i, k in find_duplicates(digests)])
+    outside = [p.name for p in used if with_labels and len(Path(p.name).parts) < 2]
+    if outside:
+        _section("without a class (no sub-folder), so that --labels cannot be trained with", outside)
     print(f"other files, ignored: {others}")
     if used:
         save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet)
-    return bool(used) and fits(image_size, multiple)
+    return bool(used) and not outside and fits(image_size, multiple)
 
 
 def fits(image_size, multiple):

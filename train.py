@@ -452,7 +452,7 @@ def main(argv=None):
         usable = verify_dataset(
             settings["dataset"] or "mnist", make_output_dir(settings["output_dir"]) / "dataset_sheet.png",
             settings["data_dir"], multiple, image_size=settings["image_size"], channels=settings["channels"],
-            fit=settings["fit"])
+            fit=settings["fit"], with_labels=bool(settings["labels"]))
         sys.exit(0 if usable else 2)
     for flag, name in ARGUMENTS.items():
         settings[name] = settings.pop(flag)

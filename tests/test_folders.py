@@ -268,6 +268,17 @@ def test_verify_names_a_size_that_the_network_takes(tmp_path, capsys):
         assert got == code and ("multiples of 8: train with --image_size 64" in said) == bool(code)
 
 
+def test_verify_names_images_without_a_class_where_classes_are_asked_for(tmp_path, capsys):
+    source = tmp_path / "images"
+    save_numbered(source / "dark", range(3))
+    code, said = verify(capsys, source, tmp_path / "out", "--image_size", "16", "--labels")
+    assert code == 0 and "without a class" not in said
+    save_numbered(source, [7])
+    assert verify(capsys, source, tmp_path / "out", "--image_size", "16")[0] == 0
+    code, said = verify(capsys, source, tmp_path / "out", "--image_size", "16", "--labels")
+    assert code == 2 and "\n  0.png\n" in said.split("without a class")[1]
+
+
 def test_verify_looks_at_named_sets_too(tmp_path, capsys, monkeypatch):
     import data
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
