@@ -89,13 +89,14 @@ def _check_pickle(path, container, member):
     if member.file_size > MAX_PICKLE:
         raise ValueError(f"{path}: refused, {member.file_size / 1e6:.0f} MB of it are not tensors")
     try:
-        names = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(container.read(member))]
+        operations = pickletools.genops(container.read(member))
+        names = [(opcode.name, argument) for opcode, argument, _ in operations]
     except (ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: damaged, it cannot be read ({type(error).__name__})") from error
     for opcode, argument in names:
         if opcode in INDIRECT or opcode == "GLOBAL" and not NAMES.fullmatch(argument):
-            raise ValueError(f"{path}: refused, it holds more than tensors and plain values (a foreign checkpoint, "
-                             f"or one that would run code): {str(argument)[:60]!r}")
+            raise ValueError(f"{path}: refused, it holds more than tensors and plain values (a foreign "
+                             f"checkpoint, or one that would run code): {str(argument)[:60]!r}")
 
 
 def read_container(path):
@@ -125,8 +126,8 @@ def read_container(path):
             # torch finds its members in any case of letters, and one of another name may be a program.
             pickles = [m for m in members if m.filename.lower().endswith(".pkl")]
             if len(pickles) != 1 or not pickles[0].filename.endswith("/data.pkl"):
-                raise ValueError(f"{path}: not a checkpoint of this project (it holds {len(pickles)} pickles, or one "
-                                 "of another name)")
+                raise ValueError(f"{path}: not a checkpoint of this project (it holds {len(pickles)} pickles, or "
+                                 "one of another name)")
             _check_pickle(path, container, pickles[0])
     except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
         raise ValueError(f"{path}: truncated, or not a checkpoint at all") from error

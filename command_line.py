@@ -3,7 +3,6 @@
 
 import argparse
 import functools
-import math
 import os
 import re
 import signal

@@ -121,8 +121,8 @@ def ddpm_pytorch(args, images, device, precision):
 
 def diffusers(args, images, device, precision):
     """diffusers, with the recipe of its example train_unconditional.py: batch 16, AdamW 1e-4 (0.95, 0.999),
-    weight decay 1e-6, 500 steps of warm-up (here at most a tenth of the time) and a cosine to zero, EMA, clipping
-    at 1; eps, linear schedule."""
+    weight decay 1e-6, 500 steps of warm-up (here at most a tenth of the time) and a cosine to zero, EMA,
+    clipping at 1; eps, linear schedule."""
     from diffusers import DDIMScheduler, DDPMScheduler
     from diffusers.training_utils import EMAModel
     unet = benchmark.diffusers().network.to(device)
@@ -138,7 +138,7 @@ def diffusers(args, images, device, precision):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         cosine = (1 + math.cos(math.pi * share)) / 2
-        warm = min(1.0, max(next(taken) / 500, 10 * share))     # few steps: then a tenth of the time is enough
+        warm = min(1.0, max(next(taken) / 500, 10 * share))     # of few steps 500 would be all
         optimizer.param_groups[0]["lr"] = 1e-4 * warm * cosine
         optimizer.step()
         optimizer.zero_grad()
@@ -210,8 +210,9 @@ def main(argv=None):
     for name in args.entrants:
         torch.manual_seed(args.seed)
         entry = ENTRANTS[name](args, images, device, precision)
+        row = distance_row(to_uint8(entry.samples), classifier, reference)
         rows.append({"name": name, "parameters": entry.parameters, "images": entry.images,
-                     "seconds": entry.seconds, **distance_row(to_uint8(entry.samples), classifier, reference)})
+                     "seconds": entry.seconds, **row})
         pictures.append(entry.samples[:10])
         write_file(output_dir / "contest.json", json.dumps(found, indent=1).encode())
     print(f"{'':16}{'parameters':>12}{'images seen':>13}{'seconds':>9}{'FD':>18}{'in floors':>11}")

@@ -117,7 +117,8 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
           device="cpu", progress=lambda: None):
     """Draw images that have the measurement `given` and that the model finds likely.
 
-    shape: (B, C, H, W).  travel: how often each of the steps is taken, but the last.  eta: fresh noise in each step.
+    shape: (B, C, H, W).  travel: how often each of the steps is taken, but the last, which adds no noise to draw
+    anew.  eta: fresh noise in each step.
     y: [B] classes or None.  Image i depends on (seed, i) alone.  Returns [B, C, H, W], within [-1, 1] as far as
     the measurement is.
     """
@@ -130,7 +131,7 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
     levels = diffusion.timesteps(steps)
     x = noise()
     for t, t_prev in zip(levels, levels[1:]):
-        for again in reversed(range(travel if t_prev >= 0 else 1)):     # the last step adds no noise to draw anew
+        for again in reversed(range(travel if t_prev >= 0 else 1)):
             x_0 = diffusion.predict_x0(model, x, t, y)
             # In this order known pixels come out bit for bit: what is taken away is all there was.
             x_0 = x_0 - operator.back(operator.measure(x_0)) + operator.back(given)
@@ -178,7 +179,8 @@ def main(argv=None):
     add("--factor", "upscale: from blocks of so many by so many pixels; default: 4", type=positive_int)
     add("--label", "the class to draw, as a number or name; default: none")
     add("--steps", "steps from noise to picture", 50, type=positive_int)
-    add("--travel", "how often each step but the last is taken; each is a call of the model", 5, type=positive_int)
+    add("--travel", "how often each step but the last is taken; each is a call of the model", 5,
+        type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1", 1.0, type=fraction)
     add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ", 1,
         type=positive_int)
@@ -200,8 +202,8 @@ def main(argv=None):
     model, diffusion, data = load_model(path, device)
     size, channels, classes = data["image_size"], model.image_channels, data["classes"]
     if args.task == "colourise" and channels != 3:
-        raise ValueError("--task colourise needs a model of colour pictures, and this one is grey: for instance "
-                         "--checkpoint pretrained/african_fabrics.pt")
+        raise ValueError("--task colourise needs a model of colour pictures, and this one is grey: for "
+                         "instance --checkpoint pretrained/african_fabrics.pt")
     settings = {"inpaint": lambda: [read_mask(args.mask or "lower", size).to(device)],
                 "upscale": lambda: [args.factor or 4]}
     operator = TASKS[args.task](size, *settings.get(args.task, list)())

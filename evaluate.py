@@ -189,10 +189,10 @@ def distance_row(drawn, classifier, reference):
     return {"fd": distance, "fd_error": error, "confident": share_sure(probabilities)}
 
 
-def race(draw, images, classifier, entrants, shown):
+def race(draw, reference, classifier, entrants, shown):
     """The same noises through each (sampler, steps) of `entrants`. draw: generate, with all else decided.
-    shown: the indices of the pictures to keep.  Returns (rows, one picture row each)."""
-    _, reference = look(classifier, images)
+    reference: features of the training images.  shown: the indices of the pictures to keep.
+    Returns (rows, one picture row each)."""
     rows, pictures = [], []
     for sampler, steps in entrants:
         start = time.perf_counter()
@@ -318,8 +318,8 @@ def main(argv=None):
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "
           f"{len(held)} {held_name}" + (f"; away from {args.weak}" if weak else ""))
     if args.dataset and args.dataset != data["name"]:
-        print(f"note: the model was trained on {data['name']!r}, and knows nothing of these images unless they are "
-              "the same")
+        print(f"note: the model was trained on {data['name']!r}, and knows nothing of these images unless they "
+              "are the same")
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")
@@ -343,8 +343,9 @@ def main(argv=None):
                              batch_size=args.batch_size, device=device, precision=precision)
     shown = to_show(y, min(10, args.num_images))
     if args.race:
-        rows, pictures = race(draw, images, classifier, entrants, shown)
-        floor = distance_row(held[:args.num_images], classifier, look(classifier, images)[1])
+        _, reference = look(classifier, images)
+        rows, pictures = race(draw, reference, classifier, entrants, shown)
+        floor = distance_row(held[:args.num_images], classifier, reference)
         print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} "
               f"({min(args.num_images, len(held))} {held_name})")
         write_rows(output_dir / "race", {"rows": rows, "floor": floor["fd"], **settings}, pictures,

@@ -27,7 +27,8 @@ def export(checkpoint, output, evaluation=None, **card):
     """
     spare([checkpoint, *([evaluation] if evaluation else [])], output, flag="--output")
     if Path(output).exists() and "card" not in load_checkpoint(output):
-        raise ValueError(f"{output} is the checkpoint of a training, or no file of this kind: give another --output")
+        raise ValueError(f"{output} is the checkpoint of a training, or no file of this kind: give another "
+                         "--output")
     entries, digest = load_checkpoint(checkpoint), load_model(checkpoint)[2]["digest"]
     try:
         if "card" in entries:

@@ -325,7 +325,8 @@ def save_sheet(images, path, columns=10):
     print(f"wrote {path}")
 
 
-def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, fit="crop", with_labels=False):
+def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, fit="crop",
+                  with_labels=False):
     """Read a folder without training and print what is in it; draw a contact sheet.
 
     Counts and names the unreadable files, the tiny ones (a side under 8 pixels: not used), the small

@@ -171,8 +171,8 @@ def apply_card(args, data, T, one_sampler=True):
     args.guidance = guidance if args.guidance is None else args.guidance
     if args.guidance in (0, 1):
         if args.guidance_interval:
-            raise ValueError(f"--guidance_interval says where guidance acts, and --guidance {args.guidance:g} is "
-                             "none")
+            raise ValueError("--guidance_interval says where guidance acts, and --guidance "
+                             f"{args.guidance:g} is none")
     elif not guided and not args.weak:
         raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards, or a --weak model: "
                          + ("--label none has none" if data["classes"] else "the model was trained without"))

@@ -62,7 +62,8 @@ def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_e
         unit, total = steps_per_epoch, num_epochs * steps_per_epoch
         sample_every, save_every = (sample_every or 1) * unit, (save_every or 5) * unit
         return Plan(total, sample_every, save_every, unit, "epoch")
-    apart = max(math.ceil(steps / 5), min(steps, 200))          # in a short trial pictures would take the longest
+    # In a short trial pictures would take the longest.
+    apart = max(math.ceil(steps / 5), min(steps, 200))
     return Plan(steps, sample_every or apart, save_every or apart, 1, "step")
 
 

@@ -195,13 +195,12 @@ def main(argv=None):
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; "
         "default: as the model's card says, or 1", type=guidance_number)
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "
-        "the model's card says where --guidance is not given, else all, or those of --weak", metavar="LOW,HIGH",
-        type=interval)
+        "the model's card says where --guidance is not given, else all, or those of --weak",
+        metavar="LOW,HIGH", type=interval)
     add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
-        f"mistakes, also without classes, by {WEAK_GUIDANCE:g} unless --guidance says otherwise, at the noisier "
-        f"{1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; default: what the model's card names "
-        "beside it",
-        metavar="FILE")
+        f"mistakes, also without classes, by {WEAK_GUIDANCE:g} unless --guidance says otherwise, at the "
+        f"noisier {1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; default: what the model's "
+        "card names beside it", metavar="FILE")
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")

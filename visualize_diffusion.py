@@ -291,7 +291,8 @@ def draw_from_data(name, args, path, loaded=None):
 def images_of(data, args, **settings):
     """(name, images, labels) of what a model was trained on, or of --dataset, in the model's own size."""
     name = args.dataset or data["name"]
-    return name, *get_dataset(name, args.data_dir, image_size=data["image_size"], channels=data["channels"], **settings)
+    shape = dict(image_size=data["image_size"], channels=data["channels"])
+    return name, *get_dataset(name, args.data_dir, **shape, **settings)
 
 
 def draw_from_formulas(name, args, path):
