@@ -38,13 +38,13 @@ def ours(preset):
         row.get("model", "simple"), **config, image_channels=row.get("channels", 1))
 
 
-def ddpm_pytorch():
+def unet_of_ddpm_pytorch():
     """denoising-diffusion-pytorch's Unet at its defaults, narrowed to about SimpleUNet's parameters: 2.6 M."""
     from denoising_diffusion_pytorch import Unet
     return Foreign(Unet(dim=32, dim_mults=(1, 2, 4), channels=1), image_channels=1)
 
 
-def diffusers():
+def unet_of_diffusers():
     """diffusers' UNet2DModel, with its default blocks and three levels: about 4 M."""
     from diffusers import UNet2DModel
     unet = UNet2DModel(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 128),
@@ -55,8 +55,8 @@ def diffusers():
 
 PEERS = {"ddpm_pytorch": "denoising_diffusion_pytorch", "diffusers": "diffusers"}   # network: package
 NETWORKS = {"simple": ours("mnist"), "quick": ours("quick"), "ct": ours("ct"), "fabrics": ours("fabrics_100k"),
-            "fabrics_laptop": ours("fabrics_laptop"), "ddpm_pytorch": (28, ddpm_pytorch),
-            "diffusers": (28, diffusers)}
+            "fabrics_laptop": ours("fabrics_laptop"), "ddpm_pytorch": (28, unet_of_ddpm_pytorch),
+            "diffusers": (28, unet_of_diffusers)}
 
 
 # ---- Measuring

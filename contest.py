@@ -67,7 +67,7 @@ def train_for(seconds, batch_size, images, device, precision, title, step):
     return seen, time.perf_counter() - start
 
 
-def quick(args, images, device, precision):
+def enter_quick(args, images, device, precision):
     """Ours: train.py with --preset quick --no-labels, and as many steps as fit, since its rate falls to zero at
     the last one. Its seconds count all that train.py does, from reading the data to a sheet of pictures."""
     row, (_, build) = PRESETS["quick"], ours("quick")
@@ -94,12 +94,12 @@ def quick(args, images, device, precision):
     return Entry(parameters, steps * row["batch_size"], seconds, samples.cpu())
 
 
-def ddpm_pytorch(args, images, device, precision):
+def enter_ddpm_pytorch(args, images, device, precision):
     """denoising-diffusion-pytorch, whose Trainer takes Adam 1e-4 (0.9, 0.99), EMA 0.995 every tenth step and
     clipping at 1; the batch of 32 is its README's; v objective and sigmoid schedule are GaussianDiffusion's."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA as Average
-    unet = benchmark.ddpm_pytorch().network
+    unet = benchmark.unet_of_ddpm_pytorch().network
     diffusion = GaussianDiffusion(unet, image_size=images.shape[-1], sampling_timesteps=STEPS).to(device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema = Average(diffusion, beta=0.995, update_every=10)
@@ -119,13 +119,13 @@ def ddpm_pytorch(args, images, device, precision):
     return Entry(count_parameters(unet), seen, seconds, samples)
 
 
-def diffusers(args, images, device, precision):
+def enter_diffusers(args, images, device, precision):
     """diffusers, with the recipe of its example train_unconditional.py: batch 16, AdamW 1e-4 (0.95, 0.999),
     weight decay 1e-6, 500 steps of warm-up (here at most a tenth of the time) and a cosine to zero, EMA,
     clipping at 1; eps, linear schedule."""
     from diffusers import DDIMScheduler, DDPMScheduler
     from diffusers.training_utils import EMAModel
-    unet = benchmark.diffusers().network.to(device)
+    unet = benchmark.unet_of_diffusers().network.to(device)
     schedule = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
     taken = itertools.count(1)
@@ -167,7 +167,7 @@ def sample_in_batches(draw, num_images, device, precision, batch_size=100):
         return torch.cat([draw(count).float().cpu() for count in tqdm(counts, desc="sampling", unit="batch")])
 
 
-ENTRANTS = {"quick": quick, "ddpm_pytorch": ddpm_pytorch, "diffusers": diffusers}
+ENTRANTS = {"quick": enter_quick, "ddpm_pytorch": enter_ddpm_pytorch, "diffusers": enter_diffusers}
 
 
 @command

@@ -262,7 +262,7 @@ class DiffusionProcess:
         if not -1 <= t_prev < t < self.num_timesteps:
             raise ValueError(f"need -1 <= t_prev < t < {self.num_timesteps}, got t={t}, t_prev={t_prev}")
         x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance, clip=clip)
-        return self._step(x_t, x_0, t, t_prev, eta, variance, noise), x_0
+        return self.step_towards(x_0, x_t, t, t_prev, eta=eta, variance=variance, noise=noise), x_0
 
     def _level(self, t):
         """alpha_bar as a Python float: 1 - ab_t / ab_prev cancels in float32. -1 is the clean image."""
@@ -273,8 +273,13 @@ class DiffusionProcess:
         ab_t = self._level(t)
         return (x_t - math.sqrt(ab_t) * x_0) / math.sqrt(1 - ab_t)
 
-    def _step(self, x_t, x_0, t, t_prev, eta, variance, noise=None):
-        """x_t -> x_prev, once it is settled which x_0 to step towards."""
+    def step_towards(self, x_0, x_t, t, t_prev, *, eta=1.0, variance="posterior", noise=None):
+        """The formula of reverse_diffusion_step, once it is settled which x_0 to step towards: the model's, what
+        several estimates of it come to, or one that was mended by hand (edit.py).
+
+        x_0, x_t: [B, C, H, W].  t, t_prev: integers, -1 for the clean image.  noise: like x_t, drawn if needed.
+        Returns x_prev, like x_t.  Raises ValueError if eta is outside [0, 1], or for an unknown variance.
+        """
         ab_t, ab_prev = self._level(t), self._level(t_prev)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {eta}")
@@ -361,7 +366,7 @@ class DiffusionProcess:
                                       weak=weak, clip=clip)
                 past = [*past, (t, x_0, self._eps(x_t, x_0, t))][-row.order:]
                 target = self._extrapolate(row.extrapolates, x_t, t_prev, past)
-                x_t = self._step(x_t, target, t, t_prev, eta, row.variance, noise)
+                x_t = self.step_towards(target, x_t, t, t_prev, eta=eta, variance=row.variance, noise=noise)
                 yield t_prev, x_t, x_0
 
     @torch.no_grad()

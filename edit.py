@@ -135,7 +135,7 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
             x_0 = diffusion.predict_x0(model, x, t, y)
             # In this order known pixels come out bit for bit: what is taken away is all there was.
             x_0 = x_0 - operator.back(operator.measure(x_0)) + operator.back(given)
-            x_prev = diffusion._step(x, x_0, t, t_prev, eta, "posterior", noise())
+            x_prev = diffusion.step_towards(x_0, x, t, t_prev, eta=eta, noise=noise())
             progress()
             if again:                           # back up, by fresh noise: another draw of the same step
                 kept = float(diffusion.alpha_bar[t]) / float(diffusion.alpha_bar[t_prev])

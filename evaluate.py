@@ -26,7 +26,7 @@ from command_line import (Parser, command, format_seconds, fraction, guidance_nu
 from diffusion import SAMPLERS, model_calls
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, apply_card, find_model, load_model, load_weak
-from measures import (copied_share, fine_power, frechet_distance, kernel_distance, nearest, nearest_images,
+from measures import (copied_by_chance, copied_share, fine_power, frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall, single_share)
 from reference import FEWEST, labels_like, load_reference, same_classes
 from sample import choose_labels, generate, guidance_words, seconds_for, thinned
@@ -77,7 +77,7 @@ def copies(images, features, training, reference, held, held_features, mirrored=
     pixels_held, _ = nearest_images(held, training, mirrored)
     by_features, _ = nearest(features, reference)
     by_features_held, _ = nearest(held_features, reference)
-    return {"copied": copied_share(pixels[0], pixels_held[0]),
+    return {"copied": copied_share(pixels[0], pixels_held[0]), "copied_by_chance": copied_by_chance(len(held)),
             "copied_in_features": copied_share(by_features[0], by_features_held[0]),
             "single": single_share(pixels), "single_held_out": single_share(pixels_held),
             "median_distance": float(pixels[0].median()),
@@ -367,7 +367,8 @@ def main(argv=None):
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     copied = found["copies"]
     print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of "
-          f"the held-out images are ({copied['copied_in_features']:.1%} in features)\n"
+          f"the held-out images are ({copied['copied_in_features']:.1%} in features); by chance "
+          f"{copied['copied_by_chance']:.1%} would be\n"
           f"          {copied['single']:.1%} are less than a third as far from one training image as from "
           f"any other ({copied['single_held_out']:.1%} of the held-out images)")
     losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])

@@ -150,22 +150,20 @@ def apply_card(args, data, T, one_sampler=True):
         args.spacing = args.spacing or data["spacing"]
         args.eta = data["eta"] if args.eta is None else args.eta
 
-    guided = data["classes"] and args.label != "none"
-    as_measured = guided and not args.weak
-    if data["weak"] and not args.weak and args.guidance != 1:
+    guided, typed = data["classes"] and args.label != "none", args.weak
+    if data["weak"] and not typed and args.guidance != 1:
         beside = Path(args.checkpoint).parent / data["weak"]
-        as_measured = beside.is_file()
-        if as_measured:
+        if beside.is_file():
             args.weak = str(beside)
         else:
             print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: "
                   "drawing without")
 
     guidance, levels = 1.0, None
-    if as_measured:
-        guidance, levels = data["guidance"], data["guidance_interval"]
-    elif args.weak:
+    if typed:
         guidance, levels = WEAK_GUIDANCE, (round(WEAK_FROM * T), T)
+    elif args.weak or guided and not data["weak"]:          # with all that it was measured with
+        guidance, levels = data["guidance"], data["guidance_interval"]
     if args.guidance is not None and not args.weak:     # away from "no class" it may act at all levels
         levels = None
     args.guidance = guidance if args.guidance is None else args.guidance

@@ -55,16 +55,21 @@ class Plan(NamedTuple):
         return math.ceil(self.total_steps / every)
 
 
-def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_every=None):
+def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_every=None, warmup=0, ema_every=1):
     """Pictures after each epoch and a checkpoint every 5; in a run by steps both 5 times, but not
-    within 200 steps."""
+    within 200 steps. Raises ValueError if the run is too short for its warmup or for its average."""
+    total = num_epochs * steps_per_epoch if steps is None else steps
+    if warmup >= total:
+        raise ValueError(f"warmup must be shorter than the run of {total} steps, got {warmup}: "
+                         f"give --warmup {total // 10}, for instance")
+    if ema_every > total:
+        raise ValueError(f"--ema_every {ema_every}: in {total} steps nothing would be averaged")
     if steps is None:
-        unit, total = steps_per_epoch, num_epochs * steps_per_epoch
-        sample_every, save_every = (sample_every or 1) * unit, (save_every or 5) * unit
-        return Plan(total, sample_every, save_every, unit, "epoch")
+        unit = steps_per_epoch
+        return Plan(total, (sample_every or 1) * unit, (save_every or 5) * unit, unit, "epoch")
     # In a short trial pictures would take the longest.
     apart = max(math.ceil(steps / 5), min(steps, 200))
-    return Plan(steps, sample_every or apart, save_every or apart, 1, "step")
+    return Plan(total, sample_every or apart, save_every or apart, 1, "step")
 
 
 def print_cost(plan, done, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples, memory):

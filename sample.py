@@ -174,8 +174,10 @@ def save_intermediate(frames, output_dir):
     return [strip, gif, folder]
 
 
-@command
-def main(argv=None):
+# ---- The command
+
+def parse(argv):
+    """(the settings, with those of the picture of --recreate in place of what was typed; its note, or None)"""
     parser = Parser(description="Make new pictures from noise with a trained model.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
@@ -218,43 +220,85 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.num_images > MAX_IMAGES:
         raise ValueError(f"--num_images {args.num_images}: at most {MAX_IMAGES}")
-    picture = Path(args.output_dir) / "generated_samples.png"
     again = read_recipe(args.recreate) if args.recreate else None
     if again:
-        picture, reference = picture.with_name("recreated.png"), Path(args.recreate).read_bytes()
-        spare([args.recreate], picture)
         args = parser.parse_args([*(sys.argv[1:] if argv is None else argv), *as_flags(again)])
         for name in ("label", "upscale", "guidance_interval"):      # what the picture does not have
             if again.get(name) is None:
                 setattr(args, name, None)
         torch.set_num_threads(again["threads"])
-
-    device = get_device(args.device)
     if args.dataset and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: give one of them")
+    return args, again
+
+
+def check_sheet(count, columns, size, upscale):
+    """Raise ValueError for a sheet of `count` images that no viewer would open."""
+    across = columns or math.ceil(math.sqrt(count))
+    cells = across * math.ceil(count / across)
+    pixels = cells * ((size + 2) * (upscale or max(1, math.ceil(84 / size)))) ** 2
+    if pixels > MAX_SHEET:
+        raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} "
+                         "million: lower --num_images or --upscale")
+
+
+def check_same_weights(args, again, digest, weak_digest):
+    """Raise ValueError unless the picture of --recreate was made with these weights."""
+    if again["weights"] != digest:
+        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
+                         f"digest {str(again['weights'])[:12]}..., not {digest[:12]}...")
+    if again.get("weak") != weak_digest:
+        raise ValueError(f"{args.recreate} was made " + ("without --weak" if "weak" not in again else
+                         f"with --weak and the checkpoint of digest {str(again['weak'])[:12]}...: name it"))
+
+
+def save_again(images, picture, columns, args, note, again, reference):
+    """Write what --recreate has drawn, and say whether it is the same. reference: the bytes of that picture."""
+    one = again.get("picture")
+    if one is None:
+        save_images(images, picture, columns, upscale=args.upscale, note=note)
+    elif one < len(images):
+        save_images(images[one:one + 1], picture, padding=0, upscale=args.upscale, note={**note, "picture": one})
+    else:
+        raise ValueError(f"{args.recreate} says that it is picture {one} of {len(images)}")
+    print(f"wrote {picture}")
+    verdict = compare(picture, reference, note, again)
+    print(f"beside {args.recreate}: {verdict}")
+    if verdict.startswith("NOT"):
+        sys.exit(1)
+
+
+def save_singly(images, folder, args, note):
+    """Each image as a file of its own, named by its number in the seed."""
+    for k, image in enumerate(images):
+        save_images(image[None], folder / f"{args.first_index + k:04d}.png", padding=0, upscale=args.upscale,
+                    note={**note, "picture": k})
+    others = len(list(folder.iterdir())) - len(images)
+    print(f"wrote {folder}, {len(images)} images" + f"; {others} other files lie there" * (others > 0))
+
+
+@command
+def main(argv=None):
+    args, again = parse(argv)
+    picture = Path(args.output_dir) / ("recreated.png" if again else "generated_samples.png")
+    if again:
+        reference = Path(args.recreate).read_bytes()
+        spare([args.recreate], picture)
+    device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["weights"])
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
     for name, asked in (("generated_samples", args.single_images), ("generation_frames", args.show_intermediate)):
         if asked:
             make_output_dir(output_dir / name)
     model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
-    if again and again["weights"] != data["digest"]:
-        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
-                         f"digest {str(again['weights'])[:12]}..., not {data['digest'][:12]}...")
+    size = data["image_size"]
     apply_card(args, data, diffusion.num_timesteps)
-    size, classes = data["image_size"], data["classes"]
-    y, columns = choose_labels(args.label, classes, args.num_images, args.first_index)
+    y, columns = choose_labels(args.label, data["classes"], args.num_images, args.first_index)
     count = args.num_images if y is None else len(y)
-    across = columns or math.ceil(math.sqrt(count))
-    cells = across * math.ceil(count / across)
-    pixels = cells * ((size + 2) * (args.upscale or max(1, math.ceil(84 / size)))) ** 2
-    if pixels > MAX_SHEET:
-        raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} "
-                         "million: lower --num_images or --upscale")
+    check_sheet(count, columns, size, args.upscale)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device, args.image_size)
-    if again and again.get("weak") != weak_digest:
-        raise ValueError(f"{args.recreate} was made " + ("without --weak" if "weak" not in again else
-                         f"with --weak and the checkpoint of digest {str(again['weak'])[:12]}...: name it"))
+    if again:
+        check_same_weights(args, again, data["digest"], weak_digest)
     note = make_note(args, diffusion, data["digest"], device)
     if weak_digest:
         note["weak"] = weak_digest
@@ -263,38 +307,24 @@ def main(argv=None):
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})"
           + (f", and led away from {args.weak}, a weaker model" if weak else ""))
     levels = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)
-    evaluations = model_calls(levels, args.guidance, args.guidance_interval)
-    seconds = seconds_for(model, diffusion, count, size, args.batch_size, evaluations, device, precision)
-    print(f"cost: {count} images in {note['steps']} steps of {args.sampler}"
+    calls = model_calls(levels, args.guidance, args.guidance_interval)
+    seconds = seconds_for(model, diffusion, count, size, args.batch_size, calls, device, precision)
+    print(f"cost: {count} images in {len(levels) - 1} steps of {args.sampler}"
           + guidance_words(args.guidance, args.guidance_interval)
-          + f", {evaluations} calls of the model, about {format_seconds(seconds)} here",
-          flush=True)
+          + f", {calls} calls of the model, about {format_seconds(seconds)} here", flush=True)
 
     images, frames = generate(
         model, diffusion, count, size, seed=args.seed, sampler=args.sampler, steps=args.steps,
         eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, guidance_interval=args.guidance_interval,
         weak=weak, first_index=args.first_index, batch_size=args.batch_size, device=device, precision=precision,
         num_frames=51 if args.show_intermediate else 0)
-    one = again.get("picture") if again else None
-    if one is not None:
-        if one >= count:
-            raise ValueError(f"{args.recreate} says that it is picture {one} of {count}")
-        save_images(images[one:one + 1], picture, padding=0, upscale=args.upscale, note={**note, "picture": one})
+    if again:
+        save_again(images, picture, columns, args, note, again, reference)
     else:
         save_images(images, picture, columns, upscale=args.upscale, note=note)
-    print(f"wrote {picture}")
-    if again:
-        verdict = compare(picture, reference, note, again)
-        print(f"beside {args.recreate}: {verdict}")
-        if verdict.startswith("NOT"):
-            sys.exit(1)
-    elif args.single_images:
-        folder = output_dir / "generated_samples"
-        for k, image in enumerate(images):
-            save_images(image[None], folder / f"{args.first_index + k:04d}.png", padding=0, upscale=args.upscale,
-                        note={**note, "picture": k})
-        others = len(list(folder.iterdir())) - len(images)
-        print(f"wrote {folder}, {len(images)} images" + f"; {others} other files lie there" * (others > 0))
+        print(f"wrote {picture}")
+        if args.single_images:
+            save_singly(images, output_dir / "generated_samples", args, note)
     if frames:
         for path in save_intermediate(frames, output_dir):
             print(f"wrote {path}")

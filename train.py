@@ -15,51 +15,37 @@ that is counted in --steps numbers its files by steps.
 
 import argparse
 import contextlib
+import functools
 import math
-import statistics
 import sys
 import time
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import distributed
-from checkpoint import GO_ON, State, check_settings, load_checkpoint, save_checkpoint, take_weights
+from checkpoint import State, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
-                          positive_float, positive_int, seed_number, spare, speaks, whole_number)
+                          positive_float, positive_int, seed_number, spare, whole_number)
 from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset,
                   split_held_out, verify_dataset)
 from diffusion import OBJECTIVES, DiffusionProcess
 from folders import FITS
-from images import plot_losses, save_images
-from loop import LR_SCHEDULES, OPTIMIZERS, held_out_loss, measure_seconds, rate_at, train_epoch
+from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401  to be had from here, too
 from models import ACTIVATIONS, MODELS, create_model, model_defaults
 from plan import check_disk, make_plan, print_cost
 from presets import PRESETS, parse
-from running import BEST, FINAL, LATEST, Signals, Stopped, clear_run, find_checkpoint, only_run, run_files
+from running import BEST, FINAL, LATEST, Signals, find_checkpoint, only_run, run_files
 from schedules import SCHEDULES
+from session import Keeper, follow, report, restore, sample_images  # noqa: F401  to be had from here, too
 from utils import (DENSITIES, EMA, PRECISIONS, count_parameters, describe_device, get_device, get_precision,
-                   peak_memory, write_file)
+                   peak_memory)
 
-SAVE_SECONDS = 300  # about so many at most from one save of the latest state to the next
 # What may be different when a run is resumed; everything else decides what it becomes. Of the data, the
 # images count and not where they lie.
 MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "output_dir", "device", "cache_dir",
               "grad_checkpoint", "compile", "num_samples", "sample_every", "save_every", "resume", "overwrite",
               "start_from")
-
-
-def sample_images(model, diffusion, device, num_images=64, image_size=28):
-    """Pictures for a look at the training: from the same noises each time, so that epochs compare, and by
-    DDIM in 50 steps, because the full chain would take minutes. A model that knows classes draws them in
-    turn.
-
-    Returns [num_images, C, image_size, image_size] in [-1, 1].
-    """
-    y = torch.arange(num_images) % model.num_classes if model.num_classes else None
-    return diffusion.sample(model, image_size, num_images, model.image_channels, seed=0, device=device,
-                            sampler="ddim", y=y)
 
 
 def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir, val_fraction, device,
@@ -105,13 +91,32 @@ def build_model(name, config, image_size, seed, device, grad_checkpoint):
     return model
 
 
-def write_losses(folder, state, rate):
-    """training_loss.csv, a row for each step (step from 1, loss, learning rate, held-out loss), and .png."""
-    rows = [f"{step},{loss:.6g},{rate(step - 1):.6g},{state.held_out_losses.get(step, '')}\n"
-            for step, loss in enumerate(state.losses, start=1)]
-    write_file(folder / "training_loss.csv",
-               "".join(["step,loss,learning_rate,held_out_loss\n", *rows]).encode())
-    plot_losses(state.losses, folder / "training_loss.png", state.held_out_losses)
+def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_samples, optimizer, **settings):
+    """Measure how fast this is here, and print what the training will cost. Returns the seconds of a step.
+
+    done: the steps that a resumed run has behind it.  settings: as train_step takes them.
+    """
+    batch = tuple(part.to(device) for part in next(iter(batches)))
+    print("measuring how fast this is here ...", flush=True)
+    step_seconds, call_seconds = measure_seconds(
+        network, EMA(getattr(network, "module", network)), batch, diffusion,
+        (num_samples, *batch[0].shape[1:]), optimizer, **settings)
+    step_seconds = float(distributed.mean_over_ranks(torch.tensor(step_seconds, device=device)))
+    print_cost(plan, done, batches, held_out, step_seconds, call_seconds,
+               len(diffusion.sampling_levels("ddim")) - 1, num_samples, peak_memory(device))
+    return step_seconds
+
+
+def check_choices(num_epochs, steps, beta2, **settings):
+    """Raise ValueError for settings of train() that are wrong whatever the data are."""
+    if num_epochs < 1 or (steps is not None and steps < 1):
+        raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
+    for name, known in (("model_name", MODELS), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES),
+                        ("fit", FITS)):
+        if settings[name] not in known:
+            raise ValueError(f"unknown {name} {settings[name]!r}; choose from {', '.join(known)}")
+    if not 0 <= beta2 < 1:
+        raise ValueError(f"beta2 must lie in [0, 1), got {beta2}")
 
 
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None, seed=0,
@@ -135,14 +140,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     """
     settings = {name: value for name, value in locals().items() if name not in (*MAY_CHANGE, "model_config")}
     # ---- What can be wrong is found before the training begins.
-    if num_epochs < 1 or (steps is not None and steps < 1):
-        raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
-    for name, value, known in (("model_name", model_name, MODELS), ("optimizer", optimizer, OPTIMIZERS),
-                               ("lr_schedule", lr_schedule, LR_SCHEDULES), ("fit", fit, FITS)):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
-    if not 0 <= beta2 < 1:
-        raise ValueError(f"beta2 must lie in [0, 1), got {beta2}")
+    check_choices(num_epochs, steps, **settings)
     diffusion = DiffusionProcess(timesteps, schedule, objective, clip_loss=clip_loss)
     device_asked, device = device, get_device(distributed.join(device))
     rank, world = distributed.place()
@@ -153,9 +151,10 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     with (Signals(ignore=rank > 0) as signals,
           only_run(output_dir) if rank == 0 else contextlib.nullcontext()):
         origin, same_run = find_checkpoint(output_dir, resume, overwrite)
-        if start_from and not origin:
+        if origin:
+            start_from = None           # a run that goes on has its weights in its own checkpoint
+        elif start_from:
             spare([start_from], *run_files(output_dir))
-        replacing = not same_run        # what an earlier run has left in the folder
         dataset_name, classes, batches, held_out = load_batches(
             dataset_name, batch_size * accumulate, seed, flip, labels, data_dir, val_dir, val_fraction, device,
             image_size=image_size, channels=channels, fit=fit, cache_dir=cache_dir)
@@ -163,18 +162,11 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally by {world} "
                              f"processes in {accumulate} parts")
         channels, image_size = batches.images.shape[1], batches.images.shape[-1]
-        plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every)
-        if warmup >= plan.total_steps:
-            raise ValueError(f"warmup must be shorter than the run of {plan.total_steps} steps, got {warmup}: "
-                             f"give --warmup {plan.total_steps // 10}, for instance")
-        if ema_every > plan.total_steps:
-            raise ValueError(f"--ema_every {ema_every}: in {plan.total_steps} steps nothing would be averaged")
+        plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every, warmup, ema_every)
         model_config = dict(model_defaults(model_name), **model_config, image_channels=channels,
                             add_input=objective == "eps", num_classes=classes and len(classes))
         model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
-        started = None                  # a run that goes on has its weights in its own checkpoint
-        if start_from and not origin:
-            started = take_weights(start_from, model, model_name, model_config, diffusion.config)
+        started = start_from and take_weights(start_from, model, model_name, model_config, diffusion.config)
         state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
             model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay))
         # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
@@ -209,146 +201,27 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         network = DistributedDataParallel(model) if world > 1 else model
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
                              label_drop=label_drop if classes else 0.0, min_snr=min_snr, density=density)
-        batch = tuple(part.to(device) for part in next(iter(batches)))
-        print("measuring how fast this is here ...", flush=True)
-        step_seconds, call_seconds = measure_seconds(
-            network, EMA(model), batch, diffusion, (num_samples, *batch[0].shape[1:]), optimizer, **step_settings)
-        step_seconds = float(distributed.mean_over_ranks(torch.tensor(step_seconds, device=device)))
-        picture_calls = len(diffusion.sampling_levels("ddim")) - 1
-        print_cost(plan, len(state.losses), batches, held_out, step_seconds, call_seconds, picture_calls,
-                   num_samples, peak_memory(device))
+        step_seconds = tell_cost(plan, len(state.losses), network, batches, held_out, diffusion, device, num_samples,
+                                 optimizer, **step_settings)
 
         # ---- Training
-        def rate(step):
-            return rate_at(step, plan.total_steps, learning_rate, lr_schedule, warmup)
-
-        def write(name):
-            nonlocal replacing
-            save_state(output_dir / name, state, facts, len(batches))
-            if replacing:               # only now: a run that fails at once has replaced nothing
-                clear_run(output_dir, keep=name)
-                replacing = False
-
-        def save(name):
-            with signals.postponed():   # torch.save turns an exception in its midst into one of its own
-                write(name)
-
-        def look(seconds):
-            if replacing:
-                save(LATEST)
-            report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size,
-                   device, precision, signals.postponed)
-
+        rate = functools.partial(rate_at, total_steps=plan.total_steps, peak=learning_rate, schedule=lr_schedule,
+                                 warmup=warmup)
+        keeper = Keeper(output_dir, state, facts, len(batches), signals, replacing=not same_run)
+        look = functools.partial(
+            report, plan=plan, keeper=keeper, rate=rate, diffusion=diffusion, device=device, precision=precision,
+            held_out=held_out, num_samples=num_samples, image_size=image_size)
         start = time.perf_counter()
-        try:
-            follow(plan, state, save, look, network, batches, diffusion, device, each=signals.postponed,
-                   leg=max(1, int(SAVE_SECONDS / 10 / step_seconds)), ema_every=ema_every, rate=rate, seed=seed,
-                   **step_settings)
+        with keeper.saved_if_stopped(plan.total_steps) if rank == 0 else contextlib.nullcontext():
+            follow(plan, keeper, look, network, batches, diffusion, device, step_seconds=step_seconds,
+                   ema_every=ema_every, rate=rate, seed=seed, **step_settings)
             if rank == 0:
-                save(FINAL)
-        except (Stopped, OSError) as stop:
-            if rank == 0 and state.losses:
-                write(LATEST)
-                with contextlib.suppress(OSError):              # the terminal may be gone
-                    print(f"{stop} after step {len(state.losses)} of {plan.total_steps}: saved to "
-                          f"{output_dir / LATEST}, which sample.py can draw from; the same command with --resume "
-                          "goes on", flush=True)
-                stop.told = isinstance(stop, Stopped)
-            raise
+                keeper.save(FINAL)
         if rank == 0:
             (output_dir / LATEST).unlink(missing_ok=True)
         print(f"took {format_seconds(time.perf_counter() - start)} and {peak_memory(device) / 1e9:.1f} GB of "
               "memory")
     return model, state.ema.model, state.losses
-
-
-def follow(plan, state, save, look, network, batches, diffusion, device, *, leg, **settings):
-    """Train from where `state` is to the end of the plan, saving the latest state on the way.
-
-    save(name): write a checkpoint.  look(seconds): pictures and tables, after so many seconds.
-    leg: steps between two looks at the clock.  settings: as train_epoch takes them.
-    """
-    rank, _ = distributed.place()
-    stream = batches.stream(len(state.losses))
-    looked = saved = time.perf_counter()
-    save_seconds = 0.0
-    while True:
-        step = len(state.losses)
-        if rank == 0 and step > state.reported and plan.is_report(step):
-            look(time.perf_counter() - looked)
-            looked = time.perf_counter()
-        if step >= plan.total_steps:
-            return
-        first, last = plan.previous_report(step + 1), plan.next_report(step)
-        with tqdm(initial=step - first, total=last - first, desc=plan.stretch(first, last), unit="step",
-                  disable=not speaks()) as bar:
-            while (step := len(state.losses)) < last:
-                epoch_end = (step // len(batches) + 1) * len(batches)
-                end = min(step + leg, epoch_end, last)
-                train_epoch(network, stream, state.optimizer, diffusion, device, ema=state.ema, first_step=step,
-                            steps=end - step, losses=state.losses, bar=bar, **settings)
-                # After each epoch, as long as that costs under a percent of the time.
-                since = time.perf_counter() - saved
-                if rank == 0 and (since > SAVE_SECONDS or end == epoch_end and since > 100 * save_seconds):
-                    start = time.perf_counter()
-                    save(LATEST)
-                    saved = time.perf_counter()
-                    save_seconds = saved - start
-
-
-def report(state, plan, seconds, output_dir, save, rate, diffusion, held_out, num_samples, image_size, device,
-           precision, postponed):
-    """After an epoch, or when pictures or a checkpoint are due: the held-out loss, pictures, tables."""
-    step = len(state.losses)
-    text = f"{plan.title(step)}: mean loss {statistics.fmean(state.losses[plan.previous_report(step):]):.4f}, "
-    text += f"{seconds:.0f} s"
-    best = False
-    if held_out:
-        value = held_out_loss(state.ema.model, held_out, diffusion, device, precision)
-        state.held_out_losses[step] = value
-        best = value == min(state.held_out_losses.values())
-        text += f", held-out loss {value:.4f}"
-    if plan.is_due(plan.sample_every, step):
-        path = output_dir / "samples" / f"{plan.name(step)}.png"
-        save_images(sample_images(state.ema.model, diffusion, device, num_samples, image_size), path)
-        text += f"; wrote {path}"
-    print(text, flush=True)
-    with postponed():
-        write_losses(output_dir, state, rate)
-    if best:
-        save(BEST)
-    if step % plan.save_every == 0:
-        save(f"checkpoints/model_{plan.name(step)}.pt")
-    state.reported = step
-
-
-def save_state(path, state, facts, steps_per_epoch):
-    """Write a checkpoint, unless the training has become useless: then ValueError, and the file stays."""
-    sound = all(p.isfinite().all() for p in state.model.parameters())
-    if not sound or not all(map(math.isfinite, state.losses)):
-        raise ValueError(f"weights or losses are no numbers any more by step {len(state.losses)}; {path} is "
-                         "left as it was")
-    save_checkpoint(path, {**facts, **state.entries(), "epoch": len(state.losses) // steps_per_epoch})
-    if path.name != LATEST:
-        print(f"wrote {path}")
-
-
-def restore(state, origin, facts, plan):
-    """Put a new run where a checkpoint of the same settings was. ValueError names what differs."""
-    saved = load_checkpoint(origin)
-    if isinstance(saved.get("model_config"), dict):     # it may be older than a setting of the network
-        saved["model_config"] = {**model_defaults(facts["model_name"]), **saved["model_config"]}
-    advice, was = GO_ON, saved.get("settings")
-    if isinstance(was, dict) and was.get("total_steps") != facts["settings"].get("total_steps"):
-        advice += " (a rate that falls to zero cannot be prolonged: --start_from learns on, in a run of its own)"
-    for part in ("settings", "model_config", "diffusion_config"):
-        check_settings(origin, saved.get(part), facts[part], advice)
-    facts["started_from"] = saved.get("started_from")
-    state.restore(origin, saved)
-    if len(state.losses) > plan.total_steps:
-        raise ValueError(f"{origin} is at step {len(state.losses)}, beyond the {plan.total_steps} of this run: "
-                         "give more --epochs or --steps")
-    print(f"going on from {origin}, after {len(state.losses)} of {plan.total_steps} steps")
 
 
 # Flags, and keys of PRESETS, that train() knows by a longer name.

@@ -378,7 +378,7 @@ def test_imports_run_one_way():
     """A file knows only files of the lines above its own; train and sample do not know each other (README)."""
     storeys = ("models muon measures schedules utils", "command_line diffusion images",
                "checkpoint convergence distributed folders inside plan running synthetic",
-               "data figures interop loop presets recipe", "classifier load reference train",
+               "data figures interop loop presets recipe", "classifier load reference session", "train",
                "export sample", "benchmark evaluate interpolate",
                "contest diagnose edit visualize_diffusion", "visualize_model")
     below, everything = set(), set(" ".join(storeys).split())

@@ -42,4 +42,4 @@ def test_another_library_trains_and_draws_or_is_named(name, package, tmp_path, c
 def test_too_few_minutes_for_our_preset_are_refused():
     images = torch.zeros(64, 1, 28, 28, dtype=torch.uint8)
     with pytest.raises(ValueError, match="fewer than the preset takes to warm up"):
-        contest.quick(argparse.Namespace(minutes=0.01, num_images=3, seed=0), images, torch.device("cpu"), torch.float32)
+        contest.enter_quick(argparse.Namespace(minutes=0.01, num_images=3, seed=0), images, torch.device("cpu"), torch.float32)

@@ -15,8 +15,8 @@ from data import get_dataset
 from diffusion import seeded_noise
 from images import to_signed, to_uint8
 from load import load_model
-from measures import (copied_share, fine_power, frechet_between, frechet_distance, kernel_distance, nearest,
-                      nearest_images, precision_recall, single_share)
+from measures import (copied_by_chance, copied_share, fine_power, frechet_between, frechet_distance, kernel_distance,
+                      nearest, nearest_images, precision_recall, single_share)
 from reference import labels_like, load_reference
 from sample import generate
 from synthetic import digits
@@ -110,6 +110,18 @@ def test_planted_copies_are_counted_also_those_moved_by_a_pixel():
     assert index[:50].tolist() == [*range(100, 125), *range(200, 225)] and distances[:50].max() < 0.02
     assert copied_share(distances[50:], limit) <= 0.02
     assert single_share(torch.stack([distances, second])) == 0.1
+
+
+@pytest.mark.parametrize("num_held_out", [20, 47, 500, 2000])
+@pytest.mark.parametrize("shape", [lambda u: u, lambda u: u**2, torch.special.ndtri], ids=["even", "steep", "Gaussian"])
+def test_what_chance_gives_is_told_whatever_the_distances_are_like(num_held_out, shape):
+    """Cloth with 47 held-out images was said to be copied by chance in 0.5 % of the samples; it is 2.1 %."""
+    random = torch.Generator().manual_seed(0)
+    samples = shape((torch.arange(10_000) + 0.5) / 10_000)              # every quantile once: no chance of their own
+    shares = torch.tensor([copied_share(samples, shape(torch.rand(num_held_out, generator=random)))
+                           for _ in range(2000)])
+    assert abs(shares.mean() - copied_by_chance(num_held_out)) < 4 * shares.std() / 2000**0.5
+    assert copied_by_chance(47) == 1 / 48 and copied_by_chance(10**7) == pytest.approx(0.005, rel=1e-4)
 
 
 def test_plain_images_are_no_copies_of_one_image():

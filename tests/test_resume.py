@@ -17,6 +17,7 @@ from PIL import Image
 import checkpoint
 import data
 import loop
+import session
 import train as train_module
 import utils
 from checkpoint import load_checkpoint, save_checkpoint
@@ -112,7 +113,7 @@ def test_a_run_stopped_twice_and_between_its_files_is_still_the_same(whole, tmp_
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         def stopping(*args):
             raise Stopped(signal.SIGINT)
-        patch.setattr(train_module, "sample_images", stopping)
+        patch.setattr(session, "sample_images", stopping)
         train(**RUN, output_dir=tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_before(5, patch)
@@ -161,7 +162,7 @@ def test_losses_and_weights_agree_when_the_signal_comes_after_the_last_step(tiny
         if len(values) == 2:                                    # the losses; the norms of the gradients are more
             raise Stopped(signal.SIGINT)
         return plain(values, *args)
-    monkeypatch.setattr(train_module.torch, "stack", stopping)
+    monkeypatch.setattr(torch, "stack", stopping)
     with pytest.raises(Stopped):
         loop.train_epoch(tiny_model, data.Batches(images, batch_size=8), torch.optim.SGD(
             tiny_model.parameters(), lr=0.1), DiffusionProcess(), "cpu", losses=losses)
@@ -469,7 +470,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, tmp_path):
 def test_a_signal_waits_until_a_save_is_done(tmp_path, monkeypatch):
     """It used to be raised inside torch.save, which sometimes made a RuntimeError of it: exit code 1, a
     traceback."""
-    done, whole = [], train_module.save_checkpoint
+    done, whole = [], session.save_checkpoint
 
     def interrupted(path, entries):
         if not done:
@@ -477,7 +478,7 @@ def test_a_signal_waits_until_a_save_is_done(tmp_path, monkeypatch):
         whole(path, entries)
         done.append(path.name)
 
-    monkeypatch.setattr(train_module, "save_checkpoint", interrupted)
+    monkeypatch.setattr(session, "save_checkpoint", interrupted)
     images = torch.zeros(32, 1, 8, 8, dtype=torch.uint8)
     monkeypatch.setattr(train_module, "get_dataset", lambda *args, **settings: (images, None))
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
@@ -512,14 +513,14 @@ def test_a_signal_while_the_data_are_read_ends_the_run_at_once(tmp_path, monkeyp
 
 
 def test_a_signal_while_the_final_checkpoint_is_written_loses_no_step(whole, tmp_path, monkeypatch):
-    plain = train_module.save_checkpoint
+    plain = session.save_checkpoint
 
     def stopping(path, entries):
         if path.name == FINAL:
             raise Stopped(signal.SIGTERM)
         plain(path, entries)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train_module, "save_checkpoint", stopping)
+        patch.setattr(session, "save_checkpoint", stopping)
         train(**RUN, output_dir=tmp_path)
     assert load_checkpoint(tmp_path / LATEST)["step"] == 12
     train(**RUN, output_dir=tmp_path, resume="latest")

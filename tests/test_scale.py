@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import data
+import session
 import train as train_module
 from checkpoint import load_checkpoint
 from conftest import ROOT
@@ -218,7 +219,7 @@ def test_the_held_out_loss_of_simple_predictors_is_known(tiny_model):
 
 def test_the_best_weights_by_the_held_out_loss_are_kept(few_digits, tmp_path, monkeypatch, capsys):
     values = iter([0.5, 0.2, 0.4, 0.3])
-    monkeypatch.setattr(train_module, "held_out_loss", lambda *args: next(values))
+    monkeypatch.setattr(session, "held_out_loss", lambda *args: next(values))
     train(**few_digits, **TINY, val_fraction=0.25, num_epochs=4, output_dir=tmp_path)
     best = load_checkpoint(tmp_path / "model_best.pt")
     assert best["epoch"] == 2 and best["step"] == 6 and best["held_out_losses"] == {3: 0.5, 6: 0.2}

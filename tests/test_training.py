@@ -12,6 +12,7 @@ import torchvision
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
+import session
 import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT
@@ -241,7 +242,7 @@ def test_drawing_samples_and_measuring_the_speed_change_no_weight(few_digits, tm
     settings = dict(**few_digits, **TINY, num_epochs=3, output_dir=tmp_path)
     with_pictures = weights(train(**settings)[0])
     blank = torch.zeros(64, 1, 16, 16)
-    monkeypatch.setattr(train_module, "sample_images", lambda *a, **k: blank)
+    monkeypatch.setattr(session, "sample_images", lambda *a, **k: blank)
     monkeypatch.setattr(train_module, "measure_seconds", lambda *a, **k: (1.0, 1.0))
     assert equal(with_pictures, weights(train(**settings)[0]))
 

@@ -1,0 +1,182 @@
+"""A training on its way: from one report to the next, with pictures, tables and checkpoints.
+
+train.py prepares what is used here: the State that changes, the Plan of what happens when, and a Keeper, which
+writes the checkpoints.
+"""
+
+import contextlib
+import math
+import statistics
+import time
+
+import torch
+from tqdm import tqdm
+
+import distributed
+from checkpoint import GO_ON, check_settings, load_checkpoint, save_checkpoint
+from command_line import speaks
+from images import plot_losses, save_images
+from loop import held_out_loss, train_epoch
+from models import model_defaults
+from running import BEST, LATEST, Stopped, clear_run
+from utils import write_file
+
+SAVE_SECONDS = 300  # about so many at most from one save of the latest state to the next
+
+
+def sample_images(model, diffusion, device, num_images=64, image_size=28):
+    """Pictures for a look at the training: from the same noises each time, so that epochs compare, and by
+    DDIM in 50 steps, because the full chain would take minutes. A model that knows classes draws them in
+    turn.
+
+    Returns [num_images, C, image_size, image_size] in [-1, 1].
+    """
+    y = torch.arange(num_images) % model.num_classes if model.num_classes else None
+    return diffusion.sample(model, image_size, num_images, model.image_channels, seed=0, device=device,
+                            sampler="ddim", y=y)
+
+
+# ---- Checkpoints
+
+class Keeper:
+    """Writes the checkpoints of a run into its folder.
+
+    facts: what they tell beside the state.  signals: see running.py.  replacing: the folder may hold an earlier
+    run. It is deleted after the first save, so that a run that fails at once has replaced nothing.
+    """
+
+    def __init__(self, folder, state, facts, steps_per_epoch, signals, replacing):
+        self.folder, self.state, self.facts, self.steps_per_epoch = folder, state, facts, steps_per_epoch
+        self.signals, self.replacing = signals, replacing
+
+    def save(self, name):
+        """Write a checkpoint; a signal waits until it is there."""
+        with self.signals.postponed():  # torch.save turns an exception in its midst into one of its own
+            self._write(name)
+
+    def _write(self, name):
+        """Raises ValueError if the training has become useless; an older file then stays."""
+        path, state = self.folder / name, self.state
+        sound = all(p.isfinite().all() for p in state.model.parameters())
+        if not sound or not all(map(math.isfinite, state.losses)):
+            raise ValueError(f"weights or losses are no numbers any more by step {len(state.losses)}; {path} is "
+                             "left as it was")
+        epoch = len(state.losses) // self.steps_per_epoch
+        save_checkpoint(path, {**self.facts, **state.entries(), "epoch": epoch})
+        if path.name != LATEST:
+            print(f"wrote {path}")
+        if self.replacing:
+            clear_run(self.folder, keep=name)
+            self.replacing = False
+
+    @contextlib.contextmanager
+    def saved_if_stopped(self, total_steps):
+        """Whatever stops what is inside, a signal or a full disk: the state is saved before."""
+        try:
+            yield
+        except (Stopped, OSError) as stop:
+            steps = len(self.state.losses)
+            if steps:
+                self._write(LATEST)
+                with contextlib.suppress(OSError):              # the terminal may be gone
+                    print(f"{stop} after step {steps} of {total_steps}: saved to {self.folder / LATEST}, which "
+                          "sample.py can draw from; the same command with --resume goes on", flush=True)
+                stop.told = isinstance(stop, Stopped)
+            raise
+
+
+def restore(state, origin, facts, plan):
+    """Put a new run where a checkpoint of the same settings was. ValueError names what differs."""
+    saved = load_checkpoint(origin)
+    if isinstance(saved.get("model_config"), dict):     # it may be older than a setting of the network
+        saved["model_config"] = {**model_defaults(facts["model_name"]), **saved["model_config"]}
+    advice, was = GO_ON, saved.get("settings")
+    if isinstance(was, dict) and was.get("total_steps") != facts["settings"].get("total_steps"):
+        advice += " (a rate that falls to zero cannot be prolonged: --start_from learns on, in a run of its own)"
+    for part in ("settings", "model_config", "diffusion_config"):
+        check_settings(origin, saved.get(part), facts[part], advice)
+    facts["started_from"] = saved.get("started_from")
+    state.restore(origin, saved)
+    if len(state.losses) > plan.total_steps:
+        raise ValueError(f"{origin} is at step {len(state.losses)}, beyond the {plan.total_steps} of this run: "
+                         "give more --epochs or --steps")
+    print(f"going on from {origin}, after {len(state.losses)} of {plan.total_steps} steps")
+
+
+# ---- Reports
+
+def write_losses(folder, state, rate):
+    """training_loss.csv, a row for each step (step from 1, loss, learning rate, held-out loss), and .png."""
+    rows = [f"{step},{loss:.6g},{rate(step - 1):.6g},{state.held_out_losses.get(step, '')}\n"
+            for step, loss in enumerate(state.losses, start=1)]
+    write_file(folder / "training_loss.csv",
+               "".join(["step,loss,learning_rate,held_out_loss\n", *rows]).encode())
+    plot_losses(state.losses, folder / "training_loss.png", state.held_out_losses)
+
+
+def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, num_samples, image_size):
+    """After an epoch, or when pictures or a checkpoint are due: the held-out loss, pictures, tables.
+
+    seconds: since the last one.  held_out: a Batches, or None.
+    """
+    if keeper.replacing:
+        keeper.save(LATEST)
+    state, step = keeper.state, len(keeper.state.losses)
+    text = f"{plan.title(step)}: mean loss {statistics.fmean(state.losses[plan.previous_report(step):]):.4f}, "
+    text += f"{seconds:.0f} s"
+    best = False
+    if held_out:
+        value = held_out_loss(state.ema.model, held_out, diffusion, device, precision)
+        state.held_out_losses[step] = value
+        best = value == min(state.held_out_losses.values())
+        text += f", held-out loss {value:.4f}"
+    if plan.is_due(plan.sample_every, step):
+        path = keeper.folder / "samples" / f"{plan.name(step)}.png"
+        save_images(sample_images(state.ema.model, diffusion, device, num_samples, image_size), path)
+        text += f"; wrote {path}"
+    print(text, flush=True)
+    with keeper.signals.postponed():
+        write_losses(keeper.folder, state, rate)
+    if best:
+        keeper.save(BEST)
+    if step % plan.save_every == 0:
+        keeper.save(f"checkpoints/model_{plan.name(step)}.pt")
+    state.reported = step
+
+
+# ---- The way from one report to the next
+
+def follow(plan, keeper, look, network, batches, diffusion, device, *, step_seconds, **settings):
+    """Train from where the state is to the end of the plan, saving it on the way.
+
+    look(seconds): report, after so many seconds.  step_seconds: that a step takes, roughly.
+    settings: as train_epoch takes them.
+    """
+    state, (rank, _) = keeper.state, distributed.place()
+    leg = max(1, int(SAVE_SECONDS / 10 / step_seconds))         # steps between two looks at the clock
+    stream = batches.stream(len(state.losses))
+    looked = saved = time.perf_counter()
+    save_seconds = 0.0
+    while True:
+        step = len(state.losses)
+        if rank == 0 and step > state.reported and plan.is_report(step):
+            look(time.perf_counter() - looked)
+            looked = time.perf_counter()
+        if step >= plan.total_steps:
+            return
+        first, last = plan.previous_report(step + 1), plan.next_report(step)
+        with tqdm(initial=step - first, total=last - first, desc=plan.stretch(first, last), unit="step",
+                  disable=not speaks()) as bar:
+            while (step := len(state.losses)) < last:
+                epoch_end = (step // len(batches) + 1) * len(batches)
+                end = min(step + leg, epoch_end, last)
+                train_epoch(network, stream, state.optimizer, diffusion, device, ema=state.ema, first_step=step,
+                            steps=end - step, losses=state.losses, bar=bar, each=keeper.signals.postponed,
+                            **settings)
+                # After each epoch, as long as that costs under a percent of the time.
+                since = time.perf_counter() - saved
+                if rank == 0 and (since > SAVE_SECONDS or end == epoch_end and since > 100 * save_seconds):
+                    start = time.perf_counter()
+                    keeper.save(LATEST)
+                    saved = time.perf_counter()
+                    save_seconds = saved - start
