@@ -8,11 +8,11 @@ BIN = .venv/bin
 
 demo: .venv/ready
 	$(BIN)/python visualize_diffusion.py --data_dir "$(DATA_DIR)" --output_dir outputs/demo
-	$(BIN)/python train.py --preset quick --steps 1000 --overwrite --data_dir "$(DATA_DIR)" --output_dir outputs/demo
+	$(BIN)/python train.py --preset quick --steps 560 --overwrite --data_dir "$(DATA_DIR)" --output_dir outputs/demo
 	$(BIN)/python sample.py --show_intermediate --guidance 1.5 --checkpoint outputs/demo/model_final.pt --output_dir outputs/demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

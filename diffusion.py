@@ -274,10 +274,11 @@ class DiffusionProcess:
         return (x_t - math.sqrt(ab_t) * x_0) / math.sqrt(1 - ab_t)
 
     def step_towards(self, x_0, x_t, t, t_prev, *, eta=1.0, variance="posterior", noise=None):
-        """The formula of reverse_diffusion_step, once it is settled which x_0 to step towards: the model's, what
-        several estimates of it come to, or one that was mended by hand (edit.py).
+        """The formula of reverse_diffusion_step, once it is settled which x_0 to step towards: the model's,
+        what several estimates of it come to, or one that was mended by hand (edit.py).
 
-        x_0, x_t: [B, C, H, W].  t, t_prev: integers, -1 for the clean image.  noise: like x_t, drawn if needed.
+        x_0, x_t: [B, C, H, W].  t, t_prev: integers, -1 for the clean image.  noise: like x_t, drawn if
+        needed.
         Returns x_prev, like x_t.  Raises ValueError if eta is outside [0, 1], or for an unknown variance.
         """
         ab_t, ab_prev = self._level(t), self._level(t_prev)

@@ -26,8 +26,8 @@ from command_line import (Parser, command, format_seconds, fraction, guidance_nu
 from diffusion import SAMPLERS, model_calls
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, apply_card, find_model, load_model, load_weak
-from measures import (copied_by_chance, copied_share, fine_power, frechet_distance, kernel_distance, nearest, nearest_images,
-                      precision_recall, single_share)
+from measures import (copied_by_chance, copied_share, fine_power, frechet_distance, kernel_distance, nearest,
+                      nearest_images, precision_recall, single_share)
 from reference import FEWEST, labels_like, load_reference, same_classes
 from sample import choose_labels, generate, guidance_words, seconds_for, thinned
 from schedules import SPACINGS
@@ -77,7 +77,8 @@ def copies(images, features, training, reference, held, held_features, mirrored=
     pixels_held, _ = nearest_images(held, training, mirrored)
     by_features, _ = nearest(features, reference)
     by_features_held, _ = nearest(held_features, reference)
-    return {"copied": copied_share(pixels[0], pixels_held[0]), "copied_by_chance": copied_by_chance(len(held)),
+    return {"copied": copied_share(pixels[0], pixels_held[0]),
+            "copied_by_chance": copied_by_chance(len(held)),
             "copied_in_features": copied_share(by_features[0], by_features_held[0]),
             "single": single_share(pixels), "single_held_out": single_share(pixels_held),
             "median_distance": float(pixels[0].median()),

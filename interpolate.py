@@ -44,6 +44,7 @@ def slerp(a, b, share):
 
 
 MAX_GIF = 1_000_000_000  # pixels, three bytes each while it is made
+POOR = 20  # dB: below it a picture that went to its noise and back is another one to the eye
 BATCH = 64  # pictures at a time
 PATHS = {"lerp": lerp, "slerp": slerp}
 
@@ -127,7 +128,9 @@ def main(argv=None):
         noises = diffusion.invert(model, real, steps=args.steps, y=None if y is None else y[:len(real)])
         back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps,
                     clip=diffusion.clip_loss)
-        print(f"to their noise and back: PSNR {psnr(back, real):.1f} dB; more --steps lose less")
+        likeness = psnr(back, real)
+        print(f"to their noise and back: PSNR {likeness:.1f} dB; more --steps lose less"
+              + ". The walk will begin and end at pictures that are only like them" * (likeness < POOR))
     else:
         noises = torch.cat([seeded_noise(seed, [0], 0, shape) for seed in args.seeds]).to(device)
 

@@ -154,8 +154,8 @@ def copied_by_chance(num_held_out):
     """copied_share of images that the training set knows nothing of, as one may expect it: 0.5 % where the
     held-out images are many, but 2.1 % beside 47, the closest of which then is the limit.
 
-    The k-th smallest of N draws has k / (N + 1) of its distribution below it, whatever that is (David & Nagaraja
-    2003, section 2.1).
+    The k-th smallest of N draws has k / (N + 1) of its distribution below it on average, whatever that is
+    (David & Nagaraja 2003, section 2.1).
     """
     return (math.floor(CLOSEST * (num_held_out - 1)) + 1) / (num_held_out + 1)
 

@@ -177,7 +177,7 @@ def save_intermediate(frames, output_dir):
 # ---- The command
 
 def parse(argv):
-    """(the settings, with those of the picture of --recreate in place of what was typed; its note, or None)"""
+    """(the settings, in which those of the picture of --recreate go before what was typed; its note, or None)"""
     parser = Parser(description="Make new pictures from noise with a trained model.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
@@ -253,12 +253,13 @@ def check_same_weights(args, again, digest, weak_digest):
 
 
 def save_again(images, picture, columns, args, note, again, reference):
-    """Write what --recreate has drawn, and say whether it is the same. reference: the bytes of that picture."""
+    """Write what --recreate has drawn, and say whether it is the same.  reference: the picture's bytes."""
     one = again.get("picture")
     if one is None:
         save_images(images, picture, columns, upscale=args.upscale, note=note)
     elif one < len(images):
-        save_images(images[one:one + 1], picture, padding=0, upscale=args.upscale, note={**note, "picture": one})
+        save_images(images[one:one + 1], picture, padding=0, upscale=args.upscale,
+                    note={**note, "picture": one})
     else:
         raise ValueError(f"{args.recreate} says that it is picture {one} of {len(images)}")
     print(f"wrote {picture}")
@@ -287,9 +288,10 @@ def main(argv=None):
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["weights"])
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
-    for name, asked in (("generated_samples", args.single_images), ("generation_frames", args.show_intermediate)):
-        if asked:
-            make_output_dir(output_dir / name)
+    if args.single_images:
+        make_output_dir(output_dir / "generated_samples")
+    if args.show_intermediate:
+        make_output_dir(output_dir / "generation_frames")
     model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
     size = data["image_size"]
     apply_card(args, data, diffusion.num_timesteps)
@@ -315,8 +317,9 @@ def main(argv=None):
 
     images, frames = generate(
         model, diffusion, count, size, seed=args.seed, sampler=args.sampler, steps=args.steps,
-        eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance, guidance_interval=args.guidance_interval,
-        weak=weak, first_index=args.first_index, batch_size=args.batch_size, device=device, precision=precision,
+        eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance,
+        guidance_interval=args.guidance_interval, weak=weak, first_index=args.first_index,
+        batch_size=args.batch_size, device=device, precision=precision,
         num_frames=51 if args.show_intermediate else 0)
     if again:
         save_again(images, picture, columns, args, note, again, reference)

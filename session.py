@@ -1,7 +1,7 @@
 """A training on its way: from one report to the next, with pictures, tables and checkpoints.
 
-train.py prepares what is used here: the State that changes, the Plan of what happens when, and a Keeper, which
-writes the checkpoints.
+train.py prepares what is used here: the State that changes, the Plan of what happens when, and a Keeper,
+which writes the checkpoints.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ def sample_images(model, diffusion, device, num_images=64, image_size=28):
 class Keeper:
     """Writes the checkpoints of a run into its folder.
 
-    facts: what they tell beside the state.  signals: see running.py.  replacing: the folder may hold an earlier
-    run. It is deleted after the first save, so that a run that fails at once has replaced nothing.
+    facts: what they tell beside the state.  signals: see running.py.  replacing: the folder may hold an
+    earlier run. It is deleted after the first save, so that a run that fails at once has replaced nothing.
     """
 
     def __init__(self, folder, state, facts, steps_per_epoch, signals, replacing):
@@ -59,8 +59,8 @@ class Keeper:
         path, state = self.folder / name, self.state
         sound = all(p.isfinite().all() for p in state.model.parameters())
         if not sound or not all(map(math.isfinite, state.losses)):
-            raise ValueError(f"weights or losses are no numbers any more by step {len(state.losses)}; {path} is "
-                             "left as it was")
+            raise ValueError(f"weights or losses are no numbers any more by step {len(state.losses)}; "
+                             f"{path} is left as it was")
         epoch = len(state.losses) // self.steps_per_epoch
         save_checkpoint(path, {**self.facts, **state.entries(), "epoch": epoch})
         if path.name != LATEST:
@@ -79,8 +79,8 @@ class Keeper:
             if steps:
                 self._write(LATEST)
                 with contextlib.suppress(OSError):              # the terminal may be gone
-                    print(f"{stop} after step {steps} of {total_steps}: saved to {self.folder / LATEST}, which "
-                          "sample.py can draw from; the same command with --resume goes on", flush=True)
+                    print(f"{stop} after step {steps} of {total_steps}: saved to {self.folder / LATEST}, "
+                          "which sample.py can draw from; the same command with --resume goes on", flush=True)
                 stop.told = isinstance(stop, Stopped)
             raise
 
@@ -122,8 +122,8 @@ def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, 
     if keeper.replacing:
         keeper.save(LATEST)
     state, step = keeper.state, len(keeper.state.losses)
-    text = f"{plan.title(step)}: mean loss {statistics.fmean(state.losses[plan.previous_report(step):]):.4f}, "
-    text += f"{seconds:.0f} s"
+    loss = statistics.fmean(state.losses[plan.previous_report(step):])
+    text = f"{plan.title(step)}: mean loss {loss:.4f}, {seconds:.0f} s"
     best = False
     if held_out:
         value = held_out_loss(state.ema.model, held_out, diffusion, device, precision)
@@ -170,9 +170,9 @@ def follow(plan, keeper, look, network, batches, diffusion, device, *, step_seco
             while (step := len(state.losses)) < last:
                 epoch_end = (step // len(batches) + 1) * len(batches)
                 end = min(step + leg, epoch_end, last)
-                train_epoch(network, stream, state.optimizer, diffusion, device, ema=state.ema, first_step=step,
-                            steps=end - step, losses=state.losses, bar=bar, each=keeper.signals.postponed,
-                            **settings)
+                train_epoch(network, stream, state.optimizer, diffusion, device, ema=state.ema,
+                            first_step=step, steps=end - step, losses=state.losses, bar=bar,
+                            each=keeper.signals.postponed, **settings)
                 # After each epoch, as long as that costs under a percent of the time.
                 since = time.perf_counter() - saved
                 if rank == 0 and (since > SAVE_SECONDS or end == epoch_end and since > 100 * save_seconds):

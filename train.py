@@ -31,15 +31,17 @@ from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get
                   split_held_out, verify_dataset)
 from diffusion import OBJECTIVES, DiffusionProcess
 from folders import FITS
-from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401  to be had from here, too
+from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401
 from models import ACTIVATIONS, MODELS, create_model, model_defaults
 from plan import check_disk, make_plan, print_cost
 from presets import PRESETS, parse
 from running import BEST, FINAL, LATEST, Signals, find_checkpoint, only_run, run_files
 from schedules import SCHEDULES
-from session import Keeper, follow, report, restore, sample_images  # noqa: F401  to be had from here, too
+from session import Keeper, follow, report, restore, sample_images  # noqa: F401
 from utils import (DENSITIES, EMA, PRECISIONS, count_parameters, describe_device, get_device, get_precision,
                    peak_memory)
+
+# train_epoch and sample_images are used in session.py; here they stand for whoever imports them from train.
 
 # What may be different when a run is resumed; everything else decides what it becomes. Of the data, the
 # images count and not where they lie.
@@ -173,8 +175,9 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         if origin is None:
             check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model),
                        sum(path.stat().st_size for path in run_files(output_dir)))
-        settings.update(precision=str(precision), image_size=image_size, channels=channels, labels=bool(classes),
-                        images=batches.fingerprint(), held_out=held_out and held_out.fingerprint())
+        settings.update(precision=str(precision), image_size=image_size, channels=channels,
+                        labels=bool(classes), images=batches.fingerprint(),
+                        held_out=held_out and held_out.fingerprint())
         if lr_schedule != "constant":  # then the length of the run changes every step
             settings["total_steps"] = plan.total_steps
         facts = {"model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
@@ -201,16 +204,16 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         network = DistributedDataParallel(model) if world > 1 else model
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
                              label_drop=label_drop if classes else 0.0, min_snr=min_snr, density=density)
-        step_seconds = tell_cost(plan, len(state.losses), network, batches, held_out, diffusion, device, num_samples,
-                                 optimizer, **step_settings)
+        step_seconds = tell_cost(plan, len(state.losses), network, batches, held_out, diffusion, device,
+                                 num_samples, optimizer, **step_settings)
 
         # ---- Training
-        rate = functools.partial(rate_at, total_steps=plan.total_steps, peak=learning_rate, schedule=lr_schedule,
-                                 warmup=warmup)
+        rate = functools.partial(rate_at, total_steps=plan.total_steps, peak=learning_rate,
+                                 schedule=lr_schedule, warmup=warmup)
         keeper = Keeper(output_dir, state, facts, len(batches), signals, replacing=not same_run)
         look = functools.partial(
-            report, plan=plan, keeper=keeper, rate=rate, diffusion=diffusion, device=device, precision=precision,
-            held_out=held_out, num_samples=num_samples, image_size=image_size)
+            report, plan=plan, keeper=keeper, rate=rate, diffusion=diffusion, device=device,
+            precision=precision, held_out=held_out, num_samples=num_samples, image_size=image_size)
         start = time.perf_counter()
         with keeper.saved_if_stopped(plan.total_steps) if rank == 0 else contextlib.nullcontext():
             follow(plan, keeper, look, network, batches, diffusion, device, step_seconds=step_seconds,
