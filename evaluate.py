@@ -170,6 +170,14 @@ def print_quality(found, floor, count, held_count, held_name):
           + f"; distances, precision and recall are those of {held_count} samples" * (held_count < count))
 
 
+def print_copies(copied):
+    print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of "
+          f"the held-out images are ({copied['copied_in_features']:.1%} in features); by chance "
+          f"{copied['copied_by_chance']:.1%} would be\n"
+          f"          {copied['single']:.1%} are less than a third as far from one training image as from "
+          f"any other ({copied['single_held_out']:.1%} of the held-out images)")
+
+
 def to_show(y, count=10):
     """Which images to show: the first of each class, in order, or where the classes are too few the first."""
     firsts = [] if y is None else [(y == k).nonzero()[0, 0] for k in y.unique()][:count]
@@ -190,10 +198,13 @@ def distance_row(drawn, classifier, reference):
     return {"fd": distance, "fd_error": error, "confident": share_sure(probabilities)}
 
 
-def race(draw, reference, classifier, entrants, shown):
-    """The same noises through each (sampler, steps) of `entrants`. draw: generate, with all else decided.
-    reference: features of the training images.  shown: the indices of the pictures to keep.
-    Returns (rows, one picture row each)."""
+def race(draw, held, images, classifier, entrants, shown):
+    """The same noises through each (sampler, steps) of `entrants`.
+
+    draw: generate, with all else decided.  held: real images for the floor.  images: the training images.
+    shown: the indices of the pictures to keep.  Returns (facts, a row of pictures each, their labels).
+    """
+    _, reference = look(classifier, images)
     rows, pictures = [], []
     for sampler, steps in entrants:
         start = time.perf_counter()
@@ -204,7 +215,11 @@ def race(draw, reference, classifier, entrants, shown):
         pictures.append(drawn[shown].cpu())
         tqdm.write(f"  {sampler:<14}{steps:>5} steps   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
                    f"{seconds:8.1f} s")
-    return rows, pictures
+    floor = distance_row(held, classifier, reference)
+    print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} ({len(held)} real images)")
+    titles = [f"{row['sampler']} {row['steps']}\nFD {row['fd']:.3f}, {format_seconds(row['seconds'])}"
+              for row in rows]
+    return {"rows": rows, "floor": floor["fd"]}, pictures, titles
 
 
 def stages(draw, x_0, images, classifier, levels, shown):
@@ -213,7 +228,7 @@ def stages(draw, x_0, images, classifier, levels, shown):
 
     draw: generate, with all else decided.  x_0: uint8 [N, C, H, W], not trained on.  images: the training
     images.  levels: of all steps, from T - 1 to -1.  shown: the indices of the pictures to keep.
-    Returns (rows, one picture row each); the first is x_0 itself.
+    Returns (facts, a row of pictures each, their labels); the first row is x_0 itself.
     """
     _, reference = look(classifier, images)
     x_0_signed, usual, rows, pictures = to_signed(x_0), fine_power(images) or 1.0, [], []
@@ -225,7 +240,8 @@ def stages(draw, x_0, images, classifier, levels, shown):
         where = f"t = {levels[-1 - count]:>4}, {count:>4} steps" if count else "real images"
         tqdm.write(f"  {where:<20}   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
                    f"fine detail {rows[-1]['detail']:6.1%}")
-    return rows, pictures
+    print("  differences smaller than the errors say nothing: more --num_images make them smaller")
+    return {"rows": rows}, pictures, ["real", *(f"t = {row['t']}\nsteps: {row['steps']}" for row in rows[1:])]
 
 
 def stage_lengths(steps):
@@ -233,8 +249,8 @@ def stage_lengths(steps):
     return [*(2**k for k in range(steps.bit_length()) if 2**k < steps), steps]
 
 
-def write_rows(path, facts, pictures, title, row_labels):
-    """A comparison, as path.json and path.png."""
+def write_comparison(path, facts, pictures, row_labels, title):
+    """What race or stages has found, as path.json and path.png."""
     write_file(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
     save_strip(pictures, [""] * len(pictures[0]), path.with_suffix(".png"), title=title,
                row_labels=row_labels)
@@ -242,6 +258,21 @@ def write_rows(path, facts, pictures, title, row_labels):
 
 
 # ---- The command
+
+def choose_classes(args, data, labels, known):
+    """The classes of the samples, [num_images], or None for a model without; args.label becomes what
+    evaluation.json tells of them.
+
+    data: what the checkpoint says.  labels: of the real images.  known: are they classes of the model's own?
+    """
+    if args.stages and known:
+        args.label = "their own"
+        return labels[1][:args.num_images]
+    if args.label is None and known:
+        args.label = "by chance"
+        return labels_like(labels[0], args.num_images, args.seed)
+    return thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
+
 
 def parse(argv):
     parser = Parser(description="Measure a checkpoint's pictures beside real ones.")
@@ -305,15 +336,10 @@ def main(argv=None):
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     if args.stages:
         args.num_images = min(args.num_images, len(held))
-    y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
+    y = choose_classes(args, data, labels, known)
     if min(len(images), len(held)) < FEWEST:
         raise ValueError(f"{len(images)} images and {len(held)} to hold them against: distances need {FEWEST} "
                          "of each; name more with --dataset")
-    if args.stages and known:
-        y, args.label = labels[1][:args.num_images], "their own"
-    elif args.label is None and known:
-        y = labels_like(labels[0], args.num_images, args.seed)
-        args.label = "by chance"                                # so in evaluation.json
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "
@@ -344,34 +370,21 @@ def main(argv=None):
                              batch_size=args.batch_size, device=device, precision=precision)
     shown = to_show(y, min(10, args.num_images))
     if args.race:
-        _, reference = look(classifier, images)
-        rows, pictures = race(draw, reference, classifier, entrants, shown)
-        floor = distance_row(held[:args.num_images], classifier, reference)
-        print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} "
-              f"({min(args.num_images, len(held))} {held_name})")
-        write_rows(output_dir / "race", {"rows": rows, "floor": floor["fd"], **settings}, pictures,
-                   "the same ten noises, every sampler",
-                   [f"{row['sampler']} {row['steps']}\nFD {row['fd']:.3f}, {format_seconds(row['seconds'])}"
-                    for row in rows])
+        found = race(draw, held[:args.num_images], images, classifier, entrants, shown)
+        write_comparison(output_dir / "race", {**found[0], **settings}, *found[1:],
+                         title="the same ten noises, every sampler")
         return
+    draw = functools.partial(draw, sampler=args.sampler, steps=args.steps)
     if args.stages:
-        draw = functools.partial(draw, sampler=args.sampler, steps=args.steps)
-        rows, pictures = stages(draw, held[:args.num_images], images, classifier, ways[-1], shown)
-        print("  differences smaller than the errors say nothing: more --num_images make them smaller")
-        write_rows(output_dir / "stages", {"rows": rows, **settings}, pictures,
-                   "real images, noised to a level and drawn on from there",
-                   ["real", *(f"t = {row['t']}\nsteps: {row['steps']}" for row in rows[1:])])
+        found = stages(draw, held[:args.num_images], images, classifier, ways[-1], shown)
+        write_comparison(output_dir / "stages", {**found[0], **settings}, *found[1:],
+                         title="real images, noised to a level and drawn on from there")
         return
-    drawn = to_uint8(draw(sampler=args.sampler, steps=args.steps)[0])
+    drawn = to_uint8(draw()[0])
     found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held, labels,
                             held_name, classifier, device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
-    copied = found["copies"]
-    print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of "
-          f"the held-out images are ({copied['copied_in_features']:.1%} in features); by chance "
-          f"{copied['copied_by_chance']:.1%} would be\n"
-          f"          {copied['single']:.1%} are less than a third as far from one training image as from "
-          f"any other ({copied['single_held_out']:.1%} of the held-out images)")
+    print_copies(found["copies"])
     losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
     print(f"  loss in ten ranges of t, held-out images: {losses}")
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())
