@@ -163,8 +163,7 @@ def load_originals(args, data, channels):
     return to_signed(images[pick])
 
 
-@command
-def main(argv=None):
+def parse(argv):
     parser = Parser(description="Complete pictures with a model as the judge of what looks real.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
@@ -193,7 +192,12 @@ def main(argv=None):
             raise ValueError(f"--{flag} belongs to --task {task}, not to {args.task}")
     if args.images and args.dataset:
         raise ValueError("--images and --dataset: give one of them")
+    return args
 
+
+@command
+def main(argv=None):
+    args = parse(argv)
     spare([*(args.images or []), *([args.mask] if args.mask else [])],
           *(Path(args.output_dir) / name for name in ("edited.png", "edited_only.png")))
     device = get_device(args.device)

@@ -74,8 +74,7 @@ def draw(model, diffusion, noises, y=None, steps=50, title="sampling", clip=True
     return torch.cat(pictures)
 
 
-@command
-def main(argv=None):
+def parse(argv):
     parser = Parser(description="Walk from one picture to another through the noise they come from.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
@@ -106,14 +105,19 @@ def main(argv=None):
         raise ValueError("--images and --seeds: give one of them")
     if args.label and (args.label == "all" or "," in args.label):
         raise ValueError(f"--label {args.label}: a walk stays within one class")
+    return args
 
+
+@command
+def main(argv=None):
+    args = parse(argv)
     spare(args.images or [], *(Path(args.output_dir) / name for name in ("morph.png", "lerp_slerp.png")))
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint)
     output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
     model, diffusion, data = load_model(args.checkpoint, device)
     size, classes = data["image_size"], data["classes"]
-    y, _ = choose_labels(args.label or ("none" if classes else None), classes, max(args.frames, len(keys)))
+    y, _ = choose_labels(args.label or ("none" if classes else None), classes, args.frames)
     y = None if y is None else y.to(device)
     print(f"device: {describe_device(device, args.device)}; model: {args.checkpoint}, "
           + (f"class {args.label or 'none'}" if classes else "no classes"))
