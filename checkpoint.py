@@ -307,9 +307,11 @@ def take_weights(path, model, name, config, process):
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError(f"{path}: not all of its weights are finite numbers")
         steps = entries["step"] if "step" in entries else entries["card"]["training_steps"]
-        steps += told_of(entries, "started_from").get("steps", 0)
-        origin = {"file": Path(path).name, "digest": drawing_digest(entries), "steps": steps,
-                  "images": told_of(entries).get("images")}
+        before, images = told_of(entries, "started_from"), told_of(entries).get("images")
+        if before and before.get("images") != images:
+            images = None                                   # it, too, began with weights that know others
+        origin = {"file": Path(path).name, "digest": drawing_digest(entries),
+                  "steps": steps + before.get("steps", 0), "images": images}
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a checkpoint to start from ({error!r:.100})") from error
     model.load_state_dict(weights)

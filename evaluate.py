@@ -2,7 +2,7 @@
 
     python evaluate.py                       # outputs/model_final.pt, against what it was trained on
     python evaluate.py --num_images 10000 --sampler dpmpp_2m
-    python evaluate.py --race                # every sampler from 5 calls up: quality and seconds
+    python evaluate.py --race                # the samplers beside one another: quality and seconds
     python evaluate.py --stages              # at which noise levels the distance arises
 
 The distance is the Frechet distance in the features of our own small classifier ("FD, small classifier"): it
@@ -163,19 +163,20 @@ def print_quality(found, floor, count, held_count, held_name):
                        ("agreement", "classifier sees what was asked")):
         if key in found:
             line(title, f"{found[key]:.1%}", f"{floor[key]:.1%}" if key in floor else "")
-    line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
+    if "agreement" in floor:                # else the classifier tells quarter turns, and all images are upright
+        line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
     if abs(found["fd"] - floor["fd"]) < found["fd_error"] + floor["fd_error"]:
         print("  the two distances lie within their errors: only more images can tell them apart")
     print(f"  floor: {held_count} {held_name}, measured in the same way"
           + f"; distances, precision and recall are those of {held_count} samples" * (held_count < count))
 
 
-def print_copies(copied):
+def print_copies(copied, held_name):
     print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of "
-          f"the held-out images are ({copied['copied_in_features']:.1%} in features); by chance "
+          f"the {held_name} are ({copied['copied_in_features']:.1%} in features); by chance "
           f"{copied['copied_by_chance']:.1%} would be\n"
           f"          {copied['single']:.1%} are less than a third as far from one training image as from "
-          f"any other ({copied['single_held_out']:.1%} of the held-out images)")
+          f"any other ({copied['single_held_out']:.1%} of the {held_name})")
 
 
 def to_show(y, count=10):
@@ -198,11 +199,12 @@ def distance_row(drawn, classifier, reference):
     return {"fd": distance, "fd_error": error, "confident": share_sure(probabilities)}
 
 
-def race(draw, held, images, classifier, entrants, shown):
+def race(draw, held, held_name, images, classifier, entrants, shown):
     """The same noises through each (sampler, steps) of `entrants`.
 
-    draw: generate, with all else decided.  held: real images for the floor.  images: the training images.
-    shown: the indices of the pictures to keep.  Returns (facts, a row of pictures each, their labels).
+    draw: generate, with all else decided.  held: real images for the floor, and what they are.
+    images: the training images.  shown: the indices of the pictures to keep.
+    Returns (facts, a row of pictures each, their labels).
     """
     _, reference = look(classifier, images)
     rows, pictures = [], []
@@ -216,7 +218,7 @@ def race(draw, held, images, classifier, entrants, shown):
         tqdm.write(f"  {sampler:<14}{steps:>5} steps   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
                    f"{seconds:8.1f} s")
     floor = distance_row(held, classifier, reference)
-    print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} ({len(held)} real images)")
+    print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} ({len(held)} {held_name})")
     titles = [f"{row['sampler']} {row['steps']}\nFD {row['fd']:.3f}, {format_seconds(row['seconds'])}"
               for row in rows]
     return {"rows": rows, "floor": floor["fd"]}, pictures, titles
@@ -281,7 +283,7 @@ def parse(argv):
     add("--dataset", "what to compare with; default: what the model was trained on", metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--num_images", "samples, and real images for the floor", 2000, type=positive_int)
-    add("--race", "all samplers from the same noises, instead of one", False, action="store_true")
+    add("--race", "several samplers from the same noises, instead of one", False, action="store_true")
     add("--stages", "noise real images little or much and undo it: at which levels samples get worse", False,
         action="store_true")
     add("--seed", "of the samples", 0, type=seed_number)
@@ -301,8 +303,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.num_images < 100:
         raise ValueError(f"--num_images {args.num_images}: fewer than 100 say nothing about a distribution")
-    if args.race and (args.sampler or args.steps or args.eta is not None):
-        raise ValueError("--race takes every sampler as it is: leave out --sampler, --steps and --eta")
+    if args.race and (args.sampler or args.steps or args.spacing or args.eta is not None):
+        raise ValueError("--race takes each sampler as it is: leave out --sampler, --steps, --spacing and --eta")
     if args.stages and (args.race or args.label is not None):
         raise ValueError("--stages takes real images, and their classes: leave out --race and --label")
     if args.num_images > MAX_IMAGES:
@@ -370,9 +372,9 @@ def main(argv=None):
                              batch_size=args.batch_size, device=device, precision=precision)
     shown = to_show(y, min(10, args.num_images))
     if args.race:
-        found = race(draw, held[:args.num_images], images, classifier, entrants, shown)
+        found = race(draw, held[:args.num_images], held_name, images, classifier, entrants, shown)
         write_comparison(output_dir / "race", {**found[0], **settings}, *found[1:],
-                         title="the same ten noises, every sampler")
+                         title="the same ten noises, several samplers")
         return
     draw = functools.partial(draw, sampler=args.sampler, steps=args.steps)
     if args.stages:
@@ -384,9 +386,9 @@ def main(argv=None):
     found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held, labels,
                             held_name, classifier, device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
-    print_copies(found["copies"])
+    print_copies(found["copies"], held_name)
     losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
-    print(f"  loss in ten ranges of t, held-out images: {losses}")
+    print(f"  loss in ten ranges of t, {held_name}: {losses}")
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())
     shown = to_show(None if y is None else y[:len(index)])
     save_nearest(drawn[shown], images, index[shown], output_dir / "nearest.png")

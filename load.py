@@ -142,7 +142,7 @@ def card_recipe(card, T):
 def apply_card(args, data, T, one_sampler=True):
     """Put into `args` what the command line does not name: sampler, weak model, guidance, as the card has them.
 
-    data: what load_model tells.  one_sampler: not where several are compared.
+    data: what load_model tells.  one_sampler: False where several are compared; the card's is then left out.
     ValueError for guidance towards nothing.
     """
     if args.sampler is None and one_sampler:
@@ -150,8 +150,8 @@ def apply_card(args, data, T, one_sampler=True):
         args.spacing = args.spacing or data["spacing"]
         args.eta = data["eta"] if args.eta is None else args.eta
 
-    guided, typed = data["classes"] and args.label != "none", args.weak
-    if data["weak"] and not typed and args.guidance != 1:
+    guided, named = data["classes"] and args.label != "none", args.weak is not None
+    if data["weak"] and not named and args.guidance != 1:
         beside = Path(args.checkpoint).parent / data["weak"]
         if beside.is_file():
             args.weak = str(beside)
@@ -160,9 +160,9 @@ def apply_card(args, data, T, one_sampler=True):
                   "drawing without")
 
     guidance, levels = 1.0, None
-    if typed:
+    if named:
         guidance, levels = WEAK_GUIDANCE, (round(WEAK_FROM * T), T)
-    elif args.weak or guided and not data["weak"]:          # with all that it was measured with
+    elif args.weak or guided and not data["weak"]:          # a card's guidance is worth nothing without its --weak
         guidance, levels = data["guidance"], data["guidance_interval"]
     if args.guidance is not None and not args.weak:     # away from "no class" it may act at all levels
         levels = None

@@ -145,6 +145,8 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
             own_bar.close()
         if len(losses) > before:
             losses[before:] = torch.stack(losses[before:]).tolist()
+    if len(losses) == before:
+        raise ValueError("the dataloader gave no batch: are there fewer images than batch_size?")
     return statistics.fmean(losses[before:])
 
 
@@ -153,12 +155,14 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
     """The loss on images that are not trained on, always at the same timesteps and with the same noise, so
     that two models (of one objective and one clip_loss), or two moments of a training, compare.
 
-    batches: a Batches of all held-out images, whose count is divided evenly over the timesteps.
+    batches: a Batches of all held-out images, whose count is divided evenly over the timesteps; which of them gets
+    which is random, or in a folder with classes each would meet levels of its own.
     """
     images, total, T = batches.num_images, 0.0, diffusion.num_timesteps
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
     for places in torch.arange(images).split(batches.batch_size):
         x_0, y = batches.take(batches.indices[places].to(batches.images.device))
-        t = ((places + 0.5) * T / images).long().to(device)
+        t = ((order[places] + 0.5) * T / images).long().to(device)
         noise = seeded_noise(0, places.tolist(), 0, x_0.shape[1:]).to(device)
         with torch.autocast(t.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             loss = diffusion.training_loss(model, x_0.to(device), y.to(device), t, noise)

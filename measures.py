@@ -73,9 +73,11 @@ def _inside(points, centres, k):
 
 
 def precision_recall(features, reference, k=3):
-    """(precision, recall), each 0 to 1 (Kynkaanniemi et al. 2019, eq. 1 and 2). Precision falls with bad samples,
-    recall with missing variety. Equal numbers of both, please: the first N of the reference are taken."""
-    reference = reference[:len(features)]
+    """(precision, recall), each 0 to 1 (Kynkaanniemi et al. 2019, eq. 1 and 2). Precision falls with bad
+    samples, recall with missing variety. Of a larger reference as many are taken as there are samples, at
+    random: a folder's first ones may be all of one kind."""
+    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))
+    reference = reference[order[:len(features)]]
     return _inside(features, reference, k), _inside(reference, features, k)
 
 
@@ -138,7 +140,10 @@ def nearest_images(images, training, mirrored=False):
             torch.cat([index, indices.gather(0, other[None])]))
 
 
-CLOSEST = 0.005  # the share of the held-out images that lies no farther than the limit for a copy
+def _closest(num_held_out):
+    """Which of the held-out images, counted from the closest one to a training image, is the limit for a copy: one
+    in 200, and of fewer the first."""
+    return 1 + (num_held_out - 1) // 200
 
 
 def copied_share(distances, held_out):
@@ -146,7 +151,7 @@ def copied_share(distances, held_out):
 
     Clearly more than copied_by_chance means that training images were learnt by heart.
     """
-    limit = torch.quantile(held_out, CLOSEST, interpolation="lower")        # one of the distances: see below
+    limit = held_out.kthvalue(_closest(len(held_out))).values
     return float((distances < limit).double().mean())
 
 
@@ -157,7 +162,7 @@ def copied_by_chance(num_held_out):
     The k-th smallest of N draws has k / (N + 1) of its distribution below it on average, whatever that is
     (David & Nagaraja 2003, section 2.1).
     """
-    return (math.floor(CLOSEST * (num_held_out - 1)) + 1) / (num_held_out + 1)
+    return _closest(num_held_out) / (num_held_out + 1)
 
 
 def single_share(distances):

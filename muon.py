@@ -3,7 +3,8 @@
 Adam scales each weight alone; the update of a matrix then is mostly a few strong directions. Muon takes the
 momentum of the whole matrix and makes all of its singular values alike, so that the weak directions learn, too.
 Only for matrices of at least 32 rows and columns, which the inner convolutions and linear layers are. The rest
-goes with Adam, in the same optimizer: biases, norms, the first and the last layer, and a table of few classes.
+goes with Adam, in the same optimizer: biases, norms, a table of few classes, and the first and the last layer
+where the image has fewer channels than that.
 """
 
 import torch
@@ -59,9 +60,11 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(update, alpha=group["lr"])
 
     def _muon(self, p, momentum):
-        average = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-        average.lerp_(p.grad, 1 - momentum)
-        matrix = p.grad.lerp(average, momentum).flatten(1)      # [out, in * height * width]
+        state = self.state[p]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(p)
+        average = state["exp_avg"].lerp_(p.grad, 1 - momentum)
+        matrix = p.grad.lerp(average, momentum).flatten(1)      # [out, in * height * width] of a convolution
         return (0.2 * max(matrix.shape) ** 0.5 * orthogonalized(matrix)).view_as(p)
 
     def _adam(self, p, beta1, beta2, eps):

@@ -18,7 +18,9 @@ MAX_IMAGES = 1_000_000
 
 
 def make_note(args, diffusion, digest, device):
-    """All that decides the pixels, for the PNG: the flags with their defaults filled in, and what else does."""
+    """All that decides the pixels, for the PNG: the flags with their defaults filled in, and what else does. Its
+    command names no checkpoint, as paths differ from machine to machine: the digests do.
+    """
     note = {name: getattr(args, name) for name in RECIPE}
     row = SAMPLERS[args.sampler]
     note["steps"] = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1

@@ -20,10 +20,10 @@ def load_reference(data, data_dir, name=None):
 
     data: what the checkpoint says.  name: another data set instead.
     Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
-    A named set has its test set, here in random order, since the first half of MNIST's is by other writers
-    than the second (LeCun et al. 1998, section III.A). A folder is divided as in the training
-    (--val_fraction); where nothing was held out, a tenth is set aside. It has labels if its classes are those
-    of the model.
+    A named set has its test set. A folder is divided as in the training (--val_fraction); where nothing was held
+    out, a tenth is set aside. It has labels if its classes are those of the model. The held-out images stand in
+    random order, so that the first of them are like all: the first half of MNIST's test set is by other writers
+    than the second (LeCun et al. 1998, section III.A), and a folder begins with the first sub-folder.
     """
     like = dict(image_size=data["image_size"], channels=data.get("channels"))
     chosen = name or data["name"]
@@ -31,8 +31,13 @@ def load_reference(data, data_dir, name=None):
         return folder_reference(data, like, name)
     images, labels = get_dataset(chosen, data_dir, **like)
     held, held_labels = get_dataset(chosen, data_dir, train=False, **like)
-    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+    order = shuffled(len(held))
     return images, held[order], (labels, held_labels[order]), "test images"
+
+
+def shuffled(count):
+    """The numbers 0 to count - 1 in a random order that is always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def folder_reference(data, like, name=None):
@@ -59,6 +64,7 @@ def folder_reference(data, like, name=None):
         what = "images of a folder that has changed since: it was trained on some of them"
     else:                                                       # an older checkpoint has no fingerprints
         what = "held-out images" if share else "images that it was trained on: nothing was held out"
+    aside = aside[shuffled(len(aside))]
     return images[kept], images[aside], None if y is None else (y[kept], y[aside]), what
 
 

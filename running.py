@@ -146,12 +146,18 @@ class Signals:
             raise Stopped(number)
 
     @contextlib.contextmanager
-    def postponed(self):
-        """Let what is inside come to its end before a signal takes effect."""
+    def held(self):
+        """A first signal does nothing to what is inside, but to be remembered."""
         self.holding = True
         try:
             yield
         finally:
             self.holding = False
+
+    @contextlib.contextmanager
+    def postponed(self):
+        """Let what is inside come to its end before a signal takes effect."""
+        with self.held():
+            yield
         if self.came:
             raise Stopped(self.came)

@@ -103,8 +103,8 @@ def choose_labels(text, classes, num_images, first_index=0):
         raise ValueError(f"--label {text}: the model was trained without classes")
     if text == "none":
         return torch.full((num_images,), -1), None
-    labels = []
-    for word in [*map(str, range(len(classes)))] if text == "all" else text.split(","):
+    labels = list(range(len(classes))) if text == "all" else []
+    for word in [] if text == "all" else text.split(","):
         word = word.strip()
         if word in classes:
             labels.append(classes.index(word))
@@ -226,7 +226,6 @@ def parse(argv):
         for name in ("label", "upscale", "guidance_interval"):      # what the picture does not have
             if again.get(name) is None:
                 setattr(args, name, None)
-        torch.set_num_threads(again["threads"])
     if args.dataset and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: give one of them")
     return args, again
@@ -240,16 +239,6 @@ def check_sheet(count, columns, size, upscale):
     if pixels > MAX_SHEET:
         raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} "
                          "million: lower --num_images or --upscale")
-
-
-def check_same_weights(args, again, digest, weak_digest):
-    """Raise ValueError unless the picture of --recreate was made with these weights."""
-    if again["weights"] != digest:
-        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
-                         f"digest {str(again['weights'])[:12]}..., not {digest[:12]}...")
-    if again.get("weak") != weak_digest:
-        raise ValueError(f"{args.recreate} was made " + ("without --weak" if "weak" not in again else
-                         f"with --weak and the checkpoint of digest {str(again['weak'])[:12]}...: name it"))
 
 
 def save_again(images, picture, columns, args, note, again, reference):
@@ -285,6 +274,7 @@ def main(argv=None):
     if again:
         reference = Path(args.recreate).read_bytes()
         spare([args.recreate], picture)
+        torch.set_num_threads(again["threads"])             # with another number sums are taken in another order
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["weights"])
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
@@ -293,14 +283,18 @@ def main(argv=None):
     if args.show_intermediate:
         make_output_dir(output_dir / "generation_frames")
     model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
+    if again and again["weights"] != data["digest"]:
+        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
+                         f"digest {str(again['weights'])[:12]}..., not {data['digest'][:12]}...")
     size = data["image_size"]
     apply_card(args, data, diffusion.num_timesteps)
     y, columns = choose_labels(args.label, data["classes"], args.num_images, args.first_index)
     count = args.num_images if y is None else len(y)
     check_sheet(count, columns, size, args.upscale)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device, args.image_size)
-    if again:
-        check_same_weights(args, again, data["digest"], weak_digest)
+    if again and again.get("weak") != weak_digest:
+        raise ValueError(f"{args.recreate} was made " + ("without --weak" if "weak" not in again else
+                         f"with --weak and the checkpoint of digest {str(again['weak'])[:12]}...: name it"))
     note = make_note(args, diffusion, data["digest"], device)
     if weak_digest:
         note["weak"] = weak_digest

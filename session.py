@@ -71,13 +71,14 @@ class Keeper:
 
     @contextlib.contextmanager
     def saved_if_stopped(self, total_steps):
-        """Whatever stops what is inside, a signal or a full disk: the state is saved before."""
+        """If a signal or an OSError (a full disk) stops what is inside, save the state, and then let it stop."""
         try:
             yield
         except (Stopped, OSError) as stop:
             steps = len(self.state.losses)
             if steps:
-                self._write(LATEST)
+                with self.signals.held():
+                    self._write(LATEST)
                 with contextlib.suppress(OSError):              # the terminal may be gone
                     print(f"{stop} after step {steps} of {total_steps}: saved to {self.folder / LATEST}, "
                           "which sample.py can draw from; the same command with --resume goes on", flush=True)

@@ -9,8 +9,9 @@
     torchrun --nproc_per_node=4 train.py --preset cifar10 # one process for each GPU
 
 Writes into outputs/: samples/epoch_001.png ... (64 images after each epoch), checkpoints/
-model_epoch_005.pt ... (every 5 epochs), training_loss.png and .csv and, at the end, model_final.pt. A run
-that is counted in --steps numbers its files by steps.
+model_epoch_005.pt ... (every 5 epochs), training_loss.png and .csv, model_best.pt (by the loss of held-out
+images, if there are any), model_latest.pt as long as it runs and, at the end, model_final.pt. A run that is
+counted in --steps numbers its files by steps.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir
     if device.type == "cuda" and images.nbytes < torch.cuda.get_device_properties(device).total_memory / 8:
         images = images.to(device)            # then no step waits for a copy
     kept, held = split_held_out(len(images), 0.0 if val_dir else val_fraction, seed)
-    held_out = None                           # or so many at a time as there are pictures in a sheet
+    held_out = None                           # or 64 at a time, as many as make a sheet: see print_cost
     if val_dir:
         held_out = Batches(held_arrays[0], held_arrays[1] if same else None, batch_size=64)
     elif len(held):
@@ -244,7 +245,8 @@ def main(argv=None):
     parser.group("data")
     add("--dataset", DATASET_HELP, metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
-    add("--verify", "look at the data set and stop: exit code 0 if it can be trained on, else 2", False,
+    add("--verify", "look at the data set (MNIST unless --dataset names one) and stop: exit code 0 if it can be "
+        "trained on, else 2", False,
         action="store_true")
     add("--image_size", "height and width in pixels; default: a named set's own, for a folder 64 or the "
         "pictures' common size below that", type=positive_int)
@@ -316,8 +318,8 @@ def main(argv=None):
     add("--num_samples", "pictures drawn while training", 64, type=positive_int)
     add("--sample_every", "epochs between two sets of pictures (default: 1); with --steps, steps (default: a "
         "fifth of them, 200 at least)", type=positive_int)
-    add("--save_every", "epochs between two checkpoints (default: 5); with --steps, steps (default: as well)",
-        type=positive_int)
+    add("--save_every", "epochs between two checkpoints (default: 5); with --steps, steps (default: a fifth of "
+        "them, 200 at least)", type=positive_int)
     settings = parse(parser, argv)
 
     model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}

@@ -18,6 +18,8 @@ def model_defaults(name):
 def create_model(name="simple", **config):
     """Build a network by name: create_model(base_channels=64), or 32 when memory is short.
 
+    add_input=True, the default, suits a network that predicts the noise, which x_t mostly is; one that is to
+    predict "x0" or "v" takes add_input=False, as train.py does.
     Raises ValueError for an unknown name or a setting that the network does not have.
     """
     if name not in MODELS:

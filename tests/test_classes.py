@@ -93,7 +93,7 @@ CLOTHES = ["shirt", "sneaker", "bag"]
     ("bag, shirt", CLOTHES, [2, 2, 2, 2, 0, 0, 0, 0], 4), ("bag,bag", CLOTHES, [2] * 8, 4),
     ("all", CLOTHES, [0, 0, 0, 1, 1, 1, 2, 2, 2], 3),
     ("none", None, None, None),
-    ("3", ["3", "4"], [0] * 7, None)])
+    ("3", ["3", "4"], [0] * 7, None), ("all", ["1", "2"], [0, 0, 0, 0, 1, 1, 1, 1], 4)])
 def test_labels_are_names_or_numbers_and_have_rows_of_their_own(text, classes, labels, columns):
     y, got = choose_labels(text, classes, 7)
     assert (y if y is None else y.tolist()) == labels and got == columns

@@ -165,6 +165,21 @@ def test_held_out_images_of_a_folder_that_has_grown_are_not_called_held_out(tmp_
     assert "trained on some" in load_reference(about, "data")[3]
 
 
+@pytest.mark.parametrize("share", [0.2, 0.0])
+def test_the_first_held_out_images_of_a_folder_are_like_all_of_them(share, tmp_path):
+    """The floor of 100 was that of the first sub-folder alone."""
+    for k, name in enumerate(("dark", "light")):
+        sheets(tmp_path / name, 150, seed=k)
+    about = {"name": str(tmp_path), "image_size": 16, "channels": 1, "classes": ["dark", "light"], "val_fraction": share,
+             "seed": 0}
+    images, held, (_, labels), _ = load_reference(about, "data")
+    half = len(held) // 2
+    assert 0.2 < labels[:half].double().mean() < 0.8 and len(images) + len(held) == 300
+    assert all((held != image).flatten(1).any(1).all() for image in images)
+    _, again, (_, same), _ = load_reference(about, "data")
+    assert torch.equal(held, again) and torch.equal(labels, same)
+
+
 def test_an_average_that_never_begins_is_refused(few_digits, tmp_path, capsys):
     """The model drawn with was then the untrained one."""
     with pytest.raises(ValueError, match="nothing would be averaged"):

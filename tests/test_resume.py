@@ -391,6 +391,8 @@ def test_a_run_remembers_what_it_started_from(whole, finished, tmp_path, capsys)
     assert load_checkpoint(tmp_path / "grandchild" / FINAL)["started_from"]["steps"] == 12 + 4
     out = capsys.readouterr().out
     assert "after 16 steps" in out and "may have seen what is held out" in out
+    start_from(tmp_path / "grandchild" / FINAL, tmp_path / "next", seed=8)      # as the one before, but not the first
+    assert "may have seen what is held out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [FINAL, "checkpoints/model_epoch_002.pt", "link.pt"])
@@ -523,6 +525,23 @@ def test_a_signal_while_the_final_checkpoint_is_written_loses_no_step(whole, tmp
         patch.setattr(session, "save_checkpoint", stopping)
         train(**RUN, output_dir=tmp_path)
     assert load_checkpoint(tmp_path / LATEST)["step"] == 12
+    train(**RUN, output_dir=tmp_path, resume="latest")
+    assert same(files(tmp_path), whole)
+
+
+def test_a_signal_while_the_state_is_saved_after_a_full_disk_does_not_stop_that(whole, tmp_path, monkeypatch):
+    """A closed terminal can give both: an OSError for what is printed, and SIGHUP."""
+    plain = session.save_checkpoint
+
+    def signalled(path, entries):
+        if path.name == LATEST and entries["step"] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(path, entries)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(session, "save_checkpoint", signalled)
+        stop_before(6, patch, OSError(28, "No space left on device"))
+        train(**RUN, output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 6
     train(**RUN, output_dir=tmp_path, resume="latest")
     assert same(files(tmp_path), whole)
 

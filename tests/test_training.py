@@ -247,6 +247,13 @@ def test_drawing_samples_and_measuring_the_speed_change_no_weight(few_digits, tm
     assert equal(with_pictures, weights(train(**settings)[0]))
 
 
+def test_a_dataloader_without_a_batch_is_one_line(tiny_model):
+    few = DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()), batch_size=8, drop_last=True)
+    optimizer = torch.optim.Adam(tiny_model.parameters())
+    with pytest.raises(ValueError, match="no batch"):
+        train_epoch(tiny_model, few, optimizer, DiffusionProcess(), "cpu")
+
+
 def test_measuring_changes_neither_model_nor_data(tiny_model):
     before, batch = weights(tiny_model), (torch.zeros(4, 1, 8, 8), torch.zeros(4).long())
     step, call = measure_seconds(tiny_model, EMA(tiny_model), batch, DiffusionProcess(), (2, 1, 8, 8))
