@@ -136,13 +136,15 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
             "loss_by_timestep": losses, "num_images": len(drawn), "num_held_out": len(held)}, index
 
 
-def seconds_to_measure(classifier, images, num_images, mirrored=False):
-    """How long evaluate will take here, from timing its two longest parts on a few images."""
-    some, count = images[:100], min(num_images, 2000)
-    one_look = measure(lambda: look(classifier, some), torch.device("cpu"))
-    one_search = measure(lambda: nearest_images(some, images), torch.device("cpu"))
-    views = 2 if mirrored else 1
-    return (one_look * (len(images) + 2 * num_images) + one_search * 2 * count * views) / len(some)
+def seconds_to_measure(classifier, images, num_images, sets=1, copies_too=True, mirrored=False):
+    """How long it will take here to measure so many sets of num_images samples, from timing the two longest parts
+    on a few of the training images."""
+    some, looks = images[:100], len(images) + (sets + 1) * num_images       # the one more is the floor's
+    seconds = looks * measure(lambda: look(classifier, some), torch.device("cpu"))
+    if copies_too:                                                          # of samples and held-out images
+        searches = 2 * min(num_images, 2000) * (2 if mirrored else 1)
+        seconds += searches * measure(lambda: nearest_images(some, images), torch.device("cpu"))
+    return seconds / len(some)
 
 
 # ---- Tables and pictures
@@ -163,7 +165,7 @@ def print_quality(found, floor, count, held_count, held_name):
                        ("agreement", "classifier sees what was asked")):
         if key in found:
             line(title, f"{found[key]:.1%}", f"{floor[key]:.1%}" if key in floor else "")
-    if "agreement" in floor:                # else the classifier tells quarter turns, and all images are upright
+    if "agreement" in floor:                    # else the classes are quarter turns, and all images upright
         line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
     if abs(found["fd"] - floor["fd"]) < found["fd_error"] + floor["fd_error"]:
         print("  the two distances lie within their errors: only more images can tell them apart")
@@ -304,7 +306,8 @@ def parse(argv):
     if args.num_images < 100:
         raise ValueError(f"--num_images {args.num_images}: fewer than 100 say nothing about a distribution")
     if args.race and (args.sampler or args.steps or args.spacing or args.eta is not None):
-        raise ValueError("--race takes each sampler as it is: leave out --sampler, --steps, --spacing and --eta")
+        raise ValueError("--race takes each sampler as it is: leave out --sampler, --steps, --eta and "
+                         "--spacing")
     if args.stages and (args.race or args.label is not None):
         raise ValueError("--stages takes real images, and their classes: leave out --race and --label")
     if args.num_images > MAX_IMAGES:
@@ -355,12 +358,11 @@ def main(argv=None):
     calls = sum(model_calls(levels, args.guidance, args.guidance_interval) for levels in ways)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls,
                           device, precision)
-    cost = (f"{args.num_images} images, {calls} calls of the model for each"
-            + guidance_words(args.guidance, args.guidance_interval) + f", about {format_seconds(seconds)} here")
-    if not (args.race or args.stages):
-        seconds = seconds_to_measure(classifier, images, args.num_images, data.get("flip") is True)
-        cost += f", then {format_seconds(seconds)} to measure"
-    print(f"cost: {cost}", flush=True)
+    measuring = seconds_to_measure(classifier, images, args.num_images, len(ways),
+                                   copies_too=not (args.race or args.stages), mirrored=data.get("flip") is True)
+    print(f"cost: {args.num_images} images, {calls} calls of the model for each"
+          + guidance_words(args.guidance, args.guidance_interval)
+          + f", about {format_seconds(seconds)} here, and {format_seconds(measuring)} to measure", flush=True)
 
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("output_dir", "data_dir", "weak")}

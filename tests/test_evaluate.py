@@ -274,7 +274,7 @@ def command(two_shades, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--race", "--sampler", "ddim"], "--race takes every sampler"), (["--race", "--eta", "0"], "--race takes every"),
+    (["--race", "--sampler", "ddim"], "--race takes each sampler"), (["--race", "--eta", "0"], "--race takes each"),
     (["--stages", "--label", "dark"], "--stages takes"), (["--stages", "--race"], "leave out --race"),
     (["--label", "north"], "unknown class 'north'"), (["--steps", "5000"], "5000")])
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(argv, message, command, capsys, monkeypatch):
