@@ -243,8 +243,9 @@ class State:
             if any(type(number) is not int or number < 0 for number in told) or not all(
                     type(loss) is float for loss in self.held_out_losses.values()):
                 raise ValueError("its counts or held-out losses are no numbers")
-            if any(type(group.get(name)) is not type(value) for group in now for name, value in own.items()):
-                raise ValueError("the settings of its optimizer are of another kind")
+            if any(type(group.get("lr")) is not float for group in now) or any(
+                    group.get(name) != value for group in now for name, value in own.items() if name != "lr"):
+                raise ValueError("its optimizer had other settings")
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).removeprefix(str(path)).split())[:200]
             raise ValueError(f"{path} cannot be resumed: {reason}") from error

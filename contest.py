@@ -186,6 +186,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.num_images < 100:
         raise ValueError(f"--num_images {args.num_images}: fewer than 100 say nothing about a distribution")
+    if args.minutes > 10_000:
+        raise ValueError(f"--minutes {args.minutes:g}: at most 10000, a week")
     for name in args.entrants:
         if name in PEERS and not importlib.util.find_spec(PEERS[name]):
             raise ValueError(f"--entrants {name} needs another library: pip install {PEERS[name]}")

@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import load_checkpoint
-from command_line import Parser, command
+from command_line import Parser, command, format_seconds
 from diffusion import OBJECTIVES, seeded_noise
 from images import to_signed, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model
 from measures import copied_share, nearest_images
 from reference import load_reference, same_classes
-from sample import generate
+from sample import generate, seconds_for
 from schedules import SCHEDULES, linear_alpha_bar
 from utils import describe_device, get_device
 
@@ -334,7 +334,10 @@ def main(argv=None):
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     labels = labels[1] if labels is not None and same_classes(data, args.dataset) else None
     print(f"device: {describe_device(device, args.device)}; model: {path}")
-    print(f"data: {args.dataset or data['name']}, {len(images)} images and {len(held)} {held_name}", flush=True)
+    print(f"data: {args.dataset or data['name']}, {len(images)} images and {len(held)} {held_name}")
+    calls = len(diffusion.sampling_levels("ddim")) - 1
+    drawing = seconds_for(average, diffusion, 64, held.shape[-1], 64, calls, device)
+    print(f"cost: about {format_seconds(drawing)} here to draw 64 pictures, the longest part", flush=True)
     losses, settings = entries.get("losses"), entries.get("settings")
     losses = losses.tolist() if torch.is_tensor(losses) and losses.ndim == 1 else []   # else a stranger's
     settings = {**(settings if isinstance(settings, dict) else {}), "started_from": data.get("started_from")}

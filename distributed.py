@@ -18,10 +18,15 @@ from command_line import speaks
 def join(device="auto"):
     """Join the processes that torchrun has started. Returns the device of this one, as a name.
 
-    Only rank 0 goes on printing. Raises ValueError for a device that several processes cannot share.
+    Only rank 0 goes on printing. Raises ValueError for a device that several processes cannot share, or a place
+    that there is not, and OSError where they do not find each other.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return device
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK={rank!r} and WORLD_SIZE={world!r} in the environment are no place among several "
+                         "processes: torchrun sets both, and one process needs neither")
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"several processes run on auto, cuda (a GPU for each) or cpu, not on {device!r}")
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -32,11 +37,14 @@ def join(device="auto"):
     if not dist.is_initialized():
         # The others wait while rank 0 reads a folder or draws pictures: more than the usual ten minutes.
         patience = datetime.timedelta(hours=6)
-        if on_gpu:
-            torch.cuda.set_device(device)     # or all would meet on the first GPU
-            dist.init_process_group("nccl", timeout=patience, device_id=torch.device(device))
-        else:
-            dist.init_process_group("gloo", timeout=patience)
+        try:
+            if on_gpu:
+                torch.cuda.set_device(device)     # or all would meet on the first GPU
+                dist.init_process_group("nccl", timeout=patience, device_id=torch.device(device))
+            else:
+                dist.init_process_group("gloo", timeout=patience)
+        except (RuntimeError, ValueError) as error:         # a port in use, or an address that is not set
+            raise OSError(f"the processes do not find each other: {str(error).splitlines()[0]}") from error
         if not speaks():
             sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return device

@@ -174,7 +174,7 @@ def parse(argv):
     add("--num_images", "how many test images", 16, type=positive_int)
     add("--task", "what to undo", "inpaint", choices=list(TASKS))
     add("--mask", f"inpaint: what to draw anew, of {', '.join(SIDES)}, or a picture that is white where all "
-        "stays; default: lower")
+        "stays and black where the hole is; default: lower")
     add("--factor", "upscale: from blocks of so many by so many pixels; default: 4", type=positive_int)
     add("--label", "the class to draw, as a number or name; default: none")
     add("--steps", "steps from noise to picture", 50, type=positive_int)
@@ -192,6 +192,8 @@ def parse(argv):
             raise ValueError(f"--{flag} belongs to --task {task}, not to {args.task}")
     if args.images and args.dataset:
         raise ValueError("--images and --dataset: give one of them")
+    if args.num_images > 1000:
+        raise ValueError(f"--num_images {args.num_images}: at most 1000, as all are mended at once")
     return args
 
 
@@ -245,7 +247,8 @@ def main(argv=None):
     save_strip([pictures[:count].cpu() for pictures in rows.values()], [""] * count, output_dir / "edited.png",
                row_labels=list(rows))
     save_images(ours.cpu(), output_dir / "edited_only.png", note={"made_from": f"{args.task} of real pictures"})
-    print(f"wrote {output_dir / 'edited.png'}\nwrote {output_dir / 'edited_only.png'}")
+    print(f"wrote {output_dir / 'edited.png'}" + f", the first {count}" * (count < len(originals))
+          + f"\nwrote {output_dir / 'edited_only.png'}, all {len(originals)} answers")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from classifier import get_classifier, look
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval,
                           make_output_dir, positive_int, seed_number)
+from data import keep_apart
 from diffusion import SAMPLERS, model_calls
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, apply_card, find_model, load_model, load_weak
@@ -323,6 +324,7 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png",
                                  "race.json", "race.png", "stages.json", "stages.png")
     model, diffusion, data = load_model(args.checkpoint, device)
+    keep_apart(args.dataset or data["name"], output_dir)
     known = same_classes(data, args.dataset)
     if args.stages and not known:
         args.label = "none"
@@ -344,7 +346,7 @@ def main(argv=None):
     y = choose_classes(args, data, labels, known)
     if min(len(images), len(held)) < FEWEST:
         raise ValueError(f"{len(images)} images and {len(held)} to hold them against: distances need {FEWEST} "
-                         "of each; name more with --dataset")
+                         "of each; name more with --dataset, or train with a larger --val_fraction")
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "

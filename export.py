@@ -53,6 +53,8 @@ def export(checkpoint, output, evaluation=None, **card):
 
 def read_evaluation(path, checkpoint, digest):
     """What a card tells of evaluate.py's results. ValueError for another checkpoint's, or another file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(2, "No such file", str(path))
     try:
         found = json.loads(Path(path).read_text())
         measured, samples = found["digest"], found["samples"]

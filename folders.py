@@ -117,7 +117,8 @@ def read_picture(path, name, image_size, fit="crop", channels=None):
     except MemoryError:
         raise
     except Exception as error:                # a damaged file makes PIL raise nearly anything
-        reason = " ".join(str(error).replace(repr(str(path)), "").split())
+        words = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "")
+        reason = " ".join(words.split())
         return Picture(name, reason or type(error).__name__)
 
 
@@ -225,7 +226,8 @@ def _decode(folder, files, image_size, fit, channels, out=None):
     shape = (len(files), 1 if channels == 1 else 3, image_size, image_size)
     if out is None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
-        processes = int(os.environ.get("WORLD_SIZE", 1))              # each of torchrun's reads for itself
+        world = os.environ.get("WORLD_SIZE", "")
+        processes = max(1, int(world)) if world.isdecimal() else 1      # each of torchrun's reads for itself
         if np.prod(shape, dtype=float) > memory / 2 / processes:
             raise ValueError(f"{folder}: {len(files)} images of {image_size}x{image_size} need "
                              f"{np.prod(shape, dtype=float) / 1e9:.0f} GB, more than half of the memory; "
@@ -359,7 +361,9 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
     _section("duplicates", [f"{used[i].name} = {used[k].name}"
                             for i, k in find_duplicates(digests)])
     outside = [p.name for p in used if with_labels and len(Path(p.name).parts) < 2]
-    if outside:
+    if with_labels and not outside:
+        print(f"classes: {_counts(Path(p.name).parts[0] for p in used)}")
+    elif outside:
         _section("without a class (no sub-folder), so that --labels cannot be trained with", outside)
     print(f"other files, ignored: {others}")
     if used:

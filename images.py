@@ -4,6 +4,7 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import matplotlib.backends.backend_agg  # noqa: F401: else at the first plot, where a signal may break it
 import numpy as np
@@ -68,7 +69,9 @@ def png_bytes(pixels, upscale=1, note=None):
 
 
 def read_note(path):
-    """The note in a PNG that we wrote. Raises ValueError if there is none."""
+    """The note in a PNG that we wrote. Raises ValueError if there is none, FileNotFoundError without a file."""
+    if not Path(path).is_file():                # a pipe would let one wait for ever
+        raise FileNotFoundError(2, "No such file", str(path))
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             note = json.loads(picture.text[NOTE])

@@ -44,6 +44,7 @@ def slerp(a, b, share):
 
 
 MAX_GIF = 1_000_000_000  # pixels, three bytes each while it is made
+MAX_FRAMES = 10_000
 POOR = 20  # dB: below it a picture that went to its noise and back is another one to the eye
 BATCH = 64  # pictures at a time
 PATHS = {"lerp": lerp, "slerp": slerp}
@@ -98,9 +99,11 @@ def parse(argv):
                          f"and {args.frames}")
     if args.frames < len(keys) or args.compare and len(keys) != 2:
         raise ValueError(f"{len(keys)} key frames need as many frames, and --compare draws between two")
-    if args.size > 4096 or args.frames * args.size**2 > MAX_GIF or not 0.1 <= args.fps <= 50:
-        raise ValueError(f"at most 4096 pixels, {MAX_GIF / 1e6:.0f} million of them in all frames, and 0.1 to 50 "
-                         f"frames a second; got {args.size}, {args.frames} frames and {args.fps:g}")
+    if (not 16 <= args.size <= 4096 or args.frames > MAX_FRAMES or args.frames * args.size**2 > MAX_GIF
+            or not 0.1 <= args.fps <= 50):
+        raise ValueError(f"16 to 4096 pixels, {MAX_FRAMES} frames at most, {MAX_GIF / 1e6:.0f} million pixels in all "
+                         f"of them, and 0.1 to 50 frames a second; got {args.size}, {args.frames} frames and "
+                         f"{args.fps:g}")
     if args.images and args.seeds != parser.get_default("seeds"):
         raise ValueError("--images and --seeds: give one of them")
     if args.label and (args.label == "all" or "," in args.label):
@@ -123,9 +126,11 @@ def main(argv=None):
           + (f"class {args.label or 'none'}" if classes else "no classes"))
     diffusion.timesteps(args.steps)                         # refuses too many
     count = 2 * min(args.frames, 9) if args.compare else args.frames
-    seconds = seconds_for(model, diffusion, count, size, 64, args.steps, device)
-    print(f"cost: {count} pictures, {args.steps} calls of the model for each, about {format_seconds(seconds)} here"
-          + ", and for the way to their noise three times as many calls" * bool(args.images), flush=True)
+    there_and_back = 4 * len(args.images or [])             # to the noise each step takes three calls
+    seconds = seconds_for(model, diffusion, count + there_and_back, size, 64, args.steps, device)
+    print(f"cost: {count} pictures, {args.steps} calls of the model for each, "
+          + "and four times as many for each of yours, " * bool(args.images)
+          + f"about {format_seconds(seconds)} here", flush=True)
     shape = (model.image_channels, size, size)
     if args.images:
         real = load_pictures(args.images, size, model.image_channels).to(device)
@@ -133,8 +138,9 @@ def main(argv=None):
         back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps,
                     clip=diffusion.clip_loss)
         likeness = psnr(back, real)
-        print(f"to their noise and back: PSNR {likeness:.1f} dB; more --steps lose less"
-              + ". The walk will begin and end at pictures that are only like them" * (likeness < POOR))
+        print(f"to their noise and back: PSNR {likeness:.1f} dB; " + (
+            "more --steps lose less" if likeness >= POOR else "the walk will begin and end at pictures that are only "
+            f"like them. Was {args.checkpoint} trained on pictures of that kind?"))
     else:
         noises = torch.cat([seeded_noise(seed, [0], 0, shape) for seed in args.seeds]).to(device)
 
@@ -151,8 +157,8 @@ def main(argv=None):
     frames = [Image.fromarray(picture.permute(1, 2, 0).expand(-1, -1, 3).numpy()).resize(
         (args.size, args.size), Image.NEAREST) for picture in to_uint8(pictures)]
     seconds = 1 / args.fps
-    save_images(pictures, output_dir / "morph.png")
     save_gif(frames, output_dir / "morph.gif", seconds, seconds if args.loop else 2.0)
+    save_images(pictures, output_dir / "morph.png")
     for name in ("morph.gif", "morph.png"):
         print(f"wrote {output_dir / name}")
     print(f"{len(frames)} frames, {format_seconds(len(frames) * seconds)}")

@@ -16,7 +16,7 @@ from models import create_model, model_defaults
 from schedules import SPACINGS
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
-OWN = "outputs/model_final.pt"
+OWN, UNFINISHED = "outputs/model_final.pt", "outputs/model_latest.pt"
 WEAK_GUIDANCE, WEAK_FROM = 3.0, 0.3  # by --weak, at the noisier levels: from this share of T on
 CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
 
@@ -46,7 +46,8 @@ def find_model(checkpoint=None, dataset=None, made_with=None, images=None):
         return PRETRAINED / f"{dataset}.pt"
     if checkpoint is None and not Path(OWN).exists() and "mnist" in shipped:
         name = images if images in datasets else "mnist"
-        print(f"no {OWN} yet: taking the weights that are shipped, pretrained/{name}.pt")
+        print(f"no {OWN} yet: taking the weights that are shipped, pretrained/{name}.pt"
+              + f" ({UNFINISHED} is a run that was not finished: --checkpoint takes it)" * Path(UNFINISHED).exists())
         return PRETRAINED / f"{name}.pt"
     checkpoint = checkpoint or OWN
     if not Path(checkpoint).exists():

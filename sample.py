@@ -106,12 +106,13 @@ def choose_labels(text, classes, num_images, first_index=0):
     labels = list(range(len(classes))) if text == "all" else []
     for word in [] if text == "all" else text.split(","):
         word = word.strip()
+        numbers = {} if any(name.isdecimal() for name in classes) else {str(k): k for k in range(len(classes))}
         if word in classes:
             labels.append(classes.index(word))
-        elif word.isdecimal() and int(word) < len(classes):
-            labels.append(int(word))
+        elif word in numbers:
+            labels.append(numbers[word])
         else:
-            names = [f"{k} ({name})" if name != str(k) else name for k, name in enumerate(classes)]
+            names = [f"{k} ({name})" for name, k in zip(classes, numbers.values())] or classes
             raise ValueError(f"unknown class {word!r}; choose from all, none, {', '.join(names)}")
     if len(labels) == 1:
         return torch.full((num_images,), labels[0]), None

@@ -80,8 +80,9 @@ class Keeper:
                 with self.signals.held():
                     self._write(LATEST)
                 with contextlib.suppress(OSError):              # the terminal may be gone
-                    print(f"{stop} after step {steps} of {total_steps}: saved to {self.folder / LATEST}, "
-                          "which sample.py can draw from; the same command with --resume goes on", flush=True)
+                    print(f"{stop} after step {steps} of {total_steps}: saved to {self.folder / LATEST}; the "
+                          "same command with --resume goes on, and python sample.py --checkpoint "
+                          f"{self.folder / LATEST} draws from it", flush=True)
                 stop.told = isinstance(stop, Stopped)
             raise
 
@@ -96,6 +97,10 @@ def restore(state, origin, facts, plan):
         advice += " (a rate that falls to zero cannot be prolonged: --start_from learns on, in a run of its own)"
     for part in ("settings", "model_config", "diffusion_config"):
         check_settings(origin, saved.get(part), facts[part], advice)
+    classes = [entries["data"].get("classes") for entries in (saved, facts)]
+    if classes[0] != classes[1]:
+        raise ValueError(f"{origin} belongs to a run with other classes ({classes[0]!r:.200} then, "
+                         f"{classes[1]!r:.200} now)")
     facts["started_from"] = saved.get("started_from")
     state.restore(origin, saved)
     if len(state.losses) > plan.total_steps:

@@ -19,6 +19,7 @@ import contextlib
 import functools
 import math
 import sys
+import textwrap
 import time
 
 import torch
@@ -28,7 +29,7 @@ import distributed
 from checkpoint import State, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, spare, whole_number)
-from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset,
+from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, keep_apart,
                   split_held_out, verify_dataset)
 from diffusion import OBJECTIVES, DiffusionProcess
 from folders import FITS
@@ -148,14 +149,17 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     device_asked, device = device, get_device(distributed.join(device))
     rank, world = distributed.place()
     precision, precision_reason = get_precision(precision, device)
+    for name in (dataset_name, val_dir):
+        keep_apart(name, output_dir)
     output_dir = make_output_dir(output_dir, FINAL, LATEST, BEST, "training_loss.png", "training_loss.csv")
     make_output_dir(output_dir / "samples")
     make_output_dir(output_dir / "checkpoints")
     with (Signals(ignore=rank > 0) as signals,
           only_run(output_dir) if rank == 0 else contextlib.nullcontext()):
         origin, same_run = find_checkpoint(output_dir, resume, overwrite)
-        if origin:
-            start_from = None           # a run that goes on has its weights in its own checkpoint
+        if origin and start_from:
+            print(f"a run that goes on has weights of its own: {start_from} plays no part any more")
+            start_from = None
         elif start_from:
             spare([start_from], *run_files(output_dir))
         dataset_name, classes, batches, held_out = load_batches(
@@ -192,7 +196,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         print(f"precision: {precision_reason}; samples are drawn in float32")
         print(f"data: {dataset_name}, {batches.num_images} images of {channels}x{image_size}x{image_size}"
               + (f", {held_out.num_images} held out" if held_out else "")
-              + (f", {len(classes)} classes" if classes else "")
+              + (f", {len(classes)} classes ({textwrap.shorten(', '.join(classes), 100)})" if classes else "")
               + f"; model: {count_parameters(model):,} parameters")
         if origin:
             restore(state, origin, facts, plan)
@@ -325,6 +329,7 @@ def main(argv=None):
     model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
     model_config = {flag: value for flag, value in model_config.items() if value is not None}
     if settings.pop("verify"):
+        keep_apart(settings["dataset"], settings["output_dir"])
         with torch.device("meta"):
             multiple = create_model(settings["model"], **model_config).multiple
         usable = verify_dataset(

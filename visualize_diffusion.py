@@ -26,7 +26,7 @@ from tqdm import tqdm
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number,
                           whole_number)
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
-from data import DATASETS, DATASET_HELP, class_names, get_dataset, get_default_dataset
+from data import DATASETS, DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
 from evaluate import loss_by_timestep
 from figures import (one_step_figure, schedule_table, schedules_figure, solvers_figure, step_rows,
@@ -233,8 +233,10 @@ def epochs_figure(run, path, image_size, count, columns=8):
         try:
             with Image.open(sheet, formats=["PNG"]) as picture:
                 pixels = torch.from_numpy(np.array(picture.convert("RGB"))[::scale, ::scale]).permute(2, 0, 1)
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images") from error
+        except MemoryError:
+            raise
+        except Exception as error:              # PIL raises nearly anything for a damaged file
+            raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images, or damaged") from error
         if pixels.shape[1:] == (image_size, image_size):    # one alone has no border
             pixels = torch.nn.functional.pad(pixels, (2, 2, 2, 2))
         if pixels.shape[2] % cell != 2 or pixels.shape[1] % cell != 2:
@@ -429,6 +431,7 @@ def main(argv=None):
         raise ValueError(f"--num_images {args.num_images}: at most 64 in a figure")
 
     device = get_device(args.device)
+    keep_apart(args.dataset, args.output_dir)
     output_dir = make_output_dir(args.output_dir, *(FIGURES[name].file for name in names))
     loaded = load(args, device) if args.figure == "explore" or FIGURES[args.figure].needs == "model" else None
     for name in names:

@@ -262,9 +262,10 @@ def test_verify_refuses_a_folder_with_nothing_to_train_on(tmp_path, capsys):
 
 
 def test_verify_names_a_size_that_the_network_takes(tmp_path, capsys):
-    Image.new("L", (60, 60)).save(tmp_path / "a.png")
+    (tmp_path / "in").mkdir()
+    Image.new("L", (60, 60)).save(tmp_path / "in" / "a.png")
     for flags, code in (([], 0), (["--preset", "fabrics_laptop"], 2)):
-        got, said = verify(capsys, tmp_path, tmp_path / "out", "--image_size", "60", *flags)
+        got, said = verify(capsys, tmp_path / "in", tmp_path / "out", "--image_size", "60", *flags)
         assert got == code and ("multiples of 8: train with --image_size 64" in said) == bool(code)
 
 

@@ -34,6 +34,7 @@ from running import Signals, Stopped
 from sample import choose_labels
 from test_commands import fails
 from test_figures import write_model
+from train import main as train_main
 from train import train
 
 TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, device="cpu", precision="float32", num_samples=4)
@@ -368,6 +369,65 @@ def test_a_picture_that_rests_too_long_is_one_line(tmp_path):
         save_gif(frames, tmp_path / "long.gif", seconds=10)
 
 
+@pytest.mark.parametrize("rank, world", [("5", "1"), ("-1", "2"), ("0", "0"), ("0", "x"), ("", "")])
+def test_a_place_that_there_is_not_is_one_line(rank, world, few_digits, tmp_path, monkeypatch, capsys):
+    """RANK=5 of 1 waited for six hours; WORLD_SIZE=0 divided the memory by zero."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(SystemExit) as exit_:
+        train_main(["--dataset", "synthetic_digits", "--output_dir", str(tmp_path)])
+    assert exit_.value.code == 2 and "no place among several processes" in capsys.readouterr().err
+    assert len(folders.load_folder(sheets(tmp_path / "in", 6))[0]) == 6
+
+
+def test_an_error_is_told_also_where_RANK_is_set_without_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for torchrun, told in (("", True), ("1", False)):
+        if torchrun:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", torchrun)
+        with pytest.raises(SystemExit):
+            sample.main(["--label", "no such class"])
+        assert ("unknown class" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("dataset, output", [
+    ("run/samples", "run"), ("in", "in"), ("in", "in/out"), ("run/samples/more", "run"), ("run/checkpoints", "run")])
+@pytest.mark.parametrize("flag", ["--dataset", "--val_dir", "--verify"])
+def test_a_run_keeps_apart_from_the_images_that_it_learns_from(flag, dataset, output, tmp_path, capsys):
+    """Six pictures called samples/epoch_001.png and so on, the data set, were deleted as those of an earlier run."""
+    folder = sheets(tmp_path / dataset, 6)
+    for k, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"epoch_{k:03d}.png")
+    other = ["--dataset", "synthetic_digits"] if flag == "--val_dir" else []
+    with pytest.raises(SystemExit) as exit_:
+        train_main([*other, "--dataset" if flag == "--verify" else flag, str(folder), *["--verify"] * (
+            flag == "--verify"), "--steps", "2", "--output_dir", str(tmp_path / output)])
+    assert exit_.value.code == 2 and "are not apart" in capsys.readouterr().err
+    assert len(list(folder.iterdir())) == 6
+    data.keep_apart(str(folder), tmp_path / "elsewhere")
+    data.keep_apart("mnist", "mnist/out")                               # a name and no folder
+
+
+def test_a_class_with_another_name_is_another_run(tmp_path):
+    for name in ("cat", "dog"):
+        sheets(tmp_path / "in" / name, 8)
+    settings = dict(TINY, dataset_name=str(tmp_path / "in"), labels=True, output_dir=tmp_path / "out", batch_size=4)
+    train(**settings, num_epochs=1)
+    (tmp_path / "in" / "cat").rename(tmp_path / "in" / "bat")
+    with pytest.raises(ValueError, match=r"other classes \(\['cat', 'dog'\] then, \['bat', 'dog'\] now"):
+        train(**settings, num_epochs=2, resume="latest")
+
+
+def test_classes_that_are_called_by_numbers_are_asked_for_by_their_names():
+    """The error offered "0 (1), 1 (2)", and --label 1 then drew the first."""
+    assert choose_labels("2", ["1", "2", "3"], 4)[0].tolist() == [1] * 4
+    with pytest.raises(ValueError, match="choose from all, none, 1, 2, 3$"):
+        choose_labels("0", ["1", "2", "3"], 4)
+    with pytest.raises(ValueError, match="choose from all, none, 0 .cat., 1 .dog.$"):
+        choose_labels("9" * 5000, ["cat", "dog"], 4)
+
+
 def test_a_rank_without_a_world_still_speaks(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -377,9 +437,11 @@ def test_a_rank_without_a_world_still_speaks(monkeypatch):
 def test_altered_counts_of_a_checkpoint_are_refused(few_digits, tmp_path):
     train(**few_digits, **TINY, steps=2, output_dir=tmp_path / "run")
     entries = checkpoint.load_checkpoint(tmp_path / "run" / "model_final.pt")
-    group = {**entries["optimizer"]["param_groups"][0], "eps": "x"}
+    groups = [{**entries["optimizer"]["param_groups"][0], **changed} for changed in (
+        {"eps": "x"}, {"amsgrad": True}, {"betas": (0.9,)}, {"maximize": True}, {"weight_decay": -1.0}, {"lr": "x"})]
+    spoilt = [{"optimizer": {**entries["optimizer"], "param_groups": [group]}} for group in groups]
     for change in ({"ema_updates": "x"}, {"ema_updates": -10}, {"reported": "x"}, {"held_out_losses": None},
-                   {"held_out_losses": {1: "x"}}, {"optimizer": {**entries["optimizer"], "param_groups": [group]}}):
+                   {"held_out_losses": {1: "x"}}, *spoilt):
         checkpoint.save_checkpoint(tmp_path / "bad.pt", {**entries, **change})
         with pytest.raises(ValueError, match="cannot be resumed"):
             train(**few_digits, **TINY, steps=2, resume=str(tmp_path / "bad.pt"), output_dir=tmp_path / "other")

@@ -212,8 +212,8 @@ def test_the_held_out_loss_of_simple_predictors_is_known(tiny_model):
         signal, noise = diffusion._weights(t)
         return (x_t - signal * to_signed(images[first:first + 16])) / noise
     assert held_out_loss(zero, batches, diffusion, "cpu") == pytest.approx(1.0, abs=0.05)
-    seen = torch.cat(seen).tolist()
-    assert sorted(seen) == [10 + 20 * k for k in range(50)] and seen != sorted(seen)     # evenly over 0..999
+    met = torch.cat(seen).tolist()
+    assert sorted(met) == [10 + 20 * k for k in range(50)] and met != sorted(met)       # evenly over 0..999
     assert held_out_loss(perfect, batches, diffusion, "cpu") == pytest.approx(0.0, abs=1e-6)
     assert held_out_loss(tiny_model, batches, diffusion, "cpu") == held_out_loss(tiny_model, batches, diffusion, "cpu")
 
@@ -230,9 +230,10 @@ def test_the_best_weights_by_the_held_out_loss_are_kept(few_digits, tmp_path, mo
 
 
 def test_held_out_images_can_come_from_a_folder(few_digits, tmp_path):
+    (tmp_path / "in").mkdir()
     for k in range(5):
-        Image.new("RGB", (40, 30), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
-    train(**few_digits, **TINY, val_dir=str(tmp_path), num_epochs=1, output_dir=tmp_path / "out")
+        Image.new("RGB", (40, 30), (40 * k, 0, 0)).save(tmp_path / "in" / f"{k}.png")
+    train(**few_digits, **TINY, val_dir=str(tmp_path / "in"), num_epochs=1, output_dir=tmp_path / "out")
     assert len(load_checkpoint(tmp_path / "out" / "model_best.pt")["held_out_losses"]) == 1
 
 
