@@ -12,7 +12,8 @@ from pathlib import Path
 from utils import keep_memory, write_file
 
 
-FULL = "out of memory|t allocate memory|size calculation overflowed|could not create a primitive"  # torch's words
+# What torch says of a full memory.
+FULL = "out of memory|t allocate memory|size calculation overflowed|could not create a primitive"
 
 
 def speaks():
@@ -56,7 +57,7 @@ def command(main):
             sys.exit(128 + getattr(stop, "number", signal.SIGINT))
         if not speaks() and mine:
             message = f"process {os.environ['RANK']}: {message}"
-        if speaks() or mine or "TORCHELASTIC_RUN_ID" not in os.environ:     # else torchrun's first process tells it
+        if speaks() or mine or "TORCHELASTIC_RUN_ID" not in os.environ:     # torchrun's first process tells it
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     return wrapped

@@ -122,8 +122,8 @@ def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None,
 
 
 def keep_apart(name, output_dir):
-    """Raise ValueError where results would be written into a folder of images, or a run be replaced that it is part
-    of: what is written would be an image of it, or take the place of one.
+    """Raise ValueError where results would be written into a folder of images, or a run be replaced that it is
+    part of: what is written would be an image of it, or take the place of one.
 
     name: what --dataset names, or None.
     """
@@ -132,8 +132,8 @@ def keep_apart(name, output_dir):
     folder, output = Path(name).resolve(), Path(output_dir).resolve()
     above = [folder, *folder.parents]
     if folder in [output, *output.parents] or output / "samples" in above or output / "checkpoints" in above:
-        raise ValueError(f"--output_dir {output_dir} and the images of {name} are not apart: what is written there "
-                         "would count as images, or replace some. Give another --output_dir")
+        raise ValueError(f"--output_dir {output_dir} and the images of {name} are not apart: what is written "
+                         "there would count as images, or replace some. Give another --output_dir")
 
 
 # ---- torchvision's sets

@@ -101,9 +101,9 @@ def parse(argv):
         raise ValueError(f"{len(keys)} key frames need as many frames, and --compare draws between two")
     if (not 16 <= args.size <= 4096 or args.frames > MAX_FRAMES or args.frames * args.size**2 > MAX_GIF
             or not 0.1 <= args.fps <= 50):
-        raise ValueError(f"16 to 4096 pixels, {MAX_FRAMES} frames at most, {MAX_GIF / 1e6:.0f} million pixels in all "
-                         f"of them, and 0.1 to 50 frames a second; got {args.size}, {args.frames} frames and "
-                         f"{args.fps:g}")
+        raise ValueError(f"16 to 4096 pixels, {MAX_FRAMES} frames at most, {MAX_GIF / 1e6:.0f} million pixels in "
+                         f"all of them, and 0.1 to 50 frames a second; got {args.size}, {args.frames} frames "
+                         f"and {args.fps:g}")
     if args.images and args.seeds != parser.get_default("seeds"):
         raise ValueError("--images and --seeds: give one of them")
     if args.label and (args.label == "all" or "," in args.label):
@@ -139,8 +139,8 @@ def main(argv=None):
                     clip=diffusion.clip_loss)
         likeness = psnr(back, real)
         print(f"to their noise and back: PSNR {likeness:.1f} dB; " + (
-            "more --steps lose less" if likeness >= POOR else "the walk will begin and end at pictures that are only "
-            f"like them. Was {args.checkpoint} trained on pictures of that kind?"))
+            "more --steps lose less" if likeness >= POOR else "the walk will begin and end at pictures that are "
+            f"only like them. Was {args.checkpoint} trained on pictures of that kind?"))
     else:
         noises = torch.cat([seeded_noise(seed, [0], 0, shape) for seed in args.seeds]).to(device)
 

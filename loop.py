@@ -155,8 +155,8 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
     """The loss on images that are not trained on, always at the same timesteps and with the same noise, so
     that two models (of one objective and one clip_loss), or two moments of a training, compare.
 
-    batches: a Batches of all held-out images, whose count is divided evenly over the timesteps; which of them gets
-    which is random, or in a folder with classes each would meet levels of its own.
+    batches: a Batches of all held-out images, whose count is divided evenly over the timesteps; which of them
+    gets which is random, or in a folder with classes each would meet levels of its own.
     """
     images, total, T = batches.num_images, 0.0, diffusion.num_timesteps
     order = torch.randperm(images, generator=torch.Generator().manual_seed(0))

@@ -141,8 +141,8 @@ def nearest_images(images, training, mirrored=False):
 
 
 def _closest(num_held_out):
-    """Which of the held-out images, counted from the closest one to a training image, is the limit for a copy: one
-    in 200, and of fewer the first."""
+    """Which of the held-out images, counted from the closest one to a training image, is the limit for a copy:
+    one in 200, and of fewer the first."""
     return 1 + (num_held_out - 1) // 200
 
 

@@ -20,10 +20,11 @@ def load_reference(data, data_dir, name=None):
 
     data: what the checkpoint says.  name: another data set instead.
     Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
-    A named set has its test set. A folder is divided as in the training (--val_fraction); where nothing was held
-    out, a tenth is set aside. It has labels if its classes are those of the model. The held-out images stand in
-    random order, so that the first of them are like all: the first half of MNIST's test set is by other writers
-    than the second (LeCun et al. 1998, section III.A), and a folder begins with the first sub-folder.
+    A named set has its test set. A folder is divided as in the training (--val_fraction); where nothing was
+    held out, a tenth is set aside. It has labels if its classes are those of the model. The held-out images
+    stand in random order, so that the first of them are like all: the first half of MNIST's test set is by
+    other writers than the second (LeCun et al. 1998, section III.A), and a folder begins with the first
+    sub-folder.
     """
     like = dict(image_size=data["image_size"], channels=data.get("channels"))
     chosen = name or data["name"]

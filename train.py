@@ -249,9 +249,8 @@ def main(argv=None):
     parser.group("data")
     add("--dataset", DATASET_HELP, metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
-    add("--verify", "look at the data set (MNIST unless --dataset names one) and stop: exit code 0 if it can be "
-        "trained on, else 2", False,
-        action="store_true")
+    add("--verify", "look at the data set (MNIST unless --dataset names one) and stop: exit code 0 if it can "
+        "be trained on, else 2", False, action="store_true")
     add("--image_size", "height and width in pixels; default: a named set's own, for a folder 64 or the "
         "pictures' common size below that", type=positive_int)
     add("--channels", "1 for grey, 3 for colour; default: as the data are", type=int, choices=(1, 3))
