@@ -98,6 +98,8 @@ def load_model(path, device="cpu", ema=True, image_size=None):
             raise ValueError(f"{len(data['classes'])} names for {model.num_classes} classes")
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
+        if "allocate memory" in reason:
+            raise                                           # that is no fault of the file
         raise ValueError(f"{path}: its weights and settings do not fit together ({reason})") from error
     return model.to(device).eval().requires_grad_(False), diffusion, data
 

@@ -116,7 +116,11 @@ class Stopped(KeyboardInterrupt):
 
 class Signals:
     """While it is entered, the signals of STOPS raise Stopped; one more, a second or more later, ends the
-    process at once."""
+    process at once.
+
+    ignore: for all but the first of several processes. They go on until the first one parts from them; what that
+    raises then is Stopped, too.
+    """
 
     def __init__(self, ignore=False):
         self.ignore, self.came, self.since, self.holding, self.before = ignore, None, 0.0, False, {}
@@ -129,12 +133,17 @@ class Signals:
                     self.before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.ignore and self.came and isinstance(error, RuntimeError):
+            stop = Stopped(self.came)
+            stop.told = True
+            raise stop from error
 
     def _handle(self, number, frame):
         if self.ignore:
+            self.came = number
             return
         if self.came:
             if time.monotonic() - self.since < 1:
@@ -159,5 +168,5 @@ class Signals:
         """Let what is inside come to its end before a signal takes effect."""
         with self.held():
             yield
-        if self.came:
+        if self.came and not self.ignore:
             raise Stopped(self.came)

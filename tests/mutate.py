@@ -222,6 +222,8 @@ EDITS = [
     Edit("an error told by nobody", "command_line.py", 'or "TORCHELASTIC_RUN_ID" not in os.environ', "", "hostile"),
     Edit("numbers before names of classes", "sample.py", "if any(name.isdecimal() for name in classes)", "if False",
          "hostile"),
+    Edit("the other processes end in a traceback", "running.py", "if self.ignore and self.came and isinstance",
+         "if False and isinstance", "hostile"),
     Edit("a signal breaks the last save", "session.py", "with self.signals.held():", "if True:", "resume"),
     Edit("fewer of the last label", "sample.py", "y[torch.arange(count) * len(y) // count]", "y[:count]", "classes"),
     Edit("as many fives as ones", "evaluate.py", "if args.label is None and known:", "if False:", "evaluate"),

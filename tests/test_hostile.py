@@ -428,6 +428,18 @@ def test_classes_that_are_called_by_numbers_are_asked_for_by_their_names():
         choose_labels("9" * 5000, ["cat", "dog"], 4)
 
 
+def test_the_other_processes_leave_quietly_when_the_first_has_stopped():
+    """They printed a traceback: connection closed by peer."""
+    with pytest.raises(Stopped) as stop, Signals(ignore=True) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        with signals.postponed():
+            pass                                                        # nothing stops here
+        raise RuntimeError("Connection closed by peer")
+    assert stop.value.told and stop.value.number == signal.SIGTERM
+    with pytest.raises(RuntimeError), Signals(ignore=True):             # no signal came: a fault of ours
+        raise RuntimeError("Connection closed by peer")
+
+
 def test_a_rank_without_a_world_still_speaks(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
