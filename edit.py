@@ -247,8 +247,9 @@ def main(argv=None):
     save_strip([pictures[:count].cpu() for pictures in rows.values()], [""] * count, output_dir / "edited.png",
                row_labels=list(rows))
     save_images(ours.cpu(), output_dir / "edited_only.png", note={"made_from": f"{args.task} of real pictures"})
-    print(f"wrote {output_dir / 'edited.png'}" + f", the first {count}" * (count < len(originals))
-          + f"\nwrote {output_dir / 'edited_only.png'}, all {len(originals)} answers")
+    more = count < len(originals)
+    print(f"wrote {output_dir / 'edited.png'}" + f", the first {count}" * more
+          + f"\nwrote {output_dir / 'edited_only.png'}" + ", all of the answers" * more)
 
 
 if __name__ == "__main__":
