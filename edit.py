@@ -36,7 +36,7 @@ from images import save_images, save_strip, to_signed
 from load import CHECKPOINT_HELP, find_model, load_model
 from measures import psnr
 from sample import choose_labels, seconds_for, thinned
-from utils import describe_device, get_device
+from utils import describe_device, get_device, shuffled
 
 
 # ---- What was measured, and back
@@ -159,7 +159,7 @@ def load_originals(args, data, channels):
     else:
         images, _ = get_dataset(name, args.data_dir, train=False, image_size=size, channels=channels)
     # The same ones whatever --seed is: it asks for another answer, not for another question.
-    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:args.num_images]
+    pick = shuffled(len(images))[:args.num_images]
     return to_signed(images[pick])
 
 

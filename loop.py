@@ -18,7 +18,7 @@ import distributed
 from command_line import speaks
 from diffusion import seeded_noise
 from muon import Muon
-from utils import get_timesteps, measure, seed_step
+from utils import get_timesteps, measure, seed_step, shuffled
 
 OPTIMIZERS = {"adam": functools.partial(torch.optim.Adam, fused=True),
               "adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
@@ -159,7 +159,7 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
     gets which is random, or in a folder with classes each would meet levels of its own.
     """
     images, total, T = batches.num_images, 0.0, diffusion.num_timesteps
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
+    order = shuffled(images)
     for places in torch.arange(images).split(batches.batch_size):
         x_0, y = batches.take(batches.indices[places].to(batches.images.device))
         t = ((order[places] + 0.5) * T / images).long().to(device)

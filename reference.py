@@ -6,6 +6,7 @@
 import torch
 
 from data import DATASETS, Batches, class_names, get_dataset, split_held_out
+from utils import shuffled
 
 FEWEST = 5  # images, or precision and recall have no neighbours to look at
 
@@ -34,11 +35,6 @@ def load_reference(data, data_dir, name=None):
     held, held_labels = get_dataset(chosen, data_dir, train=False, **like)
     order = shuffled(len(held))
     return images, held[order], (labels, held_labels[order]), "test images"
-
-
-def shuffled(count):
-    """The numbers 0 to count - 1 in a random order that is always the same."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def folder_reference(data, like, name=None):

@@ -84,6 +84,11 @@ def seed_step(seed, step):
     torch.manual_seed(int(state[0]))
 
 
+def shuffled(count):
+    """The numbers 0 to count - 1 in a random order that is always the same: [count]."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
 DENSITIES = ("uniform", "logit_normal", "quadratic")
 
 

@@ -204,7 +204,7 @@ EDITS = [
          "diagnose"),
     Edit("classes in exact shares", "reference.py", "labels[torch.randint(len(labels), (count,), generator=",
          "labels.sort().values[torch.linspace(0, len(labels) - 1, count).long()][torch.randperm(count, generator=", "evaluate"),
-    Edit("a floor of the test set's first images", "reference.py",
+    Edit("a floor of the test set's first images", "utils.py",
          "return torch.randperm(count, generator=torch.Generator().manual_seed(0))", "return torch.arange(count)",
          "evaluate"),
     Edit("a folder's floor of its first images", "reference.py", "aside = aside[shuffled(len(aside))]", "pass",
