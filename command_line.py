@@ -9,7 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from utils import keep_memory, write_file
+from files import write_file
+from utils import keep_memory
 
 
 # What torch says of a full memory.

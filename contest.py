@@ -30,6 +30,7 @@ from command_line import (Parser, command, format_seconds, make_output_dir, posi
 from data import Batches
 from diffusion import DiffusionProcess
 from evaluate import distance_row
+from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import load_model
 from loop import measure_seconds
@@ -37,7 +38,7 @@ from presets import PRESETS
 from reference import load_reference
 from sample import generate
 from train import ARGUMENTS, train
-from utils import EMA, count_parameters, describe_device, get_device, get_precision, write_file
+from utils import EMA, count_parameters, describe_device, get_device, get_precision
 
 STEPS = 50  # of DDIM, for all
 

@@ -142,3 +142,21 @@ def timestep_loss_figure(edges, losses, names, path, title=None):
     lowest, highest = mesh.get_clim()
     bar.ax.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if highest < 10 * lowest else NullFormatter())
     save_figure(figure, path)
+
+
+def predictors_figure(edges, errors, path, title=None):
+    """Bars in groups, one group for each range of t and in it a bar for each answer (predictors.py).
+
+    errors: {answer: an error for each range}.
+    """
+    figure, ((axes,),) = new_figure(9, 4)
+    width = 0.8 / len(errors)
+    for k, ((name, row), colour) in enumerate(zip(errors.items(), (*COLOURS, "#999999"))):
+        places = np.arange(len(row)) + (k - (len(errors) - 1) / 2) * width
+        bars = axes.bar(places, row, 0.9 * width, color=colour, label=name)
+        axes.bar_label(bars, [f"{value:.2f}" for value in row], fontsize=7, padding=1)
+    axes.set_xticks(range(len(edges) - 1), [f"t = {low} to {high - 1}" for low, high in zip(edges, edges[1:])])
+    axes.set_ylabel("mean squared error")
+    axes.set_title(title, fontsize=10.5)
+    axes.legend(frameon=False, ncols=len(errors), loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=9)
+    save_figure(figure, path)

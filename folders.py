@@ -23,9 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from command_line import speaks
+from files import write_file
 from images import save_images, to_signed
-from utils import write_file
 
+UNREAD = "cannot be read at this time"  # the file may be good
 IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 FITS = ("crop", "stretch")
 MAX_PIXELS = 50_000_000
@@ -117,8 +118,9 @@ def read_picture(path, name, image_size, fit="crop", channels=None):
     except MemoryError:
         raise
     except Exception as error:                # a damaged file makes PIL raise nearly anything
-        words = getattr(error, "strerror", None) or str(error).replace(repr(str(path)), "")
-        reason = " ".join(words.split())
+        if isinstance(error, OSError) and error.errno:
+            return Picture(name, f"{UNREAD}: {error.strerror}")
+        reason = " ".join(str(error).replace(repr(str(path)), "").split())
         return Picture(name, reason or type(error).__name__)
 
 
@@ -284,6 +286,8 @@ def _cached(cache_dir, folder, files, image_size, fit, channels):
         finally:
             for leftover in (part, Path(f"{part}2")):
                 leftover.unlink(missing_ok=True)
+        if any(f": {UNREAD}" in problem for problem in problems):       # next time the disk may be well again
+            return torch.from_numpy(np.load(pixels, mmap_mode="c")), names, problems
         write_file(notes, json.dumps(dict(names=names, problems=problems)).encode())
         print(f"wrote {pixels} ({pixels.stat().st_size / 1e6:.0f} MB)")
     try:
@@ -299,8 +303,11 @@ def _cached(cache_dir, folder, files, image_size, fit, channels):
 
 # ---- A look at a data set before training
 
-def _counts(values):
-    return ", ".join(f"{value} ({count})" for value, count in Counter(values).most_common(8))
+def _counts(values, most=8):
+    """The commonest values and how often each is there."""
+    counts = Counter(values).most_common()
+    return (", ".join(f"{value} ({count})" for value, count in counts[:most])
+            + f" and {len(counts) - most} more" * (len(counts) > most))
 
 
 def _section(title, lines):
@@ -361,14 +368,18 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
     _section("duplicates", [f"{used[i].name} = {used[k].name}"
                             for i, k in find_duplicates(digests)])
     outside = [p.name for p in used if with_labels and len(Path(p.name).parts) < 2]
+    bare = []
     if with_labels and not outside:
-        print(f"classes: {_counts(Path(p.name).parts[0] for p in used)}")
+        counts = Counter(Path(p.name).parts[0] for p in used)
+        print("classes: " + ", ".join(f"{name} ({counts[name]})" for name in class_folders(folder)))
+        bare = [name for name in class_folders(folder) if not counts[name]]
+        _section("classes without a usable image, so that --labels cannot be trained with", bare)
     elif outside:
         _section("without a class (no sub-folder), so that --labels cannot be trained with", outside)
     print(f"other files, ignored: {others}")
     if used:
         save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet)
-    return bool(used) and not outside and fits(image_size, multiple)
+    return bool(used) and not outside and not bare and fits(image_size, multiple)
 
 
 def fits(image_size, multiple):

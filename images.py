@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from utils import write_file
+from files import write_file
 
 
 # Colours that stay apart for the colour-blind too (Okabe & Ito 2008), each with a line of its own.
@@ -100,7 +100,9 @@ def save_images(images, path, columns=None, padding=2, upscale=None, note=None):
 def save_gif(pictures, path, seconds=0.12, last_seconds=2.0):
     """Save PIL images as a GIF that loops, resting on the last one."""
     buffer = io.BytesIO()
-    durations = [int(1000 * seconds)] * (len(pictures) - 1) + [int(1000 * last_seconds)]
+    # A GIF counts in hundredths of a second: each frame ends at the hundredth nearest to its time.
+    ends = [round(100 * seconds * k) for k in range(len(pictures))]
+    durations = [10 * (end - start) for start, end in zip(ends, ends[1:])] + [int(1000 * last_seconds)]
     try:
         pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations,
                          loop=0)

@@ -18,6 +18,7 @@ from checkpoint import digest_of
 from diffusion import DiffusionProcess
 from schedules import MAX_TIMESTEPS
 
+UNKNOWN = "unknown"  # the data set that such a model was trained on
 UNKNOWN_SIZE = 64  # denoising-diffusion-pytorch does not write down the size of its images
 MAX_SIZE = 4096
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}  # diffusers' words for our objectives
@@ -30,9 +31,9 @@ class Foreign(nn.Module):
 
     num_classes = None
 
-    def __init__(self, network, image_channels):
+    def __init__(self, network, image_channels, multiple):
         super().__init__()
-        self.network, self.image_channels = network, image_channels
+        self.network, self.image_channels, self.multiple = network, image_channels, multiple
 
     def forward(self, x_t, t, y=None):
         out = self.network(x_t, t)
@@ -61,8 +62,8 @@ def load_foreign(path, entries=None, image_size=None):
     if type(size) is not int or not 4 <= size <= MAX_SIZE or size % multiple:
         raise ValueError(f"{path}: it makes square images of a size from 4 to {MAX_SIZE}, a multiple of "
                          f"{multiple}, not {str(size)[:40]}")
-    model = Foreign(network, channels).eval().requires_grad_(False)
-    return model, diffusion, {"name": "unknown", "image_size": size, "channels": channels, "classes": None,
+    model = Foreign(network, channels, multiple).eval().requires_grad_(False)
+    return model, diffusion, {"name": UNKNOWN, "image_size": size, "channels": channels, "classes": None,
                               "digest": digest}
 
 

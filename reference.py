@@ -6,6 +6,7 @@
 import torch
 
 from data import DATASETS, Batches, class_names, get_dataset, split_held_out
+from interop import UNKNOWN
 from utils import shuffled
 
 FEWEST = 5  # images, or precision and recall have no neighbours to look at
@@ -16,35 +17,44 @@ def same_classes(data, name=None):
     return bool(data["classes"]) and data["classes"] == class_names(name or data["name"], True)
 
 
+def chosen_name(data, name=None):
+    """`name`, or the data set that the model was trained on. ValueError if nobody knows it."""
+    if not name and data["name"] == UNKNOWN:
+        raise ValueError("the checkpoint does not tell what it was trained on: name it with --dataset")
+    return name or data["name"]
+
+
 def load_reference(data, data_dir, name=None):
     """The images that a model was trained on, and others like them.
 
     data: what the checkpoint says.  name: another data set instead.
     Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
-    A named set has its test set. A folder is divided as in the training (--val_fraction); where nothing was
-    held out, a tenth is set aside. It has labels if its classes are those of the model. The held-out images
-    stand in random order, so that the first of them are like all: the first half of MNIST's test set is by
-    other writers than the second (LeCun et al. 1998, section III.A), and a folder begins with the first
-    sub-folder.
+    A named set has its test set. To a folder belongs the --val_dir of the training, or it is divided as then
+    (--val_fraction); where nothing was held out, a tenth is set aside. It has labels if its classes are those
+    of the model. The held-out images stand in random order, so that the first of them are like all: the first
+    half of MNIST's test set is by other writers than the second (LeCun et al. 1998, section III.A), and a
+    folder begins with the first sub-folder.
     """
     like = dict(image_size=data["image_size"], channels=data.get("channels"))
-    chosen = name or data["name"]
+    chosen = chosen_name(data, name)
     if chosen not in DATASETS:
-        return folder_reference(data, like, name)
+        return folder_reference(data, data_dir, like, name)
     images, labels = get_dataset(chosen, data_dir, **like)
     held, held_labels = get_dataset(chosen, data_dir, train=False, **like)
     order = shuffled(len(held))
     return images, held[order], (labels, held_labels[order]), "test images"
 
 
-def folder_reference(data, like, name=None):
+def folder_reference(data, data_dir, like, name=None):
     """load_reference of a folder. The phrase follows from the fingerprints that the training has left."""
-    images, y = get_dataset(name or data["name"], with_labels=same_classes(data, name),
-                            fit="stretch" if data.get("fit") == "stretch" else "crop", **like)
+    like["fit"] = "stretch" if data.get("fit") == "stretch" else "crop"
+    images, y = get_dataset(name or data["name"], with_labels=same_classes(data, name), **like)
     share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
     if type(share) not in (int, float) or not 0 <= share < 1 or type(seed) is not int or seed < 0:
         raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, "
                          f"seed {seed!r:.40}")
+    if data.get("val_dir") and data.get("images") == Batches(images, y).fingerprint():
+        return images, *others(data, data_dir, like, y)
     kept, aside = split_held_out(len(images), share or min(0.5, max(0.1, FEWEST / len(images))), seed)
     trained_on, held_out = data.get("images"), data.get("held_out")
     if share and held_out == Batches(images, y, indices=aside).fingerprint():
@@ -63,6 +73,21 @@ def folder_reference(data, like, name=None):
         what = "held-out images" if share else "images that it was trained on: nothing was held out"
     aside = aside[shuffled(len(aside))]
     return images[kept], images[aside], None if y is None else (y[kept], y[aside]), what
+
+
+def others(data, data_dir, like, y):
+    """(images, labels, a phrase) of the --val_dir of a training. y: labels of its own images, or None."""
+    name = str(data["val_dir"])
+    same = y is not None and same_classes(data, name)
+    try:
+        held, held_y = get_dataset(name, data_dir, train=False, with_labels=same, **like)
+    except ValueError as error:
+        raise ValueError(f"the held-out images of the training, --val_dir {name}: {error}") from error
+    order = shuffled(len(held))
+    if y is not None:
+        y = y, held_y[order] if same else torch.full((len(held),), -1)
+    known = data.get("held_out") == Batches(held, held_y if same else None).fingerprint()
+    return held[order], y, f"images of {name}" + ("" if known else ", which has changed since")
 
 
 def labels_like(labels, count, seed=0):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from files import write_file
 import interop
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval, make_output_dir,
                           positive_int, seed_number, spare, whole_number)
@@ -26,7 +27,7 @@ from load import (CHECKPOINT_HELP, WEAK_FROM, WEAK_GUIDANCE, apply_card, find_mo
                   load_weak)
 from recipe import MAX_IMAGES, as_flags, compare, make_note, read_recipe
 from schedules import SPACINGS
-from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
+from utils import PRECISIONS, describe_device, get_device, get_precision, measure
 
 MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
 

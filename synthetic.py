@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from command_line import Parser, command, make_output_dir, seed_number
+from command_line import Parser, command, make_output_dir, seed_number, speaks
 from images import save_images
 
 # The ways of writing each digit: (how common, path). A path is "x,y" points in a box of about
@@ -342,7 +342,7 @@ def fabrics(n: int = 10_000, seed: int = 0):
     check_arguments(n, seed)
     labels = np.arange(n) % len(FABRIC_FAMILIES)
     images = np.empty((n, 3, 64, 64), np.uint8)
-    for i in tqdm(range(n), desc="drawing fabrics", unit="image", disable=n < 2000):
+    for i in tqdm(range(n), desc="drawing fabrics", unit="image", disable=n < 2000 or not speaks()):
         images[i] = cloth(np.random.default_rng([seed, i]), FAMILIES[FABRIC_FAMILIES[labels[i]]])
     return torch.from_numpy(images), torch.from_numpy(labels)
 

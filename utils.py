@@ -1,17 +1,15 @@
-"""Device and precision, seeds, the averaged copy of a model, files written whole, what things cost.
+"""Device and precision, seeds, the averaged copy of a model, what things cost.
 """
 
-import contextlib
 import copy
 import ctypes
-import errno
-import os
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+
+from images import plot_losses, save_images  # noqa: F401: where many look for them
 
 try:
     import resource
@@ -145,33 +143,6 @@ class EMA:
         for average, value in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(value)
         self.updates += 1
-
-
-# ---- Files
-
-def write_file(path, data):
-    """Write bytes so that the file is either the old one or wholly the new one, never half of it.
-    Raises OSError, also for a device or a pipe, which would become a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise OSError(errno.EEXIST, "neither a file nor a new name", str(path))
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)          # a full disk does not say whose file it was
-        raise
-    if os.name == "posix":              # the new name, too, has to reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):                      # some file systems cannot do this
-            os.fsync(folder)
-        os.close(folder)
 
 
 # ---- What it costs

@@ -5,6 +5,7 @@
     python visualize_diffusion.py --figure schedules          # what each schedule keeps, with a table
     python visualize_diffusion.py --figure solvers            # samplers against the exact answer
     python visualize_diffusion.py --figure reverse            # a trained model undoes the noise
+    python visualize_diffusion.py --figure predictors         # its errors, beside those of simple answers
     python visualize_diffusion.py --figure loss_by_timestep   # where a training in outputs/ got better
     python visualize_diffusion.py --figure explore            # forward, steps, seeds and reverse in one go
 
@@ -29,10 +30,14 @@ from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_li
 from data import DATASETS, DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
 from evaluate import loss_by_timestep
-from figures import (one_step_figure, schedule_table, schedules_figure, solvers_figure, step_rows,
-                     timestep_loss_figure)
+from figures import (one_step_figure, predictors_figure, schedule_table, schedules_figure, solvers_figure,
+                     step_rows, timestep_loss_figure)
+from folders import IMAGE_SUFFIXES, class_folders
 from images import as_text, plot_losses, save_gif, save_strip, to_signed
 from load import CHECKPOINT_HELP, find_model, load_model
+from predictors import predictor_errors, predictor_lines
+from reference import chosen_name, load_reference, same_classes
+from running import NUMBERED
 from sample import choose_labels, draw_frame, generate, guidance_words, save_generation_strip, seconds_for
 from schedules import SCHEDULES, SPACINGS, nearest_levels
 from utils import describe_device, get_device
@@ -55,6 +60,7 @@ FIGURES = {
     "epochs":    Row("epochs.png", 6, "run", "the samples of a run, epoch after epoch"),
     "loss":      Row("loss.png", 0, "run", "its loss"),
     "loss_by_timestep": Row("loss_by_timestep.png", 256, "run", "that at each noise level"),
+    "predictors": Row("predictors.png", 256, "model", "what it takes for noise, beside simple answers"),
     "dataset":   Row("dataset.png", 10, "data", "what a data set holds"),
     "solvers":   Row("solvers.png", 0, "", "errors of the samplers where the exact answer is known"),
 }
@@ -103,6 +109,12 @@ def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0,
     labels = [f"t = {t}\n" + r"$\bar\alpha$ " + (f"{share:.4f}" if share > 1e-3 else f"{share:.0e}")
               for t, share in zip(timesteps, shares)]
     save_strip(torch.stack(columns, dim=1), labels, path, title=title)
+
+
+def holds_classes(folder, most=20):
+    """Is every image of the folder in one of a few sub-folders, as --labels wants it?"""
+    loose = any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(folder).iterdir())
+    return not loose and 2 <= len(class_folders(folder)) <= most
 
 
 def dataset_figure(images, labels, names, path, columns=10, seed=0, title=None):
@@ -218,7 +230,9 @@ def spread_out(items, most):
 
 
 def found_in(run, pattern, what):
-    paths = sorted(Path(run).glob(pattern), key=lambda path: (len(path.name), path.name))    # 9 before 10
+    paths = [path for path in Path(run).glob(pattern) if "[0-9]" not in pattern
+             or NUMBERED.fullmatch(path.name)]
+    paths.sort(key=lambda path: (len(path.name), path.name))                                # 9 before 10
     if not paths:
         raise ValueError(f"no {what} in {run}; name a folder that train.py wrote with --run")
     return paths
@@ -268,21 +282,23 @@ def loss_figure(run, path):
 def draw_from_data(name, args, path, loaded=None):
     """loaded: a model whose process and data are to be shown; by default those of the flags."""
     diffusion = loaded[1] if loaded else DiffusionProcess(args.num_timesteps, args.schedule)
-    default = TIMESTEPS.get(args.figure, FORWARD_TIMESTEPS)
-    timesteps = choose_timesteps(args.timesteps, default, diffusion.num_timesteps)
     if loaded:
         dataset, images, labels = images_of(loaded[2], args)
     elif args.dataset is None:
         dataset, images, labels = get_default_dataset(args.data_dir, image_size=args.image_size)
     else:
         dataset = args.dataset
-        images, labels = get_dataset(dataset, args.data_dir, image_size=args.image_size)
+        sorted_in_folders = name == "dataset" and dataset not in DATASETS and holds_classes(dataset)
+        images, labels = get_dataset(dataset, args.data_dir, image_size=args.image_size,
+                                     with_labels=sorted_in_folders)
     count = args.num_images or FIGURES[name].count
     if name == "dataset":
         shape = "x".join(map(str, images.shape[1:]))
-        dataset_figure(images, labels, class_names(dataset), path, count, args.seed,
+        dataset_figure(images, labels, class_names(dataset, labels is not None), path, count, args.seed,
                        title=f"{as_text(Path(dataset).name)}: {len(images):,} images of {shape}")
     else:
+        timesteps = choose_timesteps(args.timesteps, TIMESTEPS.get(args.figure, FORWARD_TIMESTEPS),
+                                     diffusion.num_timesteps)
         pick = different_ones(labels, len(images), args.seed)[:count]
         schedule = "the model's own" if loaded else args.schedule
         forward_figure(images[pick], diffusion, path, timesteps, args.seed,
@@ -290,11 +306,27 @@ def draw_from_data(name, args, path, loaded=None):
     return [path]
 
 
-def images_of(data, args, **settings):
-    """(name, images, labels) of what a model was trained on, or of --dataset, in the model's own size."""
-    name = args.dataset or data["name"]
-    shape = dict(image_size=data["image_size"], channels=data["channels"])
-    return name, *get_dataset(name, args.data_dir, **shape, **settings)
+def name_of(data, args):
+    """--dataset, or what the model was trained on; synthetic digits in place of an MNIST that cannot be had."""
+    if args.dataset or data["name"] != "mnist":
+        return chosen_name(data, args.dataset)
+    return get_default_dataset(args.data_dir)[0]
+
+
+def images_of(data, args):
+    """(name, images, labels) of what a model was trained on, or of --dataset, as the model takes them."""
+    name = name_of(data, args)
+    return name, *get_dataset(name, args.data_dir, image_size=data["image_size"], channels=data["channels"],
+                              fit="stretch" if data.get("fit") == "stretch" else "crop",
+                              with_labels=same_classes(data, name))
+
+
+def unseen(data, args):
+    """(name, images, labels or None, what they are): images that the model was not trained on, where there are
+    any, in random order. The labels are those of its own classes, or of a named set."""
+    name = name_of(data, args)
+    _, held, labels, kind = load_reference(data, args.data_dir, None if name == data["name"] else name)
+    return name, held, labels[1] if labels and (labels[1] >= 0).all() else None, kind
 
 
 def draw_from_formulas(name, args, path):
@@ -318,6 +350,8 @@ def draw_from_formulas(name, args, path):
 
 
 def draw_from_model(name, args, path, loaded):
+    if name == "predictors":
+        return draw_predictors(args, path, *loaded)
     model, diffusion, data, device = loaded
     T, size, count = diffusion.num_timesteps, data["image_size"], args.num_images or FIGURES[name].count
     y, _ = choose_labels(args.label, data["classes"], count)
@@ -355,6 +389,22 @@ def draw_from_model(name, args, path, loaded):
     return [path]
 
 
+def some_unseen(data, args, count, device):
+    """(x_0, y or None, "256 test images of mnist")"""
+    dataset, images, labels, kind = unseen(data, args)
+    known = labels is not None and same_classes(data, dataset)
+    x_0 = to_signed(images[:count]).to(device)
+    return x_0, labels[:count].to(device) if known else None, f"{len(x_0)} {kind} of {as_text(dataset)}"
+
+
+def draw_predictors(args, path, model, diffusion, data, device):
+    x_0, y, which = some_unseen(data, args, args.num_images or FIGURES["predictors"].count, device)
+    edges, errors = predictor_errors(diffusion, x_0, model, y, seed=args.seed)
+    print(f"mean squared error of the predicted noise, {which}", *predictor_lines(edges, errors), sep="\n")
+    predictors_figure(edges, errors, path, f"error of the predicted noise, {which}")
+    return [path]
+
+
 def draw_from_run(name, args, path, device):
     if name == "loss":
         loss_figure(args.run, path)
@@ -369,9 +419,7 @@ def draw_from_run(name, args, path, device):
         epochs_figure(args.run, path, data["image_size"], count)
         return [path]
     files = spread_out(files, 24)
-    dataset, images, labels = images_of(data, args, train=False)
-    x_0 = to_signed(images[:count]).to(device)
-    y = labels[:count].to(device) if data["classes"] and data["classes"] == class_names(dataset) else None
+    x_0, y, which = some_unseen(data, args, count, device)
     calls = TIMESTEP_BINS * len(files)
     cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64, calls, device))
     print(f"{len(files)} checkpoints, {len(x_0)} images at {TIMESTEP_BINS} noise levels each, about {cost} here",
@@ -381,9 +429,8 @@ def draw_from_run(name, args, path, device):
         model, diffusion, _ = load_model(file, device)
         edges, column = loss_by_timestep(model, diffusion, x_0, y, TIMESTEP_BINS, args.seed)
         losses.append(column)
-    kind = "test images" if dataset in DATASETS else "images"
     timestep_loss_figure(edges, losses, [when(file) for file in files], path,
-                         f"loss at each noise level, {len(x_0)} {kind} of {as_text(dataset)}")
+                         f"loss at each noise level, {which}")
     return [path]
 
 
@@ -412,7 +459,8 @@ def main(argv=None):
     add("--image_size", "resize to this many pixels", type=positive_int)
     add("--schedule", "how alpha_bar falls, in forward and solvers", "linear", choices=sorted(SCHEDULES))
     add("--num_timesteps", "T in forward, schedules and solvers", 1000, type=positive_int)
-    add("--checkpoint", f"the model of reverse, one_step, steps, seeds and explore: {CHECKPOINT_HELP}")
+    add("--checkpoint", "the model of reverse, one_step, steps, seeds, predictors and explore: "
+        + CHECKPOINT_HELP)
     add("--sampler", "how to step down; one_step takes ddpm", "ddim", choices=sorted(SAMPLERS))
     add("--steps", "model calls; default: the sampler's own number", type=positive_int)
     add("--label", "the class to draw, as in sample.py; default: each class in turn, if the model knows any")
@@ -427,7 +475,7 @@ def main(argv=None):
         if len(values) > most or len(set(values)) < len(values):
             raise ValueError(f"--{flag} takes up to {most} numbers, each once; got {len(values)}: "
                              f"{' '.join(map(str, values[:most + 1]))}")
-    if (args.num_images or 1) > 64 and args.figure != "loss_by_timestep":
+    if (args.num_images or 1) > 64 and args.figure not in ("loss_by_timestep", "predictors"):
         raise ValueError(f"--num_images {args.num_images}: at most 64 in a figure")
 
     device = get_device(args.device)

@@ -33,7 +33,7 @@ from load import CHECKPOINT_HELP, find_model, load_model
 from models import MODELS, create_model
 from sample import choose_labels, seconds_for
 from utils import describe_device, get_device
-from visualize_diffusion import choose_timesteps, images_of
+from visualize_diffusion import choose_timesteps, unseen
 
 
 class Row(NamedTuple):
@@ -331,7 +331,7 @@ def draw_from_model(name, args, path, device):
 def draw_features(args, path, device):
     model, diffusion, data, _ = load(args, device)
     timesteps = choose_timesteps(args.timesteps, FIGURES["features"].timesteps, diffusion.num_timesteps)
-    dataset, images, labels = images_of(data, args, train=False)
+    dataset, images, labels, _ = unseen(data, args)
     count = min(args.num_images, len(images))
     if count < 4:
         raise ValueError(f"--num_images {args.num_images}: {count} images make no map; 4 or more")
@@ -349,8 +349,8 @@ def draw_features(args, path, device):
     features = {t: bottleneck_features(model, diffusion, images[pick], t, seed=args.seed, flatten=args.flatten)
                 for t in tqdm(timesteps, desc="noise levels")}
     title = f"the bottleneck's features of {count} pictures: {type(model).__name__}, {as_text(dataset)}"
-    names = class_names(dataset)
-    labels = labels[pick] if labels is not None and names else None
+    names = None if labels is None else class_names(dataset, True)
+    labels = None if labels is None else labels[pick]
     print(*features_figure(features, labels, names and [*map(as_text, names)], path, project, title), sep="\n")
 
 

@@ -163,6 +163,8 @@ EDITS = [
          "nearest_levels(visited, timesteps)), frames[-1]]", "nearest_levels(visited, timesteps)), frames[-2]]", "figures"),
     Edit("the exact denoiser without its spread", "convergence.py",
          "math.log(weight / std_t) - away**2 / 2", "math.log(weight) - away**2 / 2", "figures"),
+    Edit("the noise that a model sees, off by the image", "predictors.py",
+         "alpha_bar.sqrt().to(x_t) * x_0", "x_0", "figures"),
     Edit("Frechet: the cross term once", "measures.py", "- 2 * cross)", "- cross)", "evaluate"),
     Edit("Frechet: no means", "measures.py", "(mean_a - mean_b).square().sum() + cov_a", "cov_a", "evaluate"),
     Edit("KID counts pairs with themselves", "measures.py",

@@ -1,5 +1,6 @@
 """The three commands as a user meets them: what they write, and one clear line for every mistake."""
 
+import importlib
 import math
 import pickle
 import re
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+from files import write_file
 import plan
 import sample
 import train
@@ -23,7 +25,6 @@ from conftest import ROOT
 from diffusion import SAMPLERS, DiffusionProcess
 from images import image_grid, save_images, to_uint8
 from models import create_model
-from utils import write_file
 
 
 @pytest.fixture
@@ -376,9 +377,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(checkpoint, tmp
 
 def test_imports_run_one_way():
     """A file knows only files of the lines above its own; train and sample do not know each other (README)."""
-    storeys = ("models muon measures schedules utils", "command_line diffusion images",
-               "checkpoint convergence distributed folders inside plan running synthetic",
-               "data figures interop loop presets recipe", "classifier load reference session", "train",
+    storeys = ("files models muon measures schedules", "images", "utils", "command_line diffusion",
+               "checkpoint convergence distributed folders inside plan predictors synthetic",
+               "data figures interop loop presets recipe running", "classifier load reference session", "train",
                "export sample", "benchmark evaluate interpolate",
                "contest diagnose edit visualize_diffusion", "visualize_model")
     below, everything = set(), set(" ".join(storeys).split())
@@ -405,3 +406,14 @@ def test_importing_a_file_runs_nothing(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                          env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
     assert run.returncode == 0 and run.stdout == "" and not list(tmp_path.iterdir())
+
+
+# ---- Names that readers of the tutorials look for
+
+@pytest.mark.parametrize("file, names", [
+    ("diffusion", "DiffusionProcess SAMPLERS"), ("models", "create_model"),
+    ("models.unet", "TimeEmbedding DownBlock UpBlock SimpleUNet"), ("train", "train_epoch sample_images train main"),
+    ("utils", "save_images plot_losses count_parameters get_device get_timesteps"), ("sample", "main load_model")])
+def test_a_fixed_name_is_in_its_fixed_file(file, names):
+    module = importlib.import_module(file)
+    assert all(callable(getattr(module, name)) or name == "SAMPLERS" for name in names.split())

@@ -16,6 +16,7 @@ from diffusion import DiffusionProcess, seeded_noise
 from images import save_images, to_uint8
 from load import load_model
 from models import create_model
+from predictors import predictor_errors
 from schedules import SPACINGS
 from test_commands import fails
 
@@ -332,6 +333,55 @@ def test_the_heat_map_is_drawn(tmp_path):
     figures.timestep_loss_figure([0, 500, 1000], [[0.5, 0.1], [0.2, 0.01]], ["epoch 5", "epoch 10"],
                                  tmp_path / "x.png", "a title")
     assert Image.open(tmp_path / "x.png").width > 500
+
+
+# ---- Predictors
+
+POWER = 0.925  # the mean square of MNIST's pixels in [-1, 1]
+
+
+def shades(count=50, size=32):
+    """Images of as many pixels above zero as below, with the mean square of MNIST."""
+    signs = torch.rand(count, 1, size, size, generator=torch.Generator().manual_seed(1)) - 0.5
+    return signs.sign() * math.sqrt(POWER)
+
+
+def test_simple_predictors_score_what_the_formulas_say():
+    """Of 50 images of 1x32x32, T = 200, betas not scaled, in four ranges, as in a lesson that readers know."""
+    diffusion = DiffusionProcess(200, beta_start=1e-4, beta_end=0.02)
+    edges, errors = predictor_errors(diffusion, shades())
+    assert edges == [0, 50, 100, 150, 200]
+    a2 = np.cumprod(1 - np.linspace(1e-4, 0.02, 200))
+    copy = ((1 - np.sqrt(1 - a2))**2 + a2 * POWER).reshape(4, 50).mean(1)
+    for name, want in {"zero": [1] * 4, "random noise": [2] * 4, "the noise itself": [0] * 4,
+                       "the input, x_t": copy, "x_t - x_0": [0.04, 0.27, 0.65, 1.06]}.items():
+        assert errors[name] == pytest.approx(list(want), abs=0.025), name     # 51,200 draws: +- 0.01
+    assert "the model" not in errors
+
+
+@pytest.mark.parametrize("objective", ["eps", "x0", "v"])
+def test_the_noise_that_a_model_sees_follows_from_its_objective(objective):
+    """A model that answers 0 says: no noise; x_0 = 0, so that all of x_t is noise; or that v is 0."""
+    diffusion = DiffusionProcess(200, "cosine", objective)
+    _, errors = predictor_errors(diffusion, shades(), lambda x_t, t, y=None: torch.zeros_like(x_t), ranges=2)
+    a2 = DiffusionProcess(200, "cosine").alpha_bar.numpy()
+    want = {"eps": np.ones(200), "v": a2**2 + a2 * (1 - a2) * POWER}
+    if objective == "x0":                                   # a^2 / (1 - a^2) grows without end towards t = 0
+        last = slice(100, 200)
+        assert errors["the model"][1] == pytest.approx((a2 / (1 - a2) * POWER)[last].mean(), rel=0.02)
+    else:
+        assert errors["the model"] == pytest.approx(list(want[objective].reshape(2, 100).mean(1)), abs=0.025)
+
+
+def test_the_predictors_are_printed_and_drawn(checkpoint, tmp_path, capsys):
+    figures.main(["--figure", "predictors", "--checkpoint", str(checkpoint), "--dataset", "synthetic_digits",
+                  "--output_dir", str(tmp_path), "--num_images", "100"])
+    printed = capsys.readouterr().out
+    assert "100 images of synthetic_digits" in printed or "100 test images of synthetic_digits" in printed
+    rows = {line[:18].strip(): line[18:].split() for line in printed.splitlines() if line[18:].strip()}
+    assert rows["t"] == ["0-9", "10-19", "20-29", "30-39"]
+    assert all(abs(float(error) - 1) < 0.05 for error in rows["zero"]) and len(rows["the model"]) == 4
+    assert Image.open(tmp_path / "predictors.png").width > 600
 
 
 # ---- Mistakes

@@ -201,6 +201,20 @@ def test_the_cache_gives_the_same_images_and_is_made_once(colour, tmp_path, caps
     assert len(get_dataset(str(source), cache_dir=tmp_path / "cache")[0]) == len(plain) + 1
 
 
+def test_a_file_that_could_not_be_read_for_a_while_is_not_missing_from_the_cache_for_ever(tmp_path, monkeypatch):
+    save_numbered(tmp_path / "images", [1, 2, 3])
+    with monkeypatch.context() as patch:
+        opens = folders._open
+
+        def forbidden(path):
+            if path.name.startswith("1"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return opens(path)
+        patch.setattr(folders, "_open", forbidden)
+        assert len(get_dataset(str(tmp_path / "images"), cache_dir=tmp_path / "cache")[0]) == 2
+    assert len(get_dataset(str(tmp_path / "images"), cache_dir=tmp_path / "cache")[0]) == 3
+
+
 def test_a_cache_that_was_cut_short_is_made_anew(tmp_path, monkeypatch):
     save_numbered(tmp_path / "images", [1, 2, 3])
 
@@ -278,6 +292,16 @@ def test_verify_names_images_without_a_class_where_classes_are_asked_for(tmp_pat
     assert verify(capsys, source, tmp_path / "out", "--image_size", "16")[0] == 0
     code, said = verify(capsys, source, tmp_path / "out", "--image_size", "16", "--labels")
     assert code == 2 and "\n  0.png\n" in said.split("without a class")[1]
+
+
+def test_verify_tells_all_classes_and_names_the_empty_ones(tmp_path, capsys):
+    for k in range(10):
+        save_numbered(tmp_path / "images" / f"kind{k}", range(k + 1))
+    code, said = verify(capsys, tmp_path / "images", tmp_path / "out", "--image_size", "16", "--labels")
+    assert code == 0 and "kind0 (1), kind1 (2)" in said and "kind9 (10)" in said
+    (tmp_path / "images" / "notes").mkdir()
+    code, said = verify(capsys, tmp_path / "images", tmp_path / "out", "--image_size", "16", "--labels")
+    assert code == 2 and "\n  notes\n" in said.split("without a usable image")[1]
 
 
 def test_verify_looks_at_named_sets_too(tmp_path, capsys, monkeypatch):

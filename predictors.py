@@ -1,0 +1,55 @@
+"""What an error of the predicted noise is worth: that of simple answers, beside a trained model's.
+
+    edges, errors = predictor_errors(diffusion, x_0, model)      # {answer: its error in each range of t}
+
+A model of any objective can be asked, as its estimate of x_0 says what it takes for noise.
+visualize_diffusion.py --figure predictors prints and draws them.
+"""
+
+import torch
+
+RANGES = 4
+
+
+def said_noise(model, diffusion, x_t, t, y=None):
+    """The noise that a model of any objective sees: eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar)."""
+    x_0 = diffusion.predict_x0(model, x_t, t, y, clip=diffusion.clip_loss)
+    alpha_bar = diffusion.alpha_bar[t.cpu()].view(-1, 1, 1, 1)
+    return (x_t - alpha_bar.sqrt().to(x_t) * x_0) / (1 - alpha_bar).sqrt().to(x_t)
+
+
+@torch.no_grad()
+def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0):
+    """Mean squared errors of the predicted noise in equal ranges of t, all at the same noises.
+
+    x_0: [N, C, H, W] in [-1, 1].  y: [N] class indices or None.  ranges: into how many parts 0..T-1 is cut.
+    Returns (the edges of the ranges, from 0 to T; {answer: [ranges] errors}). The last row is no answer: it
+    is the mean square of x_t - x_0, which does grow with t, and for which the error of "zero" is often taken.
+    Raises ValueError for more ranges than timesteps.
+    """
+    T, random = diffusion.num_timesteps, torch.Generator().manual_seed(seed)
+    if not 1 <= ranges <= T:
+        raise ValueError(f"{ranges} ranges of {T} timesteps")
+    edges = torch.linspace(0, T, ranges + 1).round().int().tolist()
+    errors = {}
+    for low, high in zip(edges, edges[1:]):
+        t = torch.linspace(low, high - 1, len(x_0)).round().long().to(x_0.device)
+        noise, other = (torch.randn(x_0.shape, generator=random).to(x_0.device) for _ in range(2))
+        x_t, _ = diffusion.forward_diffusion(x_0, t, noise)
+        answers = {"zero": torch.zeros_like(noise), "random noise": other, "the input, x_t": x_t,
+                   "the noise itself": noise}
+        if model is not None:
+            answers["the model"] = torch.cat([
+                said_noise(model, diffusion, x_t[k], t[k], None if y is None else y[k])
+                for k in torch.arange(len(x_0), device=x_0.device).split(64)])
+        for name, answer in answers.items():
+            errors.setdefault(name, []).append((answer - noise).square().mean().item())
+        errors.setdefault("x_t - x_0", []).append((x_t - x_0).square().mean().item())
+    return edges, errors
+
+
+def predictor_lines(edges, errors):
+    """The errors as lines of text, one for each answer."""
+    heads = [f"{low}-{high - 1}" for low, high in zip(edges, edges[1:])]
+    return [f"{'t':18}" + "".join(f"{head:>10}" for head in heads),
+            *(f"{name:18}" + "".join(f"{error:10.4f}" for error in row) for name, row in errors.items())]
