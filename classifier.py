@@ -125,7 +125,7 @@ def get_classifier(name, images, labels, num_classes, folder):
     for path in (shipped, Path(folder) / "classifier.pt"):
         if path.is_file():
             classifier, card = load_classifier(path)
-            if card["data"] == fingerprint and classifier.settings["image_channels"] == images.shape[1]:
+            if card["data"] == fingerprint:             # which tells the size and the channels, too
                 accuracy = f", test accuracy {card['accuracy']:.2%}" if card["accuracy"] else ""
                 return classifier, f"{path.name} ({card['trained_to']}{accuracy})"
     what = "tell classes" if labels is not None else "tell how a picture was turned"

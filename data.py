@@ -94,6 +94,16 @@ def get_default_dataset(data_dir="data", **settings):
         return "synthetic_digits", *get_dataset("synthetic_digits", **settings)
 
 
+def keep_unseen(name, val_dir):
+    """Raise ValueError where the held-out images would be among those that are trained on."""
+    if name in DATASETS or val_dir in DATASETS or not name or not val_dir:
+        return
+    one, other = Path(name).resolve(), Path(val_dir).resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise ValueError(f"--val_dir {val_dir} and --dataset {name}: one holds the other, so that the held-out "
+                         "images would be trained on; --val_fraction sets some aside")
+
+
 def class_names(name, with_labels=False):
     """The names of the classes, in the order of the labels; None for a folder without labels."""
     if name in DATASETS:
@@ -144,7 +154,8 @@ def _torchvision_arrays(name, source, data_dir, train):
     except (RuntimeError, ValueError, AssertionError, EOFError, OSError, KeyError, IndexError,
             TypeError) as error:
         if "not found" not in str(error):
-            raise ValueError(f"{name}: the files under {data_dir} are damaged ({error}); "
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{name}: the files under {data_dir} are damaged ({reason}); "
                              "delete them to download anew") from error
         dataset = _download(name, source, data_dir, train)
     images = torch.as_tensor(np.asarray(dataset.data))
@@ -163,8 +174,8 @@ def _download(name, source, data_dir, train):
 
     def missing(reason):
         return DatasetUnavailable(
-            f"{name} is not in {folder} and cannot be downloaded ({reason}); put its files there, name the folder "
-            "that holds them with --data_dir, or use --dataset synthetic_digits")
+            f"{name} is not (or not whole) in {folder} and cannot be downloaded ({reason}); put its files there, "
+            "name the folder that holds them with --data_dir, or use --dataset synthetic_digits")
 
     urls = [source.url] if hasattr(source, "url") else source.mirrors
     if not _any_reachable(urls):

@@ -13,6 +13,7 @@ Prints a table, then the causes with what to do next. Exit code 0, also if there
 
 import math
 import statistics
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from measures import copied_share, nearest_images
 from reference import load_reference, same_classes
 from sample import generate, seconds_for
 from schedules import SCHEDULES, linear_alpha_bar
-from utils import describe_device, get_device
+from utils import describe_device, get_device, shuffled
 
 DECIBELS = (10, 5, 0, -5, -10, -15)  # signal over noise: the levels at which a network is asked
 IMAGES = 32
@@ -294,6 +295,7 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
     losses: of each step.  settings: of the training, and what it started from, if not from random weights.
     """
     weights = average.state_dict() if hasattr(average, "state_dict") else {}
+    images = images[shuffled(len(images))[:20_000]]         # a folder begins with the first sub-folder
     losses, power, some = list(losses), spectrum(images[:2000]), held[:IMAGES]
     y = None if labels is None else labels[:IMAGES].to(device)
     own, *others = readings(diffusion)
@@ -314,7 +316,7 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
         causes += check_labels(best, diffusion, held[:8 * IMAGES], labels[:8 * IMAGES], device)
     y = torch.arange(64) % average.num_classes if getattr(average, "num_classes", None) else None
     samples, _ = generate(average, diffusion, 64, held.shape[-1], y=y, device=device)
-    causes += check_samples(to_uint8(samples), images[:20_000], held[:500])
+    causes += check_samples(to_uint8(samples), images, held[:500])
     return sorted(causes, key=lambda cause: list(CAUSES).index(cause.key)), ratios
 
 
@@ -328,6 +330,8 @@ def main(argv=None):
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     args = parser.parse_args(argv)
     device, path = get_device(args.device), find_model(args.checkpoint)
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: diagnose.py reads the checkpoints that train.py writes")
     entries = load_checkpoint(path)
     average, diffusion, data = load_model(path, device)
     raw = load_model(path, device, ema=False)[0] if "model" in entries else None

@@ -181,8 +181,8 @@ def parse(argv):
     add("--travel", "how often each step but the last is taken; each is a call of the model", 5,
         type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1", 1.0, type=fraction)
-    add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ", 1,
-        type=positive_int)
+    add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ; which answers "
+        "these are depends on how many pictures are mended together", 1, type=positive_int)
     add("--seed", "another seed, another answer", 0, type=seed_number)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
@@ -192,8 +192,9 @@ def parse(argv):
             raise ValueError(f"--{flag} belongs to --task {task}, not to {args.task}")
     if args.images and args.dataset:
         raise ValueError("--images and --dataset: give one of them")
-    if args.num_images > 1000:
-        raise ValueError(f"--num_images {args.num_images}: at most 1000, as all are mended at once")
+    count = len(args.images) if args.images else args.num_images
+    if count > 1000:
+        raise ValueError(f"{count} images: at most 1000, as all are mended at once")
     return args
 
 

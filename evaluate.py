@@ -25,6 +25,7 @@ from command_line import (Parser, command, format_seconds, fraction, guidance_nu
                           make_output_dir, positive_int, seed_number)
 from data import keep_apart
 from diffusion import SAMPLERS, model_calls
+from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, apply_card, find_model, load_model, load_weak
 from measures import (copied_by_chance, copied_share, fine_power, frechet_distance, kernel_distance, nearest,
@@ -32,12 +33,13 @@ from measures import (copied_by_chance, copied_share, fine_power, frechet_distan
 from reference import FEWEST, labels_like, load_reference, same_classes
 from sample import choose_labels, generate, guidance_words, seconds_for, thinned
 from schedules import SPACINGS
-from utils import PRECISIONS, describe_device, get_device, get_precision, measure, write_file
+from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
 OF_EQUAL_NUMBERS = ("fd", "fd_error", "kid", "kid_error", "precision", "recall")  # only so do they compare
 MAX_IMAGES = 200_000
+SEARCHED = 2000  # so many samples at most are looked for among the training images
 RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
         "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
 
@@ -78,7 +80,7 @@ def copies(images, features, training, reference, held, held_features, mirrored=
     pixels_held, _ = nearest_images(held, training, mirrored)
     by_features, _ = nearest(features, reference)
     by_features_held, _ = nearest(held_features, reference)
-    return {"copied": copied_share(pixels[0], pixels_held[0]),
+    return {"searched": len(images), "held_out": len(held), "copied": copied_share(pixels[0], pixels_held[0]),
             "copied_by_chance": copied_by_chance(len(held)),
             "copied_in_features": copied_share(by_features[0], by_features_held[0]),
             "single": single_share(pixels), "single_held_out": single_share(pixels_held),
@@ -127,8 +129,8 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
         usual = fine_power(images) or 1.0                               # 0 where all images are plain
         found["detail"], floor["detail"] = fine_power(drawn) / usual, fine_power(held) / usual
         bar.update()
-        copied, index = copies(drawn[:2000], features[:2000], images, reference, held[:2000],
-                               held_features[:2000], mirrored=data.get("flip") is True)
+        copied, index = copies(drawn[:SEARCHED], features[:SEARCHED], images, reference, held[:SEARCHED],
+                               held_features[:SEARCHED], mirrored=data.get("flip") is True)
         bar.update()
         _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
                                      held_y[:256].to(device) if y is not None else None)
@@ -143,7 +145,7 @@ def seconds_to_measure(classifier, images, num_images, sets=1, copies_too=True, 
     some, looks = images[:100], len(images) + (sets + 1) * num_images       # the one more is the floor's
     seconds = looks * measure(lambda: look(classifier, some), torch.device("cpu"))
     if copies_too:                                                          # of samples and held-out images
-        searches = 2 * min(num_images, 2000) * (2 if mirrored else 1)
+        searches = 2 * min(num_images, SEARCHED) * (2 if mirrored else 1)
         seconds += searches * measure(lambda: nearest_images(some, images), torch.device("cpu"))
     return seconds / len(some)
 
@@ -174,12 +176,15 @@ def print_quality(found, floor, count, held_count, held_name):
           + f"; distances, precision and recall are those of {held_count} samples" * (held_count < count))
 
 
-def print_copies(copied, held_name):
-    print(f"  copies: {copied['copied']:.1%} of the samples are closer to a training image than 99.5 % of "
-          f"the {held_name} are ({copied['copied_in_features']:.1%} in features); by chance "
+def print_copies(copied, num_images, held_name):
+    """num_images: among how many they were looked for, those that the model was trained on."""
+    than = (f"any of the {copied['held_out']} {held_name} is" if copied["held_out"] <= 200 else
+            f"99.5 % of the {held_name} are")
+    print(f"  copies: of {copied['searched']} samples {copied['copied']:.1%} are closer to one of the "
+          f"{num_images} images than {than} ({copied['copied_in_features']:.1%} in features); by chance "
           f"{copied['copied_by_chance']:.1%} would be\n"
-          f"          {copied['single']:.1%} are less than a third as far from one training image as from "
-          f"any other ({copied['single_held_out']:.1%} of the {held_name})")
+          f"          {copied['single']:.1%} are less than a third as far from one of them as from any other "
+          f"({copied['single_held_out']:.1%} of the {held_name})")
 
 
 def to_show(y, count=10):
@@ -276,7 +281,8 @@ def choose_classes(args, data, labels, known):
     if args.label is None and known:
         args.label = "by chance"
         return labels_like(labels[0], args.num_images, args.seed)
-    return thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
+    y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
+    return None if y is None else y[shuffled(len(y))]       # what looks at the first of them sees all classes
 
 
 def parse(argv):
@@ -341,7 +347,7 @@ def main(argv=None):
     ways = [diffusion.sampling_levels(sampler, steps, args.spacing, last_steps) for sampler, steps in entrants
             for last_steps in (stage_lengths(steps) if args.stages else [None])]
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
-    if args.stages:
+    if args.stages or args.race:                            # the floor has to be of as many
         args.num_images = min(args.num_images, len(held))
     y = choose_classes(args, data, labels, known)
     if min(len(images), len(held)) < FEWEST:
@@ -390,7 +396,7 @@ def main(argv=None):
     found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held, labels,
                             held_name, classifier, device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
-    print_copies(found["copies"], held_name)
+    print_copies(found["copies"], len(images), held_name)
     losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
     print(f"  loss in ten ranges of t, {held_name}: {losses}")
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())

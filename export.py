@@ -40,7 +40,8 @@ def export(checkpoint, output, evaluation=None, **card):
                 card["started_from"] = entries["started_from"]
         weights = half_precision(entries["ema"])
         kept = {name: entries[name] for name in KEPT}
-        kept["data"] = {**kept["data"], "name": Path(kept["data"]["name"]).resolve().name}     # not the path
+        kept["data"] = {**kept["data"], **{key: Path(kept["data"][key]).resolve().name          # not the path
+                                           for key in ("name", "val_dir") if kept["data"].get(key)}}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint} is not what train.py or export.py writes") from error
     if not all(value.isfinite().all() for value in weights.values()):

@@ -161,7 +161,7 @@ def main(argv=None):
     save_images(pictures, output_dir / "morph.png")
     for name in ("morph.gif", "morph.png"):
         print(f"wrote {output_dir / name}")
-    print(f"{len(frames)} frames, {format_seconds(len(frames) * seconds)}")
+    print(f"{len(frames)} frames, {args.fps:g} a second" + ", and a rest of 2 s on the last" * (not args.loop))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torchvision
 from torchvision.transforms.functional import to_pil_image
 
 import data
-from data import DatasetUnavailable, class_names, get_dataset, get_default_dataset
+from data import DatasetUnavailable, class_names, get_dataset, get_default_dataset, keep_unseen
 
 
 # ---- Named sets
@@ -176,3 +176,12 @@ def test_damaged_files_are_called_damaged(mnist_server, tmp_path):
         with pytest.raises(ValueError, match="damaged") as error:
             get_default_dataset(tmp_path)                       # and no synthetic digits in their place
         assert not isinstance(error.value, DatasetUnavailable)
+
+
+@pytest.mark.parametrize("name, val_dir", [("a", "a"), ("a", "a/b"), ("a/b", "a")])
+def test_images_that_are_trained_on_cannot_be_held_out(name, val_dir, tmp_path):
+    with pytest.raises(ValueError, match="one holds the other"):
+        keep_unseen(str(tmp_path / name), str(tmp_path / val_dir))
+    keep_unseen(str(tmp_path / "a"), str(tmp_path / "b"))
+    keep_unseen("mnist", "mnist")
+    keep_unseen(None, str(tmp_path))

@@ -1,5 +1,6 @@
 """The measures against independent computations and against sets whose faults are known; the classifier."""
 
+import argparse
 import json
 import math
 
@@ -20,6 +21,7 @@ from measures import (copied_by_chance, copied_share, fine_power, frechet_betwee
 from reference import labels_like, load_reference
 from sample import generate
 from synthetic import digits
+from utils import shuffled
 from test_commands import fails
 
 
@@ -64,7 +66,17 @@ def test_the_kernel_distance_equals_a_slow_loop():
     n = len(a)
     within = sum(kernel(x[i], x[j]) for x in (a, b) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
     across = sum(kernel(x, y) for x in a for y in b) / n**2
-    assert kernel_distance(a, b, size=n, repeats=1)[0] == pytest.approx(within - 2 * across, rel=1e-9)
+    assert kernel_distance(a, b)[0] == pytest.approx(within - 2 * across, rel=1e-9)
+
+
+@pytest.mark.parametrize("far", [0.0, 0.5])
+def test_the_error_of_the_kernel_distance_is_how_far_other_samples_come_out(far):
+    """It once knew only of the choice among the reference, and was three times too small."""
+    random = torch.Generator().manual_seed(0)
+    reference = torch.randn(1000, 4, generator=random)
+    found = torch.tensor([kernel_distance(torch.randn(60, 4, generator=random) + far, reference)
+                          for _ in range(40)])
+    assert 0.7 < found[:, 1].mean() / found[:, 0].std() < 2         # 40 draws tell a spread to 11 %
 
 
 def test_precision_falls_with_strangers_and_recall_with_missing_variety():
@@ -282,6 +294,21 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(argv, mess
     assert message in fails(capsys, evaluate.main, *command, "--num_images", 100, *argv)
 
 
+def test_what_looks_at_the_first_samples_sees_every_class_that_was_asked_for():
+    """With --label all they came sorted: of 10,000 digits the 2,000 searched for copies were zeros and ones."""
+    args = argparse.Namespace(stages=False, label="all", num_images=1000, seed=0)
+    y = evaluate.choose_classes(args, {"classes": list("0123456789")}, None, known=True)
+    assert torch.bincount(y).tolist() == [100] * 10
+    assert torch.bincount(y[:200], minlength=10).min() >= 8
+
+
+def test_the_race_compares_as_many_samples_as_there_are_real_images(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "RACE", {"ddim": (1,)})
+    evaluate.main([*map(str, command), "--race", "--num_images", "150"])         # and 120 test digits
+    assert json.loads((tmp_path / "race.json").read_text())["num_images"] == 120
+    assert "cost: 120 images" in capsys.readouterr().out
+
+
 def test_stages_of_other_classes_take_guidance_from_none(tmp_path, monkeypatch):
     """The card of the shipped digits asks for guidance, and garments have no class that it could follow."""
     monkeypatch.setattr("data.SYNTHETIC_SIZE", 120)
@@ -348,7 +375,7 @@ def test_the_race_draws_the_same_noises_by_every_sampler(command, tmp_path, monk
     images = load_reference(data, "data", "synthetic_digits")[0]
     network = load_classifier(tmp_path / "classifier.pt")[0]
     for row in found["rows"]:
-        drawn, _ = generate(model, diffusion, 100, 8, seed=3, steps=row["steps"], y=torch.arange(100) % 2,
-                            batch_size=100)
+        drawn, _ = generate(model, diffusion, 100, 8, seed=3, steps=row["steps"],
+                            y=(torch.arange(100) % 2)[shuffled(100)], batch_size=100)
         features = [look(network, part)[1] for part in (to_uint8(drawn), images)]
         assert row["fd"] == pytest.approx(frechet_distance(*features)[0], rel=1e-6)

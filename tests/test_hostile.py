@@ -153,6 +153,21 @@ def test_classes_are_compared_by_name(two_shades, tmp_path):
     assert "agreement" not in found["samples"] and "set aside here" in found["held_out"]
 
 
+def test_a_model_is_held_against_the_folder_that_was_held_out_beside_its_own(tmp_path):
+    """--val_dir was forgotten: the floor was that of images that were trained on."""
+    own, others = sheets(tmp_path / "train", 30), sheets(tmp_path / "test", 12, seed=1)
+    images, held = folders.load_folder(own)[0], folders.load_folder(others)[0]
+    about = {"name": str(own), "image_size": 16, "channels": 1, "classes": None, "val_fraction": 0.0, "seed": 0,
+             "val_dir": str(others), "images": Batches(images, None).fingerprint(),
+             "held_out": Batches(held, None).fingerprint()}
+    found, aside, labels, what = load_reference(about, "data")
+    assert torch.equal(found, images) and labels is None and what == f"images of {others}"
+    assert torch.equal(aside.flatten(1).double().mean(1).sort().values, held.flatten(1).double().mean(1).sort().values)
+    with pytest.raises(ValueError, match="--val_dir nowhere"):
+        load_reference({**about, "val_dir": "nowhere"}, "data")
+    assert load_reference({**about, "val_dir": "nowhere"}, "data", str(others))[3].endswith("set aside here")
+
+
 def test_held_out_images_of_a_folder_that_has_grown_are_not_called_held_out(tmp_path):
     """One more picture, and another fifth of them was taken for the images that were not trained on."""
     folder = sheets(tmp_path / "in", 60)
@@ -367,6 +382,16 @@ def test_a_picture_that_rests_too_long_is_one_line(tmp_path):
     frames = [Image.new("RGB", (8, 8))] * 80
     with pytest.raises(ValueError, match="rest"):
         save_gif(frames, tmp_path / "long.gif", seconds=10)
+
+
+@pytest.mark.parametrize("fps", [8, 15, 30])
+def test_a_gif_keeps_its_pace(fps, tmp_path):
+    """Its clock counts hundredths of a second; each frame was cut to 120 ms in place of 125."""
+    frames = [Image.new("L", (4, 4), k) for k in range(25)]
+    save_gif(frames, tmp_path / "x.gif", 1 / fps, 1 / fps)
+    with Image.open(tmp_path / "x.gif") as gif:
+        times = [(gif.seek(k), gif.info["duration"])[1] for k in range(gif.n_frames)]
+    assert sum(times[:-1]) == pytest.approx(24_000 / fps, abs=5) and max(times) - min(times) <= 10
 
 
 @pytest.mark.parametrize("rank, world", [("5", "1"), ("-1", "2"), ("0", "0"), ("0", "x"), ("", "")])
