@@ -15,11 +15,13 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from files import write_file
 from models import model_defaults
 from muon import Muon, is_inner
-from utils import EMA, write_file
+from utils import EMA
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"  # weights that come with the project
 CHECKPOINT_FORMAT = "readable-diffusion"
@@ -73,9 +75,23 @@ def _digest(entries, max_bytes=math.inf):
     return sha.hexdigest()
 
 
+def plain(value, name="checkpoint"):
+    """What a checkpoint may hold, tensors and plain values, as it will be read again: a number of numpy's becomes
+    one of Python's. TypeError for anything else, which load_checkpoint would refuse."""
+    if isinstance(value, dict):
+        return type(value)((key, plain(one, f"{name}[{key!r}]")) for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(one, name) for one in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (torch.Tensor, bool, int, float, str)):
+        return value
+    raise TypeError(f"{name} is {value!r:.50}: a checkpoint holds tensors and plain values only")
+
+
 def save_checkpoint(path, entries):
     """Write a dict of tensors and plain values as one .pt file, with a digest over all of them."""
-    entries = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **entries}
+    entries = plain({"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **entries})
     entries.pop("digest", None)                 # of the checkpoint that they were read from
     entries["digest"] = _digest(entries)
     buffer = io.BytesIO()       # in memory first: a full disk is then an OSError and not torch's own error
@@ -167,7 +183,8 @@ def load_checkpoint(path, entries=None):
     entries = read_container(path) if entries is None else entries
     if not isinstance(entries, dict) or entries.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: a foreign checkpoint, not written by this project")
-    version, digest = entries.get("version"), entries.pop("digest", None)
+    version, digest = entries.get("version"), entries.get("digest")
+    entries = {name: value for name, value in entries.items() if name != "digest"}
     if type(version) is not int or version != CHECKPOINT_VERSION:
         newer = type(version) is int and version > CHECKPOINT_VERSION
         raise ValueError(f"{path}: {'written by a newer version of this project: ' * newer}format version "
@@ -254,7 +271,13 @@ class State:
 GO_ON = "give those it began with, --epochs or --steps among them, or another --output_dir"
 
 
+# Settings that the command line knows by a shorter name.
+FLAGS = {"dataset_name": "dataset", "num_epochs": "epochs", "learning_rate": "lr", "model_name": "model"}
+
+
 def _equal(a, b):
+    if isinstance(a, list) and isinstance(b, tuple):
+        a = tuple(a)
     try:
         return bool(a == b)
     except RuntimeError:                # a stranger's tensor in place of a number
@@ -265,7 +288,7 @@ def check_settings(path, saved, now, advice=GO_ON):
     """Raise ValueError if a run is to go on with other settings, naming each with both values."""
     if not isinstance(saved, dict):
         raise ValueError(f"{path} cannot be resumed: it was written by an earlier version, or only for sampling")
-    changed = [f"{name}: {saved.get(name)!r:.200} then, {now.get(name)!r:.200} now"
+    changed = [f"{FLAGS.get(name, name)}: {saved.get(name)!r:.200} then, {now.get(name)!r:.200} now"
                for name in sorted({*saved, *now}, key=str) if not _equal(saved.get(name), now.get(name))]
     if changed:
         raise ValueError(f"{path} belongs to a run with other settings ({'; '.join(changed)}): {advice}")

@@ -302,7 +302,8 @@ class DiffusionProcess:
         the order that `past` allows (iPNDM), as though the steps were equal.
         """
         t, x_0 = past[-1][:2]
-        if len(past) == 1 or t_prev < 0:        # at the clean image the log-SNR has no end: plain DDIM
+        # The way to the clean image is endless in the log-SNR, and no step like the others for ipndm: plain DDIM.
+        if len(past) == 1 or t_prev < 0:
             return x_0
         if extrapolates == "x0":
             before, x_0_before, _ = past[-2]

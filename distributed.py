@@ -29,6 +29,8 @@ def join(device="auto"):
                          "processes: torchrun sets both, and one process needs neither")
     if device not in ("auto", "cuda", "cpu"):
         raise ValueError(f"several processes run on auto, cuda (a GPU for each) or cpu, not on {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' cannot be used: no GPU was found")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
         raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes need a GPU each, and there are "
@@ -66,7 +68,10 @@ def first_rank_first():
     """Rank 0 does what follows alone (a download, a cache), then the others, who find it done."""
     rank, world = place()
     if rank > 0:
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError as error:           # rank 0 is gone, and has said why
+            raise SystemExit(2) from error
     try:
         yield
     finally:                                  # also after an error, which the others will then meet, too

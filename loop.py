@@ -97,7 +97,8 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
                 first_step=0, steps=None, losses=None, bar=None, each=contextlib.nullcontext, **settings):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
-    dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
+    dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader; needs
+                 `steps` if it has no length.
     ema:         an EMA to update after every `ema_every` steps.
     rate:        a function from the step to the learning rate.
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
@@ -108,6 +109,8 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
     """
     model.train()
     losses = [] if losses is None else losses
+    if steps is None and not hasattr(dataloader, "__len__"):
+        raise ValueError("this dataloader has no length: say how many steps to do")
     before, steps = len(losses), len(dataloader) if steps is None else steps
     own_bar = tqdm(total=steps, desc="training", unit="step", disable=not speaks()) if bar is None else None
     bar = own_bar if bar is None else bar
@@ -151,12 +154,13 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
 
 
 @torch.no_grad()
-def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
+def held_out_loss(model, batches, diffusion, device, precision=torch.float32, min_snr=None):
     """The loss on images that are not trained on, always at the same timesteps and with the same noise, so
     that two models (of one objective and one clip_loss), or two moments of a training, compare.
 
     batches: a Batches of all held-out images, whose count is divided evenly over the timesteps; which of them
     gets which is random, or in a folder with classes each would meet levels of its own.
+    min_snr: weigh the errors as in the training.
     """
     images, total, T = batches.num_images, 0.0, diffusion.num_timesteps
     order = shuffled(images)
@@ -165,7 +169,7 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32):
         t = ((order[places] + 0.5) * T / images).long().to(device)
         noise = seeded_noise(0, places.tolist(), 0, x_0.shape[1:]).to(device)
         with torch.autocast(t.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            loss = diffusion.training_loss(model, x_0.to(device), y.to(device), t, noise)
+            loss = diffusion.training_loss(model, x_0.to(device), y.to(device), t, noise, min_snr)
         total += float(loss) * len(places)
     return total / images
 

@@ -11,7 +11,8 @@ import torch
 
 
 def orthogonalized(matrix, steps=5):
-    """The matrix with its singular values brought near 1 (0.7 to 1.2), its singular vectors kept: [M, N].
+    """The matrix with most of its singular values brought near 1 (0.7 to 1.2), its singular vectors kept: [M, N].
+    Very small ones only grow, about 3.4-fold a step.
 
     An odd polynomial of the values, steep at zero, applied again and again instead of a decomposition
     (Newton-Schulz in the coefficients of Jordan et al. 2024). Each step multiplies x from the left by a

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+from checkpoint import load_checkpoint
 
 # ---- The folder of a run
 
@@ -68,13 +69,16 @@ def find_checkpoint(folder, resume, overwrite):
     """
     folder = Path(folder)
     latest, final = folder / LATEST, folder / FINAL
-    numbered = sorted(path for path in run_files(folder) if path.parent.name == "checkpoints")
+    numbered = sorted((path for path in run_files(folder) if path.parent.name == "checkpoints"),
+                      key=lambda path: int(path.stem.split("_")[-1]))
     unfinished = latest.exists() or numbered and not final.exists()
     if resume == "latest":
-        found = next((path for path in (latest, final, *reversed(numbered)) if path.exists()), None)
-        if found is None:
+        found = [path for path in (latest, final, *numbered[-1:]) if path.exists()]
+        if not found:
             raise ValueError(f"nothing to resume: {folder} holds no checkpoint of a run")
-        return found, True
+        if len(found) > 1:              # a killed run may have come farther in a numbered one than in the latest
+            found.sort(key=lambda path: load_checkpoint(path).get("step", 0), reverse=True)
+        return found[0], True
     origin = None if resume is None else Path(resume)
     if origin is not None and not origin.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(origin))

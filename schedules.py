@@ -23,6 +23,8 @@ def linear_alpha_bar(num_timesteps, beta_start=None, beta_end=None):
     end = 0.02 * scale if beta_end is None else beta_end
     if not 0 < start < math.inf or not 0 < end < math.inf:
         raise ValueError(f"betas must be positive numbers, got beta_start={start}, beta_end={end}")
+    if max(beta_start or 0, beta_end or 0) > MAX_BETA:          # those that follow from T are capped below
+        raise ValueError(f"betas must not exceed {MAX_BETA}, got beta_start={start}, beta_end={end}")
     # Drawn from the end backwards, so that T = 1 keeps beta_end and still ends in noise.
     betas = torch.linspace(end, start, num_timesteps, dtype=torch.float64).flip(0)
     return torch.cumprod(1 - betas.clamp(max=MAX_BETA), dim=0)

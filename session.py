@@ -15,11 +15,11 @@ from tqdm import tqdm
 import distributed
 from checkpoint import GO_ON, check_settings, load_checkpoint, save_checkpoint
 from command_line import speaks
+from files import write_file
 from images import plot_losses, save_images
 from loop import held_out_loss, train_epoch
 from models import model_defaults
 from running import BEST, LATEST, Stopped, clear_run
-from utils import write_file
 
 SAVE_SECONDS = 300  # about so many at most from one save of the latest state to the next
 
@@ -48,6 +48,7 @@ class Keeper:
     def __init__(self, folder, state, facts, steps_per_epoch, signals, replacing):
         self.folder, self.state, self.facts, self.steps_per_epoch = folder, state, facts, steps_per_epoch
         self.signals, self.replacing = signals, replacing
+        self.tables_written, self.tables_seconds = time.perf_counter(), 0.0
 
     def save(self, name):
         """Write a checkpoint; a signal waits until it is there."""
@@ -69,18 +70,30 @@ class Keeper:
             clear_run(self.folder, keep=name)
             self.replacing = False
 
+    def write_tables(self, rate, last):
+        """write_losses, as long as that takes under a twentieth of the time, and at the end."""
+        start = time.perf_counter()
+        if not last and start - self.tables_written < 20 * self.tables_seconds:
+            return
+        with self.signals.postponed():
+            write_losses(self.folder, self.state, rate)
+        self.tables_written = time.perf_counter()
+        self.tables_seconds = self.tables_written - start
+
     @contextlib.contextmanager
     def saved_if_stopped(self, total_steps):
-        """If a signal or an OSError (a full disk) stops what is inside, save the state, and then let it stop."""
+        """If a signal, a full disk or want of memory stops what is inside, save the state and let it stop.
+        The state is whole: a step that finds no memory fails before it changes the weights."""
         try:
             yield
-        except (Stopped, OSError) as stop:
+        except (Stopped, OSError, MemoryError, RuntimeError) as stop:
             steps = len(self.state.losses)
             if steps:
                 with self.signals.held():
                     self._write(LATEST)
+                what = stop if isinstance(stop, (Stopped, OSError)) else type(stop).__name__
                 with contextlib.suppress(OSError):              # the terminal may be gone
-                    print(f"{stop} after step {steps} of {total_steps}: saved to {self.folder / LATEST}; the "
+                    print(f"{what} after step {steps} of {total_steps}: saved to {self.folder / LATEST}; the "
                           "same command with --resume goes on, and python sample.py --checkpoint "
                           f"{self.folder / LATEST} draws from it", flush=True)
                 stop.told = isinstance(stop, Stopped)
@@ -120,7 +133,8 @@ def write_losses(folder, state, rate):
     plot_losses(state.losses, folder / "training_loss.png", state.held_out_losses)
 
 
-def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, num_samples, image_size):
+def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, num_samples, image_size,
+           min_snr=None):
     """After an epoch, or when pictures or a checkpoint are due: the held-out loss, pictures, tables.
 
     seconds: since the last one.  held_out: a Batches, or None.
@@ -132,7 +146,7 @@ def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, 
     text = f"{plan.title(step)}: mean loss {loss:.4f}, {seconds:.0f} s"
     best = False
     if held_out:
-        value = held_out_loss(state.ema.model, held_out, diffusion, device, precision)
+        value = held_out_loss(state.ema.model, held_out, diffusion, device, precision, min_snr)
         state.held_out_losses[step] = value
         best = value == min(state.held_out_losses.values())
         text += f", held-out loss {value:.4f}"
@@ -141,8 +155,7 @@ def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, 
         save_images(sample_images(state.ema.model, diffusion, device, num_samples, image_size), path)
         text += f"; wrote {path}"
     print(text, flush=True)
-    with keeper.signals.postponed():
-        write_losses(keeper.folder, state, rate)
+    keeper.write_tables(rate, last=step == plan.total_steps)
     if best:
         keeper.save(BEST)
     if step % plan.save_every == 0:

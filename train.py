@@ -26,11 +26,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
-from checkpoint import State, take_weights
+from checkpoint import FLAGS, State, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, spare, whole_number)
 from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, keep_apart,
-                  split_held_out, verify_dataset)
+                  keep_unseen, split_held_out, verify_dataset)
 from diffusion import OBJECTIVES, DiffusionProcess
 from folders import FITS
 from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401
@@ -143,6 +143,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     Stopped (a KeyboardInterrupt) after a signal, with the state saved once there is any.
     """
     settings = {name: value for name, value in locals().items() if name not in (*MAY_CHANGE, "model_config")}
+    model_config = {name: tuple(value) if isinstance(value, list) else value
+                    for name, value in model_config.items()}
     # ---- What can be wrong is found before the training begins.
     check_choices(num_epochs, steps, **settings)
     diffusion = DiffusionProcess(timesteps, schedule, objective, clip_loss=clip_loss)
@@ -151,6 +153,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     precision, precision_reason = get_precision(precision, device)
     for name in (dataset_name, val_dir):
         keep_apart(name, output_dir)
+    keep_unseen(dataset_name, val_dir)
     output_dir = make_output_dir(output_dir, FINAL, LATEST, BEST, "training_loss.png", "training_loss.csv")
     make_output_dir(output_dir / "samples")
     make_output_dir(output_dir / "checkpoints")
@@ -180,8 +183,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         if origin is None:
             check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model),
                        sum(path.stat().st_size for path in run_files(output_dir)))
-        settings.update(precision=str(precision), image_size=image_size, channels=channels,
-                        labels=bool(classes), images=batches.fingerprint(),
+        settings.update(precision="bf16" if precision == torch.bfloat16 else "float32",
+                        image_size=image_size, channels=channels, labels=bool(classes), images=batches.fingerprint(),
                         held_out=held_out and held_out.fingerprint())
         if lr_schedule != "constant":  # then the length of the run changes every step
             settings["total_steps"] = plan.total_steps
@@ -189,7 +192,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
                  "settings": settings, "data": {
                      "name": str(dataset_name), "image_size": image_size, "channels": channels,
                      "classes": classes, "fit": fit, "flip": flip, "seed": seed,
-                     "val_fraction": 0.0 if val_dir else val_fraction}, "started_from": started}
+                     "val_fraction": 0.0 if val_dir else val_fraction,
+                     "val_dir": val_dir and str(val_dir)}, "started_from": started}
 
         # ---- What is going to happen
         print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
@@ -218,7 +222,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         keeper = Keeper(output_dir, state, facts, len(batches), signals, replacing=not same_run)
         look = functools.partial(
             report, plan=plan, keeper=keeper, rate=rate, diffusion=diffusion, device=device,
-            precision=precision, held_out=held_out, num_samples=num_samples, image_size=image_size)
+            precision=precision, held_out=held_out, num_samples=num_samples, image_size=image_size,
+            min_snr=min_snr)
         start = time.perf_counter()
         with keeper.saved_if_stopped(plan.total_steps) if rank == 0 else contextlib.nullcontext():
             follow(plan, keeper, look, network, batches, diffusion, device, step_seconds=step_seconds,
@@ -233,7 +238,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
 
 
 # Flags, and keys of PRESETS, that train() knows by a longer name.
-ARGUMENTS = dict(dataset="dataset_name", epochs="num_epochs", lr="learning_rate", model="model_name")
+ARGUMENTS = {flag: name for name, flag in FLAGS.items()}
 # Flags that are handed on to create_model where they are given; a model has its own defaults.
 MODEL_FLAGS = ("base_channels", "multipliers", "num_blocks", "attention_levels", "heads", "groups",
                "time_emb_dim", "dropout", "activation", "patch_size", "scale_shift")

@@ -13,6 +13,7 @@ from diffusion import DiffusionProcess
 from images import png_bytes, read_note
 from load import load_model
 from loop import train_step
+from models import create_model
 from sample import choose_labels, generate, thinned
 from test_commands import fails
 from test_figures import write_model
@@ -223,3 +224,11 @@ def test_another_checkpoint_and_other_pictures_are_refused(two_shades, tmp_path,
         error = capsys.readouterr().err
         assert exit_.value.code == 2 and words in error and error.count("\n") == 1, (path, error)
     assert not (tmp_path / "again" / "recreated.png").exists()
+
+
+@pytest.mark.parametrize("y", [-2, 2])
+def test_a_class_that_there_is_not_is_named(y):
+    """It was an IndexError out of the depths of torch."""
+    model = create_model(base_channels=8, time_emb_dim=16, num_classes=2)
+    with pytest.raises(ValueError, match=rf"y must lie in -1..1, got {y}..{y}"):
+        model(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.long), torch.tensor([y]))

@@ -25,7 +25,7 @@ from conftest import ROOT, same
 from diffusion import SAMPLERS, DiffusionProcess
 from export import export
 from loop import hold_back, train_step
-from running import FINAL, LATEST, Signals, Stopped, only_run
+from running import FINAL, LATEST, Signals, Stopped, find_checkpoint, only_run
 from train import main, train
 
 # 64 images, 48 of them trained on, 12 of them at a time: 4 steps an epoch. Everything random is on.
@@ -141,7 +141,7 @@ def test_changed_settings_are_refused_with_both_values(whole, tmp_path, monkeypa
         with pytest.raises(ValueError, match="other settings") as error:
             train(**{**RUN, **change}, output_dir=tmp_path, resume="latest")
         (name, value), = change.items()
-        name = "total_steps" if name == "num_epochs" else name              # a cosine's length is part of it
+        name = {"num_epochs": "total_steps", "learning_rate": "lr"}.get(name, name)  # a cosine's length is part of it
         assert name in str(error.value) and (name == "total_steps" or f"{value!r} now" in str(error.value))
     train(**{**RUN, "num_samples": 3}, output_dir=tmp_path, resume="latest")
     assert same(load_checkpoint(tmp_path / "model_final.pt")["model"], whole["model_final.pt"]["model"])
@@ -191,6 +191,41 @@ def test_a_run_killed_between_its_saves_goes_on_from_its_last_checkpoint(whole, 
         train(**RUN, output_dir=tmp_path)
     train(**RUN, output_dir=tmp_path, resume="latest")
     assert same(files(tmp_path), whole)
+
+
+@pytest.mark.parametrize("latest, numbers, goes_on_from", [
+    (4, (8,), "model_step_0000008.pt"), (9, (8,), LATEST), (None, (995, 1000), "model_step_1000.pt")])
+def test_the_checkpoint_that_came_farthest_is_the_one_to_go_on_from(latest, numbers, goes_on_from, tmp_path):
+    """After kill -9 the latest may be five minutes older than a numbered one; and 995 is not after 1000."""
+    (tmp_path / "checkpoints").mkdir()
+    if latest:
+        save_checkpoint(tmp_path / LATEST, {"step": latest})
+    for number in numbers:
+        width = 7 if latest else 3
+        save_checkpoint(tmp_path / "checkpoints" / f"model_step_{number:0{width}d}.pt", {"step": number})
+    assert find_checkpoint(tmp_path, "latest", False)[0].name == goes_on_from
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    """A sweep over np.geomspace trained to the end and wrote files that nothing could read."""
+    rate, = np.geomspace(1e-3, 1e-2, 1)
+    train(**{**RUN, "num_epochs": 1, "learning_rate": rate, "seed": np.int64(3), "multipliers": [1, 2],
+             "base_channels": np.int64(8), "grad_clip": np.float32(1)}, output_dir=tmp_path)
+    saved = load_checkpoint(tmp_path / FINAL)
+    assert saved["settings"]["learning_rate"] == 1e-3 and type(saved["settings"]["learning_rate"]) is float
+    assert saved["data"]["seed"] == 3 and saved["model_config"]["multipliers"] == (1, 2)
+    with pytest.raises(TypeError, match="checkpoint\\['step'\\] is <object"):
+        save_checkpoint(tmp_path / "x.pt", {"step": object()})
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_run_without_memory_is_saved_and_resumed_bit_for_bit(error, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        stop_before(6, patch, error)
+        train(**RUN, output_dir=tmp_path)
+    assert f"{type(error).__name__} after step 6 of 12" in capsys.readouterr().out
+    train(**RUN, output_dir=tmp_path, resume="latest")
+    assert same(load_checkpoint(tmp_path / FINAL)["model"], whole[FINAL]["model"])
 
 
 def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
