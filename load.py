@@ -17,7 +17,7 @@ from schedules import SPACINGS
 
 MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
 OWN, UNFINISHED = "outputs/model_final.pt", "outputs/model_latest.pt"
-WEAK_GUIDANCE, WEAK_FROM = 3.0, 0.3  # by --weak, at the noisier levels: from this share of T on
+WEAK_GUIDANCE, WEAK_FROM = 2.0, 0.3  # by --weak, at the noisier levels: from this share of T on
 CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
 
 
