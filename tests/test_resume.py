@@ -19,7 +19,6 @@ import data
 import loop
 import session
 import train as train_module
-import utils
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, same
 from diffusion import SAMPLERS, DiffusionProcess
@@ -312,7 +311,7 @@ def test_a_file_system_without_locks_or_folder_syncs_will_do(tmp_path, monkeypat
         raise OSError(95, "not supported")
     monkeypatch.setattr("fcntl.flock", refused)
     plain = os.fsync
-    monkeypatch.setattr(utils.os, "fsync", lambda f: refused() if os.path.isdir(f"/proc/self/fd/{f}") else plain(f))
+    monkeypatch.setattr(os, "fsync", lambda f: refused() if os.path.isdir(f"/proc/self/fd/{f}") else plain(f))
     train(**{**RUN, "num_epochs": 1}, output_dir=tmp_path)
     assert load_checkpoint(tmp_path / FINAL)["step"] == 4
 
@@ -668,6 +667,6 @@ def test_a_checkpoint_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
             return real[name](*args)
         return noted
     for name in real:
-        monkeypatch.setattr(utils.os, name, note(name))
+        monkeypatch.setattr(os, name, note(name))
     checkpoint.save_checkpoint(tmp_path / "x.pt", {"n": 1})
     assert calls == ["fsync", "replace", "fsync folder"]

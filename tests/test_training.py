@@ -347,7 +347,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
 
     def full(_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("utils.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path / "x.pt", {"n": 2})
     monkeypatch.undo()

@@ -95,7 +95,7 @@ def test_the_output_depends_on_the_class_and_no_class_is_minus_one():
         for b in outputs[i + 1:]:
             assert (a - b).abs().max() > 1e-3
     assert torch.equal(model(x, t), outputs[0])
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="y must lie in -1..2, got 3"):
         model(x, t, torch.tensor([3]))
 
 
