@@ -179,6 +179,14 @@ def class_folders(folder):
     return sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
+def sorted_into_classes(folder, most=20):
+    """Does every image of a folder lie in one of a few sub-folders, as if each were a class?"""
+    folder = Path(folder)
+    if not folder.is_dir() or any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir()):
+        return False
+    return 2 <= len(class_folders(folder)) <= most
+
+
 def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labels=False, cache_dir=None):
     """Every usable image below a folder, in the order of their names. Says which files it skipped.
 

@@ -5,7 +5,7 @@
 
 import torch
 
-from data import DATASETS, Batches, class_names, get_dataset, split_held_out
+from data import DATASETS, Batches, class_names, get_dataset, get_default_dataset, split_held_out
 from interop import UNKNOWN
 from utils import shuffled
 
@@ -22,6 +22,10 @@ def chosen_name(data, name=None):
     if not name and data["name"] == UNKNOWN:
         raise ValueError("the checkpoint does not tell what it was trained on: name it with --dataset")
     return name or data["name"]
+
+
+def fit_of(data):
+    return "stretch" if data.get("fit") == "stretch" else "crop"
 
 
 def load_reference(data, data_dir, name=None):
@@ -47,7 +51,7 @@ def load_reference(data, data_dir, name=None):
 
 def folder_reference(data, data_dir, like, name=None):
     """load_reference of a folder. The phrase follows from the fingerprints that the training has left."""
-    like["fit"] = "stretch" if data.get("fit") == "stretch" else "crop"
+    like["fit"] = fit_of(data)
     images, y = get_dataset(name or data["name"], with_labels=same_classes(data, name), **like)
     share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
     if type(share) not in (int, float) or not 0 <= share < 1 or type(seed) is not int or seed < 0:
@@ -98,3 +102,28 @@ def labels_like(labels, count, seed=0):
     them.
     """
     return labels[torch.randint(len(labels), (count,), generator=torch.Generator().manual_seed(seed))]
+
+
+# ---- For figures, which can do with drawn digits
+
+def name_to_show(data, data_dir, name):
+    """chosen_name; synthetic digits in place of an MNIST that nobody named and that cannot be had."""
+    if name or data["name"] != "mnist":
+        return chosen_name(data, name)
+    return get_default_dataset(data_dir)[0]
+
+
+def training_images(data, data_dir, name=None):
+    """(name, images, labels or None) of what a model was trained on, or of data set `name`, cut as the model
+    takes them."""
+    name = name_to_show(data, data_dir, name)
+    return name, *get_dataset(name, data_dir, image_size=data["image_size"], channels=data["channels"],
+                              fit=fit_of(data), with_labels=same_classes(data, name))
+
+
+def unseen_images(data, data_dir, name=None):
+    """(name, images, labels or None, what they are): images that a model was not trained on, where there are
+    any, in random order. The labels are those of its own classes, or of a named set."""
+    name = name_to_show(data, data_dir, name)
+    _, held, labels, what = load_reference(data, data_dir, None if name == data["name"] else name)
+    return name, held, labels[1] if labels and (labels[1] >= 0).all() else None, what

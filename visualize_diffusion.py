@@ -27,16 +27,16 @@ from tqdm import tqdm
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number,
                           whole_number)
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
-from data import DATASETS, DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart
+from data import DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
 from evaluate import loss_by_timestep
 from figures import (one_step_figure, predictors_figure, schedule_table, schedules_figure, solvers_figure,
                      step_rows, timestep_loss_figure)
-from folders import IMAGE_SUFFIXES, class_folders
+from folders import sorted_into_classes
 from images import as_text, plot_losses, save_gif, save_strip, to_signed
 from load import CHECKPOINT_HELP, find_model, load_model
 from predictors import predictor_errors, predictor_lines
-from reference import chosen_name, load_reference, same_classes
+from reference import same_classes, training_images, unseen_images
 from running import NUMBERED
 from sample import choose_labels, draw_frame, generate, guidance_words, save_generation_strip, seconds_for
 from schedules import SCHEDULES, SPACINGS, nearest_levels
@@ -109,12 +109,6 @@ def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0,
     labels = [f"t = {t}\n" + r"$\bar\alpha$ " + (f"{share:.4f}" if share > 1e-3 else f"{share:.0e}")
               for t, share in zip(timesteps, shares)]
     save_strip(torch.stack(columns, dim=1), labels, path, title=title)
-
-
-def holds_classes(folder, most=20):
-    """Is every image of the folder in one of a few sub-folders, as --labels wants it?"""
-    loose = any(path.suffix.lower() in IMAGE_SUFFIXES for path in Path(folder).iterdir())
-    return not loose and 2 <= len(class_folders(folder)) <= most
 
 
 def dataset_figure(images, labels, names, path, columns=10, seed=0, title=None):
@@ -283,14 +277,13 @@ def draw_from_data(name, args, path, loaded=None):
     """loaded: a model whose process and data are to be shown; by default those of the flags."""
     diffusion = loaded[1] if loaded else DiffusionProcess(args.num_timesteps, args.schedule)
     if loaded:
-        dataset, images, labels = images_of(loaded[2], args)
+        dataset, images, labels = training_images(loaded[2], args.data_dir, args.dataset)
     elif args.dataset is None:
         dataset, images, labels = get_default_dataset(args.data_dir, image_size=args.image_size)
     else:
         dataset = args.dataset
-        sorted_in_folders = name == "dataset" and dataset not in DATASETS and holds_classes(dataset)
         images, labels = get_dataset(dataset, args.data_dir, image_size=args.image_size,
-                                     with_labels=sorted_in_folders)
+                                     with_labels=name == "dataset" and sorted_into_classes(dataset))
     count = args.num_images or FIGURES[name].count
     if name == "dataset":
         shape = "x".join(map(str, images.shape[1:]))
@@ -304,29 +297,6 @@ def draw_from_data(name, args, path, loaded=None):
         forward_figure(images[pick], diffusion, path, timesteps, args.seed,
                        title=f"{as_text(Path(dataset).name)}: the forward process, {schedule} schedule")
     return [path]
-
-
-def name_of(data, args):
-    """--dataset, or what the model was trained on; synthetic digits in place of an MNIST that cannot be had."""
-    if args.dataset or data["name"] != "mnist":
-        return chosen_name(data, args.dataset)
-    return get_default_dataset(args.data_dir)[0]
-
-
-def images_of(data, args):
-    """(name, images, labels) of what a model was trained on, or of --dataset, as the model takes them."""
-    name = name_of(data, args)
-    return name, *get_dataset(name, args.data_dir, image_size=data["image_size"], channels=data["channels"],
-                              fit="stretch" if data.get("fit") == "stretch" else "crop",
-                              with_labels=same_classes(data, name))
-
-
-def unseen(data, args):
-    """(name, images, labels or None, what they are): images that the model was not trained on, where there are
-    any, in random order. The labels are those of its own classes, or of a named set."""
-    name = name_of(data, args)
-    _, held, labels, kind = load_reference(data, args.data_dir, None if name == data["name"] else name)
-    return name, held, labels[1] if labels and (labels[1] >= 0).all() else None, kind
 
 
 def draw_from_formulas(name, args, path):
@@ -391,7 +361,7 @@ def draw_from_model(name, args, path, loaded):
 
 def some_unseen(data, args, count, device):
     """(x_0, y or None, "256 test images of mnist")"""
-    dataset, images, labels, kind = unseen(data, args)
+    dataset, images, labels, kind = unseen_images(data, args.data_dir, args.dataset)
     known = labels is not None and same_classes(data, dataset)
     x_0 = to_signed(images[:count]).to(device)
     return x_0, labels[:count].to(device) if known else None, f"{len(x_0)} {kind} of {as_text(dataset)}"

@@ -31,9 +31,10 @@ from inside import (PlainUNet, activations, attention_maps, bottleneck_features,
                     choose_layer, model_table, parts, pca, reach, sampled, table_lines, time_embeddings, tsne)
 from load import CHECKPOINT_HELP, find_model, load_model
 from models import MODELS, create_model
+from reference import unseen_images
 from sample import choose_labels, seconds_for
 from utils import describe_device, get_device
-from visualize_diffusion import choose_timesteps, unseen
+from visualize_diffusion import choose_timesteps
 
 
 class Row(NamedTuple):
@@ -331,7 +332,7 @@ def draw_from_model(name, args, path, device):
 def draw_features(args, path, device):
     model, diffusion, data, _ = load(args, device)
     timesteps = choose_timesteps(args.timesteps, FIGURES["features"].timesteps, diffusion.num_timesteps)
-    dataset, images, labels, _ = unseen(data, args)
+    dataset, images, labels, _ = unseen_images(data, args.data_dir, args.dataset)
     count = min(args.num_images, len(images))
     if count < 4:
         raise ValueError(f"--num_images {args.num_images}: {count} images make no map; 4 or more")
