@@ -13,6 +13,7 @@ import pickletools
 import re
 import struct
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -77,15 +78,20 @@ def _digest(entries, max_bytes=math.inf):
 
 def plain(value, name="checkpoint"):
     """What a checkpoint may hold, tensors and plain values, as it will be read again: a number of numpy's becomes
-    one of Python's. TypeError for anything else, which load_checkpoint would refuse."""
+    one of Python's, an enum's member what it stands for. TypeError for anything else, which load_checkpoint
+    would refuse."""
     if isinstance(value, dict):
-        return type(value)((key, plain(one, f"{name}[{key!r}]")) for key, one in value.items())
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict
+        return kind((plain(key, f"a key of {name}"), plain(one, f"{name}[{key!r}]")) for key, one in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value)(plain(one, name) for one in value)
+        return (list if isinstance(value, list) else tuple)(plain(one, name) for one in value)
     if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (torch.Tensor, bool, int, float, str)):
+        value = value.item()
+    if value is None or isinstance(value, (bool, torch.Tensor)):
         return value
+    for kind in (int, float, str):
+        if isinstance(value, kind) and not isinstance(value, np.generic):
+            return kind.__str__(value) if kind is str else kind(value)
     raise TypeError(f"{name} is {value!r:.50}: a checkpoint holds tensors and plain values only")
 
 

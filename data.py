@@ -146,6 +146,12 @@ def keep_apart(name, output_dir):
                          "there would count as images, or replace some. Give another --output_dir")
 
 
+def keep_apart_from_own(data, output_dir):
+    """keep_apart of the images that a model was trained on. data: what the checkpoint says of them."""
+    for name in (data["name"], data.get("val_dir")):
+        keep_apart(name if name is None else str(name), output_dir)
+
+
 # ---- torchvision's sets
 
 def _torchvision_arrays(name, source, data_dir, train):

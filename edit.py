@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, fraction, make_output_dir, positive_int,
                           seed_number, spare)
-from data import DATASETS, get_dataset, get_default_dataset
+from data import DATASETS, get_dataset, get_default_dataset, keep_apart_from_own
 from diffusion import seeded_noise
 from folders import load_pictures, read_picture
 from images import save_images, save_strip, to_signed
@@ -207,6 +207,7 @@ def main(argv=None):
     path = find_model(args.checkpoint, images=args.dataset)
     output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")
     model, diffusion, data = load_model(path, device)
+    keep_apart_from_own(data, output_dir)
     size, channels, classes = data["image_size"], model.image_channels, data["classes"]
     if args.task == "colourise" and channels != 3:
         raise ValueError("--task colourise needs a model of colour pictures, and this one is grey: for "

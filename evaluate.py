@@ -23,7 +23,7 @@ from tqdm import tqdm
 from classifier import get_classifier, look
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval,
                           make_output_dir, positive_int, seed_number)
-from data import keep_apart
+from data import keep_apart, keep_apart_from_own
 from diffusion import SAMPLERS, model_calls
 from files import write_file
 from images import save_strip, to_signed, to_uint8
@@ -330,7 +330,8 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png",
                                  "race.json", "race.png", "stages.json", "stages.png")
     model, diffusion, data = load_model(args.checkpoint, device)
-    keep_apart(args.dataset or data["name"], output_dir)
+    keep_apart(args.dataset, output_dir)
+    keep_apart_from_own(data, output_dir)
     known = same_classes(data, args.dataset)
     if args.stages and not known:
         args.label = "none"

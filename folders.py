@@ -126,10 +126,16 @@ def read_picture(path, name, image_size, fit="crop", channels=None):
 
 # ---- A folder
 
+def _refuse(error):
+    raise error
+
+
 def find_files(folder):
     """(image files below a folder, in the order of their names; how many files are none by their name).
-    Hidden files and folders are left out."""
+    Hidden files and folders are left out. OSError for a folder that cannot be read."""
     folder = Path(folder)
+    for _, below, _ in os.walk(folder, onerror=_refuse):    # rglob passes over what is forbidden without a word
+        below[:] = [name for name in below if not name.startswith(".")]
     files = sorted(p for p in folder.rglob("*") if (p.is_file() or p.is_symlink())
                    and not any(part.startswith(".") for part in p.relative_to(folder).parts))
     images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
@@ -260,10 +266,14 @@ def _decode(folder, files, image_size, fit, channels, out=None):
 def _array_on_disk(path, shape):
     """A new uint8 array in a file, mapped into memory. Its place on the disk is taken at once: on a full one that is
     an OSError, while a page that finds no place later would end the process."""
-    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    try:
+        array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        error.filename = error.filename or str(path)            # else nobody knows whose disk is full
+        raise
     return array
 
 

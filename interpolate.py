@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float, positive_int,
                           seed_number, spare)
+from data import keep_apart_from_own
 from diffusion import seeded_noise
 from folders import load_pictures
 from images import save_gif, save_images, save_strip, to_uint8
@@ -119,6 +120,7 @@ def main(argv=None):
     args.checkpoint = find_model(args.checkpoint)
     output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
     model, diffusion, data = load_model(args.checkpoint, device)
+    keep_apart_from_own(data, output_dir)
     size, classes = data["image_size"], data["classes"]
     y, _ = choose_labels(args.label or ("none" if classes else None), classes, args.frames)
     y = None if y is None else y.to(device)

@@ -19,10 +19,11 @@ def said_noise(model, diffusion, x_t, t, y=None):
 
 
 @torch.no_grad()
-def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0):
+def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, tick=lambda: None):
     """Mean squared errors of the predicted noise in equal ranges of t, all at the same noises.
 
     x_0: [N, C, H, W] in [-1, 1].  y: [N] class indices or None.  ranges: into how many parts 0..T-1 is cut.
+    tick: called after each of them.
     Returns (the edges of the ranges, from 0 to T; {answer: [ranges] errors}). The last row is no answer: it
     is the mean square of x_t - x_0, which does grow with t, and for which the error of "zero" is often taken.
     Raises ValueError for more ranges than timesteps.
@@ -45,6 +46,7 @@ def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0):
         for name, answer in answers.items():
             errors.setdefault(name, []).append((answer - noise).square().mean().item())
         errors.setdefault("x_t - x_0", []).append((x_t - x_0).square().mean().item())
+        tick()
     return edges, errors
 
 

@@ -3,6 +3,8 @@
     images, held, labels, what = load_reference(data)     # data: what the checkpoint says
 """
 
+from pathlib import Path
+
 import torch
 
 from data import DATASETS, Batches, class_names, get_dataset, get_default_dataset, split_held_out
@@ -57,7 +59,9 @@ def folder_reference(data, data_dir, like, name=None):
     if type(share) not in (int, float) or not 0 <= share < 1 or type(seed) is not int or seed < 0:
         raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, "
                          f"seed {seed!r:.40}")
-    if data.get("val_dir") and data.get("images") == Batches(images, y).fingerprint():
+    val_dir = str(data.get("val_dir") or "")
+    there = val_dir in DATASETS or Path(val_dir).is_dir() and val_dir
+    if there and data.get("images") == Batches(images, y).fingerprint():
         return images, *others(data, data_dir, like, y)
     kept, aside = split_held_out(len(images), share or min(0.5, max(0.1, FEWEST / len(images))), seed)
     trained_on, held_out = data.get("images"), data.get("held_out")
@@ -82,8 +86,8 @@ def folder_reference(data, data_dir, like, name=None):
 def others(data, data_dir, like, y):
     """(images, labels, a phrase) of the --val_dir of a training. y: labels of its own images, or None."""
     name = str(data["val_dir"])
-    same = y is not None and same_classes(data, name)
     try:
+        same = y is not None and same_classes(data, name)
         held, held_y = get_dataset(name, data_dir, train=False, with_labels=same, **like)
     except ValueError as error:
         raise ValueError(f"the held-out images of the training, --val_dir {name}: {error}") from error

@@ -69,16 +69,10 @@ def find_checkpoint(folder, resume, overwrite):
     """
     folder = Path(folder)
     latest, final = folder / LATEST, folder / FINAL
-    numbered = sorted((path for path in run_files(folder) if path.parent.name == "checkpoints"),
-                      key=lambda path: int(path.stem.split("_")[-1]))
+    numbered = [path for path in run_files(folder) if path.parent.name == "checkpoints" and path.is_file()]
     unfinished = latest.exists() or numbered and not final.exists()
     if resume == "latest":
-        found = [path for path in (latest, final, *numbered[-1:]) if path.exists()]
-        if not found:
-            raise ValueError(f"nothing to resume: {folder} holds no checkpoint of a run")
-        if len(found) > 1:              # a killed run may have come farther in a numbered one than in the latest
-            found.sort(key=lambda path: load_checkpoint(path).get("step", 0), reverse=True)
-        return found[0], True
+        return farthest(folder, [latest, final, folder / BEST, *last_of_each_unit(numbered)]), True
     origin = None if resume is None else Path(resume)
     if origin is not None and not origin.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(origin))
@@ -87,6 +81,32 @@ def find_checkpoint(folder, resume, overwrite):
         raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite replaces it, "
                          "another --output_dir keeps it")
     return origin, own
+
+
+def last_of_each_unit(numbered):
+    """Of model_epoch_995.pt, model_epoch_1000.pt and model_step_0000300.pt the last two."""
+    last = {}
+    for path in sorted(numbered, key=lambda path: int(path.stem.split("_")[-1])):
+        last[path.stem.split("_")[-2]] = path
+    return list(last.values())
+
+
+def farthest(folder, paths):
+    """Of several checkpoints of a run the one with the most steps behind it: one that was killed may have come
+    farther in any of them than in the latest. Says which it cannot read. ValueError if it can read none."""
+    steps, problem = {}, None
+    for path in paths:
+        try:
+            if path.exists():
+                step = load_checkpoint(path).get("step")
+                steps[path] = step if type(step) is int else -1
+        except (ValueError, OSError) as error:
+            problem = error
+    if not steps:
+        raise problem or ValueError(f"nothing to resume: {folder} holds no checkpoint of a run")
+    if problem:
+        print(f"passed over: {problem}")
+    return max(steps, key=steps.get)
 
 
 def run_files(folder):

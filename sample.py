@@ -21,6 +21,7 @@ from files import write_file
 import interop
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval, make_output_dir,
                           positive_int, seed_number, spare, whole_number)
+from data import keep_apart_from_own
 from diffusion import SAMPLERS, model_calls, seeded_noise
 from images import image_grid, png_bytes, save_gif, save_images, save_strip, to_uint8
 from load import (CHECKPOINT_HELP, WEAK_FROM, WEAK_GUIDANCE, apply_card, find_model, load_model,
@@ -285,6 +286,7 @@ def main(argv=None):
     if args.show_intermediate:
         make_output_dir(output_dir / "generation_frames")
     model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
+    keep_apart_from_own(data, output_dir)
     if again and again["weights"] != data["digest"]:
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
                          f"digest {str(again['weights'])[:12]}..., not {data['digest'][:12]}...")

@@ -26,7 +26,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
-from checkpoint import FLAGS, State, take_weights
+from checkpoint import FLAGS, State, plain, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, spare, whole_number)
 from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, keep_apart,
@@ -66,9 +66,12 @@ def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir
             arrays = get_dataset(dataset_name, data_dir, **settings)
         images, classes = arrays[0], None if labels is False else class_names(dataset_name, bool(labels))
         if val_dir:                               # without classes, if it has others or none
-            same = bool(classes) and class_names(val_dir, True) == classes
-            like = dict(settings, image_size=images.shape[-1], channels=images.shape[1], with_labels=same)
-            held_arrays = get_dataset(val_dir, data_dir, train=False, **like)
+            try:
+                same = bool(classes) and class_names(val_dir, True) == classes
+                like = dict(settings, image_size=images.shape[-1], channels=images.shape[1], with_labels=same)
+                held_arrays = get_dataset(val_dir, data_dir, train=False, **like)
+            except ValueError as error:
+                raise ValueError(f"--val_dir: {error}") from error
     y = arrays[1] if classes else None
     bare = [name for k, name in enumerate(classes or []) if not (y == k).any()]
     if bare and dataset_name not in DATASETS:
@@ -194,6 +197,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
                      "classes": classes, "fit": fit, "flip": flip, "seed": seed,
                      "val_fraction": 0.0 if val_dir else val_fraction,
                      "val_dir": val_dir and str(val_dir)}, "started_from": started}
+        facts = plain(facts, "the run")         # what cannot be saved is told before the training
 
         # ---- What is going to happen
         print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))

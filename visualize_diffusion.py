@@ -27,7 +27,7 @@ from tqdm import tqdm
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number,
                           whole_number)
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
-from data import DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart
+from data import DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart, keep_apart_from_own
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
 from evaluate import loss_by_timestep
 from figures import (one_step_figure, predictors_figure, schedule_table, schedules_figure, solvers_figure,
@@ -35,7 +35,7 @@ from figures import (one_step_figure, predictors_figure, schedule_table, schedul
 from folders import sorted_into_classes
 from images import as_text, plot_losses, save_gif, save_strip, to_signed
 from load import CHECKPOINT_HELP, find_model, load_model
-from predictors import predictor_errors, predictor_lines
+from predictors import RANGES, predictor_errors, predictor_lines
 from reference import same_classes, training_images, unseen_images
 from running import NUMBERED
 from sample import choose_labels, draw_frame, generate, guidance_words, save_generation_strip, seconds_for
@@ -369,7 +369,11 @@ def some_unseen(data, args, count, device):
 
 def draw_predictors(args, path, model, diffusion, data, device):
     x_0, y, which = some_unseen(data, args, args.num_images or FIGURES["predictors"].count, device)
-    edges, errors = predictor_errors(diffusion, x_0, model, y, seed=args.seed)
+    ranges = min(RANGES, diffusion.num_timesteps)
+    cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64, ranges, device))
+    print(f"{which} at {ranges} ranges of t, about {cost} here", flush=True)
+    with tqdm(total=ranges, desc="predicting", unit="range") as bar:
+        edges, errors = predictor_errors(diffusion, x_0, model, y, ranges, args.seed, bar.update)
     print(f"mean squared error of the predicted noise, {which}", *predictor_lines(edges, errors), sep="\n")
     predictors_figure(edges, errors, path, f"error of the predicted noise, {which}")
     return [path]
@@ -384,6 +388,7 @@ def draw_from_run(name, args, path, device):
     else:
         files = found_in(args.run, "checkpoints/model_*_[0-9]*.pt", "checkpoints/model_epoch_*.pt")
     model, diffusion, data = load_model(files[0], device)
+    keep_apart_from_own(data, args.output_dir)
     count = args.num_images or FIGURES[name].count
     if name == "epochs":
         epochs_figure(args.run, path, data["image_size"], count)
@@ -408,7 +413,9 @@ def load(args, device):
     """(model, process, facts about its data, device), of --checkpoint."""
     path = find_model(args.checkpoint)
     print(f"device: {describe_device(device, args.device)}; model: {path}")
-    return *load_model(path, device), device
+    model, diffusion, data = load_model(path, device)
+    keep_apart_from_own(data, args.output_dir)
+    return model, diffusion, data, device
 
 
 @command

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number,
                           whole_number)
-from data import DATASET_HELP, class_names
+from data import DATASET_HELP, class_names, keep_apart_from_own
 from diffusion import SAMPLERS
 from images import COLOURS, as_text, image_grid, new_figure, save_figure, to_uint8
 from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest, centre_accuracy,
@@ -291,7 +291,9 @@ def load(args, device):
     """(model, process, facts about its data, name of the file) of --checkpoint."""
     path = find_model(args.checkpoint)
     print(f"device: {describe_device(device, args.device)}; model: {path}")
-    return *load_model(path, device), Path(path).name
+    model, diffusion, data = load_model(path, device)
+    keep_apart_from_own(data, args.output_dir)
+    return model, diffusion, data, Path(path).name
 
 
 def draw_from_model(name, args, path, device):

@@ -9,6 +9,8 @@ from PIL import Image
 
 import convergence
 import data
+import interpolate
+import sample
 import visualize_diffusion as figures
 from checkpoint import save_checkpoint
 from convergence import MIXTURES, even_noise, exact_denoiser, exact_flow, solver_errors
@@ -428,3 +430,15 @@ def test_a_foreign_table_or_sheet_is_one_line(run, tmp_path, capsys):
     Image.new("RGB", (500, 300)).save(run / "samples" / "epoch_002.png")
     assert "is no sheet of 8x8 images" in fails(capsys, figures.main, "--figure", "epochs", "--run", run,
                                                 "--output_dir", tmp_path)
+
+
+def test_nothing_is_written_among_the_images_that_a_model_was_trained_on(tmp_path, capsys):
+    """A figure would be one image more, and the run could not be resumed."""
+    (tmp_path / "photos").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "photos" / "a.png")
+    write_model(tmp_path / "x.pt", name=str(tmp_path / "photos"))
+    for command, flags in ((figures, ["--figure", "reverse"]), (sample, []), (interpolate, ["--frames", "2"])):
+        said = fails(capsys, command.main, *flags, "--checkpoint", tmp_path / "x.pt", "--device", "cpu",
+                     "--output_dir", tmp_path / "photos")
+        assert "are not apart" in said
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.png"]

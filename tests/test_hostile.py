@@ -163,8 +163,10 @@ def test_a_model_is_held_against_the_folder_that_was_held_out_beside_its_own(tmp
     found, aside, labels, what = load_reference(about, "data")
     assert torch.equal(found, images) and labels is None and what == f"images of {others}"
     assert torch.equal(aside.flatten(1).double().mean(1).sort().values, held.flatten(1).double().mean(1).sort().values)
-    with pytest.raises(ValueError, match="--val_dir nowhere"):
-        load_reference({**about, "val_dir": "nowhere"}, "data")
+    assert "lies elsewhere" in load_reference({**about, "val_dir": "nowhere"}, "data")[3]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"--val_dir {tmp_path / 'empty'}: .*no images found"):
+        load_reference({**about, "val_dir": str(tmp_path / "empty")}, "data")
     assert load_reference({**about, "val_dir": "nowhere"}, "data", str(others))[3].endswith("set aside here")
 
 

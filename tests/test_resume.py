@@ -1,6 +1,7 @@
 """A run that is stopped, killed or broken loses nothing, and goes on as if nothing had happened."""
 
 import copy
+import enum
 import os
 import shutil
 import signal
@@ -33,6 +34,10 @@ RUN = dict(dataset_name="synthetic_digits", image_size=8, batch_size=6, accumula
            attention_levels=(1,), heads=2, groups=4, time_emb_dim=16, dropout=0.2, flip=True, val_fraction=0.25,
            optimizer="adamw", weight_decay=0.01, lr_schedule="cosine", warmup=3, grad_clip=1.0, ema_every=2,
            num_samples=2, save_every=2, seed=7, device="cpu", precision="float32")
+
+
+Colour = enum.Enum("Colour", {"RED": "red"}, type=str)
+Size = enum.IntEnum("Size", {"SMALL": 1})
 
 
 def make_small(patch):
@@ -203,6 +208,45 @@ def test_the_checkpoint_that_came_farthest_is_the_one_to_go_on_from(latest, numb
         width = 7 if latest else 3
         save_checkpoint(tmp_path / "checkpoints" / f"model_step_{number:0{width}d}.pt", {"step": number})
     assert find_checkpoint(tmp_path, "latest", False)[0].name == goes_on_from
+
+
+def test_a_damaged_checkpoint_does_not_hide_a_good_one_and_units_are_not_mixed(tmp_path, capsys):
+    """Both were lost: 50 steps to a number of another unit, and all of them to a truncated file beside a good one."""
+    (tmp_path / "checkpoints").mkdir()
+    for name, step in {LATEST: 4, "checkpoints/model_step_0000300.pt": 300, "checkpoints/model_epoch_050.pt": 350,
+                       "model_best.pt": 360}.items():
+        save_checkpoint(tmp_path / name, {"step": step})
+    assert find_checkpoint(tmp_path, "latest", False)[0].name == "model_best.pt"
+    (tmp_path / "model_best.pt").write_bytes((tmp_path / "model_best.pt").read_bytes()[:200])
+    (tmp_path / "checkpoints" / "model_epoch_051.pt").mkdir()
+    assert find_checkpoint(tmp_path, "latest", False)[0].name == "model_epoch_050.pt"
+    assert "passed over" in capsys.readouterr().out
+    for path in [*tmp_path.glob("*.pt"), *tmp_path.glob("checkpoints/*.pt")]:
+        if path.is_file():
+            path.write_bytes(b"no")
+    with pytest.raises(ValueError, match="model_(best|step|epoch|latest)"):
+        find_checkpoint(tmp_path, "latest", False)
+
+
+@pytest.mark.parametrize("value, wanted", [
+    (np.float32(1.5), 1.5), (np.int64(3), 3), (np.bool_(True), True), (Colour.RED, "red"), (Size.SMALL, 1),
+    (torch.Size([1, 2]), (1, 2)), ({np.int64(1): 2.0}, {1: 2.0}), ([np.float64(2)], [2.0])])
+def test_what_is_saved_is_plain_and_can_be_read_again(value, wanted, tmp_path):
+    save_checkpoint(tmp_path / "x.pt", {"step": value})
+    assert load_checkpoint(tmp_path / "x.pt")["step"] == wanted
+
+
+@pytest.mark.parametrize("value", [np.longdouble(1), np.complex64(1j), np.datetime64("2026-01-01"), 1j, b"x", {1}])
+def test_what_could_not_be_read_again_is_not_saved(value, tmp_path):
+    with pytest.raises(TypeError, match="plain values"):
+        save_checkpoint(tmp_path / "x.pt", {"step": [value]})
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_setting_that_cannot_be_saved_is_told_before_the_training(tmp_path, monkeypatch):
+    stop_before(0, monkeypatch, AssertionError("it trains"))
+    with pytest.raises(TypeError, match="grad_clip"):
+        train(**{**RUN, "grad_clip": np.array(1.0)}, output_dir=tmp_path)
 
 
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
