@@ -162,14 +162,17 @@ def print_quality(found, floor, count, held_count, held_name):
     line("  in units of the floor", f"{found['fd'] / floor['fd']:.2f}" if floor["fd"] > 0 else "-", "1")
     line("KID, small classifier, x 1000", f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
          f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
+    tells_classes = "agreement" in floor        # else they are quarter turns, and all images upright
     for key, title in (("precision", "precision: looks real"), ("recall", "recall: has the variety"),
                        ("detail", "fine detail, of the training images'"),
                        ("confident", f"classifier surer than {SURE}"),
                        ("agreement", "classifier sees what was asked")):
-        if key in found:
+        if key in found and (tells_classes or key != "confident"):
             line(title, f"{found[key]:.1%}", f"{floor[key]:.1%}" if key in floor else "")
-    if "agreement" in floor:                    # else the classes are quarter turns, and all images upright
+    if tells_classes:
         line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
+    if found["recall"] < 0.1 * floor["recall"]:
+        print("  where recall is so low the samples lie at one place of the features: precision then says nothing")
     if abs(found["fd"] - floor["fd"]) < found["fd_error"] + floor["fd_error"]:
         print("  the two distances lie within their errors: only more images can tell them apart")
     print(f"  floor: {held_count} {held_name}, measured in the same way"

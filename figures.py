@@ -1,5 +1,7 @@
 """Plots out of given numbers: schedules, solvers, one step, losses. visualize_diffusion.py finds the numbers."""
 
+import textwrap
+
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -157,6 +159,6 @@ def predictors_figure(edges, errors, path, title=None):
         axes.bar_label(bars, [f"{value:.2f}" for value in row], fontsize=7, padding=1)
     axes.set_xticks(range(len(edges) - 1), [f"t = {low} to {high - 1}" for low, high in zip(edges, edges[1:])])
     axes.set_ylabel("mean squared error")
-    axes.set_title(title, fontsize=10.5)
+    axes.set_title("\n".join(textwrap.wrap(title or "", 100)), fontsize=10.5)
     axes.legend(frameon=False, ncols=len(errors), loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=9)
     save_figure(figure, path)

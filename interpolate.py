@@ -141,8 +141,8 @@ def main(argv=None):
                     clip=diffusion.clip_loss)
         likeness = psnr(back, real)
         print(f"to their noise and back: PSNR {likeness:.1f} dB; " + (
-            "more --steps lose less" if likeness >= POOR else "the walk will begin and end at pictures that are "
-            f"only like them. Was {args.checkpoint} trained on pictures of that kind?"))
+            "more --steps lose less" if likeness >= POOR else "more --steps lose less; if the walk still "
+            f"begins at another picture, was {args.checkpoint} trained on pictures of that kind?"))
     else:
         noises = torch.cat([seeded_noise(seed, [0], 0, shape) for seed in args.seeds]).to(device)
 

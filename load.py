@@ -21,23 +21,24 @@ WEAK_GUIDANCE, WEAK_FROM = 2.0, 0.3  # by --weak, at the noisier levels: from th
 CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
 
 
-def find_model(checkpoint=None, dataset=None, made_with=None, images=None):
+def find_model(checkpoint=None, dataset=None, made_with=None, images=None, beside="."):
     """The path of the weights to draw from: your own, or as long as there are none those that are shipped.
 
     checkpoint: a file, or None for OWN.  dataset: take the shipped weights of this data set.
-    made_with: where neither is named, take those of this digest.
+    made_with: where neither is named, take those of this digest; also from the folder `beside`.
     images: the data set that they are to be used with; of the shipped weights, take its own if there are any.
     Raises ValueError where there is nothing.
     """
     shipped = sorted(path.stem for path in PRETRAINED.glob("*.pt") if not path.stem.startswith("classifier"))
     if made_with is not None and checkpoint is None and dataset is None:
-        own = [Path(OWN)] * Path(OWN).exists()
+        own = [path for path in (Path(OWN), *(Path(beside) / Path(name).name for name in (OWN, UNFINISHED)))
+               if path.exists()]
         for path in [*own, *(PRETRAINED / f"{name}.pt" for name in shipped)]:
             with contextlib.suppress(ValueError):                      # a damaged file is not the one
                 if load_model(path)[2]["digest"] == made_with:
                     return path
-        raise ValueError(f"neither {OWN} nor shipped weights made that picture: name with --checkpoint what "
-                         "did")
+        raise ValueError(f"neither {OWN} nor a model beside it nor shipped weights made that picture: name with "
+                         "--checkpoint what did (a file that export.py has made smaller draws others)")
     datasets = [name for name in shipped if not name.endswith("_early")]           # those are for --weak
     if dataset is not None:
         if dataset not in datasets:
@@ -45,7 +46,7 @@ def find_model(checkpoint=None, dataset=None, made_with=None, images=None):
                              f"train your own with python train.py --dataset {dataset}")
         return PRETRAINED / f"{dataset}.pt"
     if checkpoint is None and not Path(OWN).exists() and "mnist" in shipped:
-        name = images if images in datasets else "mnist"
+        name = Path(images or "").name if Path(images or "").name in datasets else "mnist"
         print(f"no {OWN} yet: taking the weights that are shipped, pretrained/{name}.pt"
               + f" ({UNFINISHED} is a run that was not finished: --checkpoint takes it)" * Path(UNFINISHED).exists())
         return PRETRAINED / f"{name}.pt"

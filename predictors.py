@@ -9,6 +9,7 @@ visualize_diffusion.py --figure predictors prints and draws them.
 import torch
 
 RANGES = 4
+NO_ANSWER = "no answer: x_t - x_0"  # how far the noisy image is from the clean one
 
 
 def said_noise(model, diffusion, x_t, t, y=None):
@@ -45,7 +46,7 @@ def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, 
                 for k in torch.arange(len(x_0), device=x_0.device).split(64)])
         for name, answer in answers.items():
             errors.setdefault(name, []).append((answer - noise).square().mean().item())
-        errors.setdefault("x_t - x_0", []).append((x_t - x_0).square().mean().item())
+        errors.setdefault(NO_ANSWER, []).append((x_t - x_0).square().mean().item())
         tick()
     return edges, errors
 
@@ -53,5 +54,5 @@ def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, 
 def predictor_lines(edges, errors):
     """The errors as lines of text, one for each answer."""
     heads = [f"{low}-{high - 1}" for low, high in zip(edges, edges[1:])]
-    return [f"{'t':18}" + "".join(f"{head:>10}" for head in heads),
-            *(f"{name:18}" + "".join(f"{error:10.4f}" for error in row) for name, row in errors.items())]
+    return [f"{'t':22}" + "".join(f"{head:>10}" for head in heads),
+            *(f"{name:22}" + "".join(f"{error:10.4f}" for error in row) for name, row in errors.items())]

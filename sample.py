@@ -214,7 +214,8 @@ def parse(argv):
     add("--single_images", "also write each image to a file of its own, in the folder generated_samples", False,
         action="store_true")
     add("--recreate", "make this picture again as recreated.png: its own settings go before all other flags; "
-        "--checkpoint is found by itself if it is outputs/model_final.pt or shipped", metavar="PNG")
+        "--checkpoint is found by itself if it is outputs/model_final.pt, lies beside the picture or is shipped",
+        metavar="PNG")
     add("--batch_size", "images at a time", 64, type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
@@ -279,7 +280,8 @@ def main(argv=None):
         spare([args.recreate], picture)
         torch.set_num_threads(again["threads"])             # with another number sums are taken in another order
     device = get_device(args.device)
-    args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["weights"])
+    args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["weights"],
+                                 beside=Path(args.recreate or ".").parent)
     output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
     if args.single_images:
         make_output_dir(output_dir / "generated_samples")

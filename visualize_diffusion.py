@@ -360,11 +360,15 @@ def draw_from_model(name, args, path, loaded):
 
 
 def some_unseen(data, args, count, device):
-    """(x_0, y or None, "256 test images of mnist")"""
+    """(x_0, y or None, what they are: "256 test images of mnist")"""
     dataset, images, labels, kind = unseen_images(data, args.data_dir, args.dataset)
     known = labels is not None and same_classes(data, dataset)
     x_0 = to_signed(images[:count]).to(device)
-    return x_0, labels[:count].to(device) if known else None, f"{len(x_0)} {kind} of {as_text(dataset)}"
+    if dataset != data["name"]:
+        print(f"note: the model was trained on {data['name']!r}, and knows nothing of these images unless they "
+              "are the same")
+    which = f"{len(x_0)} {kind}" + ("" if " of " in kind else f" of {Path(dataset).name}")
+    return x_0, labels[:count].to(device) if known else None, which
 
 
 def draw_predictors(args, path, model, diffusion, data, device):
@@ -374,8 +378,11 @@ def draw_predictors(args, path, model, diffusion, data, device):
     print(f"{which} at {ranges} ranges of t, about {cost} here", flush=True)
     with tqdm(total=ranges, desc="predicting", unit="range") as bar:
         edges, errors = predictor_errors(diffusion, x_0, model, y, ranges, args.seed, bar.update)
-    print(f"mean squared error of the predicted noise, {which}", *predictor_lines(edges, errors), sep="\n")
-    predictors_figure(edges, errors, path, f"error of the predicted noise, {which}")
+    schedule = diffusion.config["schedule"]
+    title = (f"error of the predicted noise, {which}, T = {diffusion.num_timesteps}"
+             + f", {schedule} schedule" * isinstance(schedule, str))
+    print("mean squared " + title, *predictor_lines(edges, errors), sep="\n")
+    predictors_figure(edges, errors, path, as_text(title))
     return [path]
 
 
@@ -405,13 +412,13 @@ def draw_from_run(name, args, path, device):
         edges, column = loss_by_timestep(model, diffusion, x_0, y, TIMESTEP_BINS, args.seed)
         losses.append(column)
     timestep_loss_figure(edges, losses, [when(file) for file in files], path,
-                         f"loss at each noise level, {which}")
+                         as_text(f"loss at each noise level, {which}"))
     return [path]
 
 
 def load(args, device):
     """(model, process, facts about its data, device), of --checkpoint."""
-    path = find_model(args.checkpoint)
+    path = find_model(args.checkpoint, images=args.dataset)
     print(f"device: {describe_device(device, args.device)}; model: {path}")
     model, diffusion, data = load_model(path, device)
     keep_apart_from_own(data, args.output_dir)

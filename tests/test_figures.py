@@ -18,7 +18,7 @@ from diffusion import DiffusionProcess, seeded_noise
 from images import save_images, to_uint8
 from load import load_model
 from models import create_model
-from predictors import predictor_errors
+from predictors import NO_ANSWER, predictor_errors
 from schedules import SPACINGS
 from test_commands import fails
 
@@ -356,7 +356,7 @@ def test_simple_predictors_score_what_the_formulas_say():
     a2 = np.cumprod(1 - np.linspace(1e-4, 0.02, 200))
     copy = ((1 - np.sqrt(1 - a2))**2 + a2 * POWER).reshape(4, 50).mean(1)
     for name, want in {"zero": [1] * 4, "random noise": [2] * 4, "the noise itself": [0] * 4,
-                       "the input, x_t": copy, "x_t - x_0": [0.04, 0.27, 0.65, 1.06]}.items():
+                       "the input, x_t": copy, NO_ANSWER: [0.04, 0.27, 0.65, 1.06]}.items():
         assert errors[name] == pytest.approx(list(want), abs=0.025), name     # 51,200 draws: +- 0.01
     assert "the model" not in errors
 
@@ -380,7 +380,7 @@ def test_the_predictors_are_printed_and_drawn(checkpoint, tmp_path, capsys):
                   "--output_dir", str(tmp_path), "--num_images", "100"])
     printed = capsys.readouterr().out
     assert "100 images of synthetic_digits" in printed or "100 test images of synthetic_digits" in printed
-    rows = {line[:18].strip(): line[18:].split() for line in printed.splitlines() if line[18:].strip()}
+    rows = {line[:22].strip(): line[22:].split() for line in printed.splitlines() if line[22:].strip()}
     assert rows["t"] == ["0-9", "10-19", "20-29", "30-39"]
     assert all(abs(float(error) - 1) < 0.05 for error in rows["zero"]) and len(rows["the model"]) == 4
     assert Image.open(tmp_path / "predictors.png").width > 600
