@@ -17,7 +17,6 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 
 import synthetic
 from folders import class_folders, digest, find_duplicates, fits, load_folder, save_sheet, verify_folder
@@ -25,16 +24,16 @@ from images import to_signed
 
 
 class Row(NamedTuple):
-    source: Callable  # a torchvision data set, or a function of synthetic.py
+    source: Callable | str  # a function of synthetic.py, or what torchvision calls the set
     classes: tuple  # class names, in the order of the labels
 
 
 DIGITS = tuple("0123456789")
 DATASETS = {
-    "mnist": Row(torchvision.datasets.MNIST, DIGITS),
-    "fashion_mnist": Row(torchvision.datasets.FashionMNIST, (
+    "mnist": Row("MNIST", DIGITS),
+    "fashion_mnist": Row("FashionMNIST", (
         "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")),
-    "cifar10": Row(torchvision.datasets.CIFAR10, (
+    "cifar10": Row("CIFAR10", (
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
     "synthetic_digits": Row(synthetic.digits, DIGITS),
     "synthetic_fabrics": Row(synthetic.fabrics, synthetic.FABRIC_FAMILIES),
@@ -155,6 +154,9 @@ def keep_apart_from_own(data, output_dir):
 # ---- torchvision's sets
 
 def _torchvision_arrays(name, source, data_dir, train):
+    if isinstance(source, str):
+        import torchvision                      # it takes seconds, for which drawing need not wait
+        source = getattr(torchvision.datasets, source)
     try:
         dataset = source(data_dir, train=train, download=False)
     except (RuntimeError, ValueError, AssertionError, EOFError, OSError, KeyError, IndexError,
