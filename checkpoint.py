@@ -282,8 +282,6 @@ FLAGS = {"dataset_name": "dataset", "num_epochs": "epochs", "learning_rate": "lr
 
 
 def _equal(a, b):
-    if isinstance(a, list) and isinstance(b, tuple):
-        a = tuple(a)
     try:
         return bool(a == b)
     except RuntimeError:                # a stranger's tensor in place of a number

@@ -28,9 +28,9 @@ from diffusion import SAMPLERS, model_calls
 from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, apply_card, find_model, load_model, load_weak
-from measures import (copied_by_chance, copied_share, fine_power, frechet_distance, kernel_distance, nearest,
+from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance, kernel_distance, nearest,
                       nearest_images, precision_recall, single_share)
-from reference import FEWEST, labels_like, load_reference, same_classes
+from reference import FEWEST, labels_like, load_reference, note_other_images, same_classes
 from sample import choose_labels, generate, guidance_words, seconds_for, thinned
 from schedules import SPACINGS
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
@@ -181,7 +181,7 @@ def print_quality(found, floor, count, held_count, held_name):
 
 def print_copies(copied, num_images, held_name):
     """num_images: among how many they were looked for, those that the model was trained on."""
-    than = (f"any of the {copied['held_out']} {held_name} is" if copied["held_out"] <= 200 else
+    than = (f"any of the {copied['held_out']} {held_name} is" if copy_limit(copied["held_out"]) == 1 else
             f"99.5 % of the {held_name} are")
     print(f"  copies: of {copied['searched']} samples {copied['copied']:.1%} are closer to one of the "
           f"{num_images} images than {than} ({copied['copied_in_features']:.1%} in features); by chance "
@@ -361,9 +361,7 @@ def main(argv=None):
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "
           f"{len(held)} {held_name}" + (f"; away from {args.weak}" if weak else ""))
-    if args.dataset and args.dataset != data["name"]:
-        print(f"note: the model was trained on {data['name']!r}, and knows nothing of these images unless they "
-              "are the same")
+    note_other_images(data, args.dataset)
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
                                       labels and int(labels[0].max()) + 1, output_dir)
     print(f"features: {name}")

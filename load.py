@@ -46,7 +46,8 @@ def find_model(checkpoint=None, dataset=None, made_with=None, images=None, besid
                              f"train your own with python train.py --dataset {dataset}")
         return PRETRAINED / f"{dataset}.pt"
     if checkpoint is None and not Path(OWN).exists() and "mnist" in shipped:
-        name = Path(images or "").name if Path(images or "").name in datasets else "mnist"
+        name = Path(images or "mnist").name
+        name = name if name in datasets else "mnist"
         print(f"no {OWN} yet: taking the weights that are shipped, pretrained/{name}.pt"
               + f" ({UNFINISHED} is a run that was not finished: --checkpoint takes it)" * Path(UNFINISHED).exists())
         return PRETRAINED / f"{name}.pt"

@@ -150,7 +150,7 @@ def nearest_images(images, training, mirrored=False):
             torch.cat([index, indices.gather(0, other[None])]))
 
 
-def _closest(num_held_out):
+def copy_limit(num_held_out):
     """Which of the held-out images, counted from the closest one to a training image, is the limit for a copy:
     one in 200, and of fewer the first."""
     return 1 + (num_held_out - 1) // 200
@@ -161,7 +161,7 @@ def copied_share(distances, held_out):
 
     Clearly more than copied_by_chance means that training images were learnt by heart.
     """
-    limit = held_out.kthvalue(_closest(len(held_out))).values
+    limit = held_out.kthvalue(copy_limit(len(held_out))).values
     return float((distances < limit).double().mean())
 
 
@@ -172,7 +172,7 @@ def copied_by_chance(num_held_out):
     The k-th smallest of N draws has k / (N + 1) of its distribution below it on average, whatever that is
     (David & Nagaraja 2003, section 2.1).
     """
-    return _closest(num_held_out) / (num_held_out + 1)
+    return copy_limit(num_held_out) / (num_held_out + 1)
 
 
 def single_share(distances):

@@ -26,7 +26,15 @@ def chosen_name(data, name=None):
     return name or data["name"]
 
 
+def note_other_images(data, name):
+    """Say so where a model is shown another data set than its own."""
+    if name and name != data["name"]:
+        print(f"note: the model was trained on {data['name']!r}, and knows nothing of these images unless they "
+              "are the same")
+
+
 def fit_of(data):
+    """How the training cut a folder's pictures."""
     return "stretch" if data.get("fit") == "stretch" else "crop"
 
 

@@ -17,12 +17,12 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from files import write_file
 import interop
 from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval, make_output_dir,
                           positive_int, seed_number, spare, whole_number)
 from data import keep_apart_from_own
 from diffusion import SAMPLERS, model_calls, seeded_noise
+from files import write_file
 from images import image_grid, png_bytes, save_gif, save_images, save_strip, to_uint8
 from load import (CHECKPOINT_HELP, WEAK_FROM, WEAK_GUIDANCE, apply_card, find_model, load_model,
                   load_weak)

@@ -36,7 +36,7 @@ from folders import sorted_into_classes
 from images import as_text, plot_losses, save_gif, save_strip, to_signed
 from load import CHECKPOINT_HELP, find_model, load_model
 from predictors import RANGES, predictor_errors, predictor_lines
-from reference import same_classes, training_images, unseen_images
+from reference import note_other_images, same_classes, training_images, unseen_images
 from running import NUMBERED
 from sample import choose_labels, draw_frame, generate, guidance_words, save_generation_strip, seconds_for
 from schedules import SCHEDULES, SPACINGS, nearest_levels
@@ -364,9 +364,7 @@ def some_unseen(data, args, count, device):
     dataset, images, labels, kind = unseen_images(data, args.data_dir, args.dataset)
     known = labels is not None and same_classes(data, dataset)
     x_0 = to_signed(images[:count]).to(device)
-    if dataset != data["name"]:
-        print(f"note: the model was trained on {data['name']!r}, and knows nothing of these images unless they "
-              "are the same")
+    note_other_images(data, dataset)
     which = f"{len(x_0)} {kind}" + ("" if " of " in kind else f" of {Path(dataset).name}")
     return x_0, labels[:count].to(device) if known else None, which
 

@@ -392,6 +392,13 @@ def test_imports_run_one_way():
         below.update(storey.split())
 
 
+def test_every_wrong_edit_finds_its_line_once():
+    """A line that was rewritten left its edit behind, which nobody saw until the whole table was run."""
+    from mutate import EDITS
+    lost = [(edit.name, edit.file) for edit in EDITS if (ROOT / edit.file).read_text().count(edit.right) != 1]
+    assert not lost
+
+
 def test_drawing_does_not_wait_for_libraries_that_it_does_not_need():
     """torchvision and torch's compiler were a third of the ten seconds that 64 digits took."""
     code = ("import sys, load, sample\nload.load_model(load.PRETRAINED / 'mnist.pt')\n"
