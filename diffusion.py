@@ -235,6 +235,19 @@ class DiffusionProcess:
                 x_0 = x_0 + guidance * (seen_by(model, y) - x_0)
         return x_0.clamp(-1, 1) if clip else x_0
 
+    def predict_noise(self, model, x_t, t, y=None):
+        """The noise that a model of any objective sees in x_t: what is left of it without the image it sees.
+
+        eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)
+
+        x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W].
+        """
+        t = t if torch.is_tensor(t) else torch.full((len(x_t),), int(t), device=x_t.device)
+        # Beyond [-1, 1] the image tells the noise, too, but for a model that was never asked for it there.
+        x_0 = self.predict_x0(model, x_t, t, y, clip=self.clip_loss)
+        signal_weight, noise_weight = self._weights(t)
+        return (x_t - signal_weight * x_0) / noise_weight
+
     def reverse_diffusion_step(self, model, x_t, t, t_prev=None, y=None, *, eta=1.0, noise=None,
                                clip=True, guidance=1.0, variance="posterior"):
         """From noise level t to the cleaner level t_prev.
@@ -390,7 +403,7 @@ class DiffusionProcess:
                 ab_t, ab_prev = self._level(t), self._level(t_prev)
                 x_t = x
                 for _ in range(guesses):
-                    eps = self._eps(x_t, self.predict_x0(model, x_t, t, y, clip=self.clip_loss), t)
+                    eps = self.predict_noise(model, x_t, t, y)
                     clean = (x - math.sqrt(1 - ab_prev) * eps) / math.sqrt(ab_prev)
                     x_t = math.sqrt(ab_t) * clean + math.sqrt(1 - ab_t) * eps
                 x = x_t

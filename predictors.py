@@ -12,13 +12,6 @@ RANGES = 4
 NO_ANSWER = "no answer: x_t - x_0"  # how far the noisy image is from the clean one
 
 
-def said_noise(model, diffusion, x_t, t, y=None):
-    """The noise that a model of any objective sees: eps = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar)."""
-    x_0 = diffusion.predict_x0(model, x_t, t, y, clip=diffusion.clip_loss)
-    alpha_bar = diffusion.alpha_bar[t.cpu()].view(-1, 1, 1, 1)
-    return (x_t - alpha_bar.sqrt().to(x_t) * x_0) / (1 - alpha_bar).sqrt().to(x_t)
-
-
 @torch.no_grad()
 def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, tick=lambda: None):
     """Mean squared errors of the predicted noise in equal ranges of t, all at the same noises.
@@ -42,7 +35,7 @@ def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, 
                    "the noise itself": noise}
         if model is not None:
             answers["the model"] = torch.cat([
-                said_noise(model, diffusion, x_t[k], t[k], None if y is None else y[k])
+                diffusion.predict_noise(model, x_t[k], t[k], None if y is None else y[k])
                 for k in torch.arange(len(x_0), device=x_0.device).split(64)])
         for name, answer in answers.items():
             errors.setdefault(name, []).append((answer - noise).square().mean().item())

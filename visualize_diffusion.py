@@ -12,16 +12,13 @@
 Writes outputs/forward_diffusion.png, or the file that FIGURES names.
 """
 
-import csv
 import itertools
 import math
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number,
@@ -33,11 +30,11 @@ from evaluate import loss_by_timestep
 from figures import (one_step_figure, predictors_figure, schedule_table, schedules_figure, solvers_figure,
                      step_rows, timestep_loss_figure)
 from folders import sorted_into_classes
-from images import as_text, plot_losses, save_gif, save_strip, to_signed
+from images import as_text, save_gif, save_strip, to_signed
 from load import CHECKPOINT_HELP, find_model, load_model
 from predictors import RANGES, predictor_errors, predictor_lines
 from reference import note_other_images, same_classes, training_images, unseen_images
-from running import NUMBERED
+from run_figures import epochs_figure, found_in, loss_figure, spread_out, when
 from sample import choose_labels, draw_frame, generate, guidance_words, save_generation_strip, seconds_for
 from schedules import SCHEDULES, SPACINGS, nearest_levels
 from utils import describe_device, get_device
@@ -160,9 +157,8 @@ def explain_step(model, diffusion, t, **settings):
     to_x_t = math.sqrt(ab / ab_prev) * (1 - ab_prev) / (1 - ab)
     sigma = math.sqrt((1 - ab_prev) / (1 - ab) * beta)
     y = settings.get("y")
-    # Beyond the range the answer tells the noise, too, but for a model that was never asked for it there.
-    told = diffusion.predict_x0(model, x_t, t, None if y is None else y.to(x_t.device), clip=diffusion.clip_loss)
-    images = dict(x_t=x_t, eps=(x_t - signal * told) / spread, x_0=x_0, mean=to_x_0 * x_0 + to_x_t * x_t,
+    eps = diffusion.predict_noise(model, x_t, t, None if y is None else y.to(x_t.device))
+    images = dict(x_t=x_t, eps=eps, x_0=x_0, mean=to_x_0 * x_0 + to_x_t * x_t,
                   noise=seeded_noise(settings["seed"], [0], k + 1, x_t.shape[1:]), x_prev=x_prev)
     return dict({name: image[0].cpu() for name, image in images.items()}, t=t, t_prev=t_prev, signal=signal,
                 spread=spread, to_x_0=to_x_0, to_x_t=to_x_t, sigma=sigma, objective=diffusion.objective)
@@ -206,69 +202,6 @@ def seeds_figure(model, diffusion, path, seeds, count, **settings):
     pairs = itertools.combinations(zip(seeds, rows[::2]), 2)
     apart = [(rms(x, y), f"seeds {a} and {b} are nearest") for (a, x), (b, y) in pairs]
     return lines + [f"{text}, {far:.4f} (root mean square) apart" for far, text in sorted(apart)[:1]]
-
-
-# ---- Figures of a run: the folder that train.py wrote
-
-def when(path):
-    """epoch_005.png -> "epoch 5"."""
-    unit, number = path.stem.split("_")[-2:]
-    return f"{unit} {int(number)}"
-
-
-def spread_out(items, most):
-    """At most so many of a list, dense at its start, where a training changes fastest, and the last one."""
-    if len(items) <= most:
-        return items
-    return [items[k - 1] for k in sorted({round(k) for k in np.geomspace(1, len(items), most)})]
-
-
-def found_in(run, pattern, what):
-    paths = [path for path in Path(run).glob(pattern) if "[0-9]" not in pattern
-             or NUMBERED.fullmatch(path.name)]
-    paths.sort(key=lambda path: (len(path.name), path.name))                                # 9 before 10
-    if not paths:
-        raise ValueError(f"no {what} in {run}; name a folder that train.py wrote with --run")
-    return paths
-
-
-def epochs_figure(run, path, image_size, count, columns=8):
-    """The same noises after more and more training: the first row of the sheets that the run wrote."""
-    sheets = spread_out(found_in(run, "samples/*_[0-9]*.png", "samples/epoch_*.png"), columns)
-    scale, cell = max(1, math.ceil(84 / image_size)), image_size + 2
-    tiles = []
-    for sheet in sheets:
-        try:
-            with Image.open(sheet, formats=["PNG"]) as picture:
-                pixels = torch.from_numpy(np.array(picture.convert("RGB"))[::scale, ::scale]).permute(2, 0, 1)
-        except MemoryError:
-            raise
-        except Exception as error:              # PIL raises nearly anything for a damaged file
-            raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images, or damaged") from error
-        if pixels.shape[1:] == (image_size, image_size):    # one alone has no border
-            pixels = torch.nn.functional.pad(pixels, (2, 2, 2, 2))
-        if pixels.shape[2] % cell != 2 or pixels.shape[1] % cell != 2:
-            raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images")
-        here = range(2, min(pixels.shape[2] - 2, count * cell), cell)
-        tiles.append(to_signed(torch.stack([pixels[:, 2:cell, x:x + image_size] for x in here])))
-    fewest = min(len(row) for row in tiles)                 # a resumed run may draw more
-    save_strip(list(torch.stack([row[:fewest] for row in tiles], dim=1)), [when(sheet) for sheet in sheets], path)
-
-
-def loss_figure(run, path):
-    """The loss of each step of a run, its average, and that on held-out images where there are any."""
-    table, = found_in(run, "training_loss.csv", "training_loss.csv")
-    try:
-        rows = list(csv.DictReader(table.read_text().splitlines()))
-        losses = [float(row["loss"]) for row in rows]
-        held_out = {int(row["step"]): float(row["held_out_loss"]) for row in rows if row["held_out_loss"]}
-        if not all(0 < step <= len(losses) for step in held_out):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
-        raise ValueError(f"{table} is not a table that train.py wrote") from error
-    if not any(0 < loss < math.inf for loss in losses):
-        raise ValueError(f"{table} holds no loss to draw")
-    plot_losses(losses, path, held_out)
 
 
 # ---- From the flags to a figure. Each of these returns the paths of what it wrote.

@@ -10,6 +10,7 @@ from PIL import Image
 import convergence
 import data
 import interpolate
+import run_figures
 import sample
 import visualize_diffusion as figures
 from checkpoint import save_checkpoint
@@ -59,7 +60,8 @@ def drawn(monkeypatch):
 
     def spy(rows, labels, path, row_labels=None, title=None):
         seen.update(rows=rows, labels=labels, row_labels=row_labels, title=title)
-    monkeypatch.setattr(figures, "save_strip", spy)
+    for module in (figures, run_figures):
+        monkeypatch.setattr(module, "save_strip", spy)
     return seen
 
 
@@ -290,14 +292,14 @@ def test_the_epochs_figure_shows_the_pixels_of_the_runs_own_sheets(run, tmp_path
 
 
 def test_many_sheets_are_thinned_out_towards_the_end():
-    assert figures.spread_out(list(range(5)), 8) == [0, 1, 2, 3, 4]
-    few = figures.spread_out(list(range(100)), 8)
+    assert run_figures.spread_out(list(range(5)), 8) == [0, 1, 2, 3, 4]
+    few = run_figures.spread_out(list(range(100)), 8)
     assert len(few) <= 8 and few[0] == 0 and few[-1] == 99 and few == sorted(few) and few[2] < 10
 
 
 def test_the_loss_figure_reads_what_train_wrote(run, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(figures, "plot_losses", lambda *args: seen.extend(args))
+    monkeypatch.setattr(run_figures, "plot_losses", lambda *args: seen.extend(args))
     figures.main(["--figure", "loss", "--run", str(run), "--output_dir", str(tmp_path)])
     assert seen == [[0.5, 0.25], tmp_path / "loss.png", {2: 0.75}]
 

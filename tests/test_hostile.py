@@ -21,7 +21,7 @@ import folders
 import interpolate
 import presets
 import sample
-import visualize_diffusion
+import run_figures
 from command_line import Parser, speaks
 from conftest import ROOT
 from data import Batches, split_held_out
@@ -375,8 +375,8 @@ def test_sheets_of_different_lengths_share_a_figure(tmp_path, monkeypatch):
     for epoch, count in ((1, 4), (2, 16)):
         save_images(torch.zeros(count, 1, 16, 16), tmp_path / "samples" / f"epoch_{epoch:03d}.png")
     drawn = []
-    monkeypatch.setattr(visualize_diffusion, "save_strip", lambda rows, *args: drawn.extend(rows))
-    visualize_diffusion.epochs_figure(tmp_path, tmp_path / "epochs.png", 16, 6)
+    monkeypatch.setattr(run_figures, "save_strip", lambda rows, *args: drawn.extend(rows))
+    run_figures.epochs_figure(tmp_path, tmp_path / "epochs.png", 16, 6)
     assert [tuple(row.shape) for row in drawn] == [(2, 3, 16, 16)] * 2          # of two and four in a row
 
 

@@ -1,0 +1,76 @@
+"""Figures of a run, out of the folder that train.py wrote: its samples epoch after epoch, and its loss.
+
+visualize_diffusion.py --figure epochs, loss and loss_by_timestep draw them.
+"""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from images import plot_losses, save_strip, to_signed
+from running import NUMBERED
+
+
+def when(path):
+    """epoch_005.png -> "epoch 5"."""
+    unit, number = path.stem.split("_")[-2:]
+    return f"{unit} {int(number)}"
+
+
+def spread_out(items, most):
+    """At most so many of a list, dense at its start, where a training changes fastest, and the last one."""
+    if len(items) <= most:
+        return items
+    return [items[k - 1] for k in sorted({round(k) for k in np.geomspace(1, len(items), most)})]
+
+
+def found_in(run, pattern, what):
+    paths = [path for path in Path(run).glob(pattern) if "[0-9]" not in pattern
+             or NUMBERED.fullmatch(path.name)]
+    paths.sort(key=lambda path: (len(path.name), path.name))                                # 9 before 10
+    if not paths:
+        raise ValueError(f"no {what} in {run}; name a folder that train.py wrote with --run")
+    return paths
+
+
+def epochs_figure(run, path, image_size, count, columns=8):
+    """The same noises after more and more training: the first row of the sheets that the run wrote."""
+    sheets = spread_out(found_in(run, "samples/*_[0-9]*.png", "samples/epoch_*.png"), columns)
+    scale, cell = max(1, math.ceil(84 / image_size)), image_size + 2
+    tiles = []
+    for sheet in sheets:
+        try:
+            with Image.open(sheet, formats=["PNG"]) as picture:
+                pixels = torch.from_numpy(np.array(picture.convert("RGB"))[::scale, ::scale]).permute(2, 0, 1)
+        except MemoryError:
+            raise
+        except Exception as error:              # PIL raises nearly anything for a damaged file
+            raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images, or damaged") from error
+        if pixels.shape[1:] == (image_size, image_size):    # one alone has no border
+            pixels = torch.nn.functional.pad(pixels, (2, 2, 2, 2))
+        if pixels.shape[2] % cell != 2 or pixels.shape[1] % cell != 2:
+            raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images")
+        here = range(2, min(pixels.shape[2] - 2, count * cell), cell)
+        tiles.append(to_signed(torch.stack([pixels[:, 2:cell, x:x + image_size] for x in here])))
+    fewest = min(len(row) for row in tiles)                 # a resumed run may draw more
+    save_strip(list(torch.stack([row[:fewest] for row in tiles], dim=1)), [when(sheet) for sheet in sheets], path)
+
+
+def loss_figure(run, path):
+    """The loss of each step of a run, its average, and that on held-out images where there are any."""
+    table, = found_in(run, "training_loss.csv", "training_loss.csv")
+    try:
+        rows = list(csv.DictReader(table.read_text().splitlines()))
+        losses = [float(row["loss"]) for row in rows]
+        held_out = {int(row["step"]): float(row["held_out_loss"]) for row in rows if row["held_out_loss"]}
+        if not all(0 < step <= len(losses) for step in held_out):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
+        raise ValueError(f"{table} is not a table that train.py wrote") from error
+    if not any(0 < loss < math.inf for loss in losses):
+        raise ValueError(f"{table} holds no loss to draw")
+    plot_losses(losses, path, held_out)
