@@ -69,6 +69,13 @@ def correlated_pair(diffusion):
     return model
 
 
+@pytest.fixture
+def quick_noise(monkeypatch):
+    """Noise of a whole batch at once: a generator for each image takes most of the time."""
+    monkeypatch.setattr(edit, "seeded_noise", lambda seed, indices, step, shape: torch.randn(
+        len(indices), *shape, generator=torch.Generator().manual_seed(step)))
+
+
 def second_pixel(given, travel, steps=50, count=800):
     """Draws of the second pixel, with the first known to be `given`."""
     diffusion = DiffusionProcess(1000, objective="x0")
@@ -79,7 +86,7 @@ def second_pixel(given, travel, steps=50, count=800):
     return found[..., 1]
 
 
-def test_a_missing_pixel_follows_its_neighbour_as_the_posterior_says():
+def test_a_missing_pixel_follows_its_neighbour_as_the_posterior_says(quick_noise):
     """Given the first pixel, the second is Gaussian with mean m + rho (x_1 - m). The rule is too timid: it
     takes the estimate at its word, as though it were certain. Going back up and down again makes good half of
     that."""
@@ -89,7 +96,7 @@ def test_a_missing_pixel_follows_its_neighbour_as_the_posterior_says():
     assert errors[0] < 0.2 and errors[1] < 0.1 and errors[1] < 0.7 * errors[0]            # of a shift of 0.36
 
 
-def test_draws_are_as_varied_as_the_posterior():
+def test_draws_are_as_varied_as_the_posterior(quick_noise):
     spread = float(second_pixel(MEAN, travel=5).std())
     assert spread == pytest.approx(STD * (1 - RHO**2) ** 0.5, rel=0.2)
 

@@ -198,6 +198,8 @@ def test_a_usual_mistake_in_a_model_of_ones_own_is_named(task, wrong, words, cap
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(grader.EXERCISES, "create", {task: grader.CREATE[task]})
         patch.setattr(grader, "draw_digits", lambda draw: None)
+        if words not in ("few images", "set to zero before each step"):     # these need time to show
+            patch.setattr(grader, "LEARN_STEPS", 40)
         _, said, _ = graded("create", {"draw": None, task: wrong}, capsys)
     assert words in said[task]
 
