@@ -41,7 +41,7 @@ def ours(preset):
 def unet_of_ddpm_pytorch():
     """denoising-diffusion-pytorch's Unet at its defaults, narrowed to about SimpleUNet's parameters: 2.6 M."""
     from denoising_diffusion_pytorch import Unet
-    return Foreign(Unet(dim=32, dim_mults=(1, 2, 4), channels=1), image_channels=1)
+    return Foreign(Unet(dim=32, dim_mults=(1, 2, 4), channels=1), image_channels=1, multiple=4)
 
 
 def unet_of_diffusers():
@@ -50,7 +50,7 @@ def unet_of_diffusers():
     unet = UNet2DModel(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 128),
                        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
                        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
-    return Foreign(unet, image_channels=1)
+    return Foreign(unet, image_channels=1, multiple=4)
 
 
 PEERS = {"ddpm_pytorch": "denoising_diffusion_pytorch", "diffusers": "diffusers"}   # network: package

@@ -120,9 +120,9 @@ def positive_float(text):
 
 
 def seed_number(text):
-    """An argparse type: 0, 1, 2, ..."""
+    """An argparse type: 0, 1, 2, ... A seed of more than 32 bits would repeat noise of another (seeded_noise)."""
     value = int(text)
-    if not 0 <= value < 2**63:
+    if not 0 <= value < 2**32:
         raise ValueError
     return value
 
@@ -155,7 +155,7 @@ whole_number.__name__ = "whole number"
 int_tuple.__name__ = "list of numbers (1,2,4)"
 interval.__name__ = "interval (150,850)"
 positive_float.__name__ = "positive number"
-seed_number.__name__ = "seed (a whole number from 0)"
+seed_number.__name__ = "seed (a whole number from 0, below 2**32)"
 
 
 def format_seconds(seconds):

@@ -8,6 +8,7 @@ Images stay uint8 until a batch is made. Batches need no worker processes: index
 """
 
 import hashlib
+import math
 import threading
 import urllib.error
 import urllib.request
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 import synthetic
 from folders import class_folders, digest, find_duplicates, fits, load_folder, save_sheet, verify_folder
-from images import to_signed
+from images import MAX_SIZE, to_signed
 
 
 class Row(NamedTuple):
@@ -71,8 +72,8 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=
 
 
 def _check(image_size, channels):
-    if image_size is not None and not 4 <= image_size <= 4096:
-        raise ValueError(f"image_size must lie in 4..4096, got {image_size}")
+    if image_size is not None and not 4 <= image_size <= MAX_SIZE:
+        raise ValueError(f"image_size must lie in 4..{MAX_SIZE}, got {image_size}")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
 
@@ -130,6 +131,9 @@ def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None,
     return fits(images.shape[-1], multiple)
 
 
+WRITTEN = ("samples", "checkpoints", "generated_samples", "generation_frames")  # by train.py and sample.py
+
+
 def keep_apart(name, output_dir):
     """Raise ValueError where results would be written into a folder of images, or a run be replaced that it is
     part of: what is written would be an image of it, or take the place of one.
@@ -140,7 +144,7 @@ def keep_apart(name, output_dir):
         return
     folder, output = Path(name).resolve(), Path(output_dir).resolve()
     above = [folder, *folder.parents]
-    if folder in [output, *output.parents] or output / "samples" in above or output / "checkpoints" in above:
+    if folder in [output, *output.parents] or any(output / name in above for name in WRITTEN):
         raise ValueError(f"--output_dir {output_dir} and the images of {name} are not apart: what is written "
                          "there would count as images, or replace some. Give another --output_dir")
 
@@ -250,6 +254,9 @@ def _with_channels(images, channels):
                       for part in images.split(1024)])
 
 
+FINGERPRINTED = 2_000_000_000  # bytes: a second or two
+
+
 class Batches:
     """Batches of (images float [B, C, H, W] in [-1, 1], labels [B]) without end, or an epoch of them.
 
@@ -267,6 +274,10 @@ class Batches:
         self.num_images = len(self.indices)
         if batch_size < 1 or not self.num_images:
             raise ValueError(f"batches of {batch_size} from {self.num_images} images: both must be at least 1")
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8, 0 to 255, not {images.dtype}: Batches makes [-1, 1] of them")
+        if labels is not None and (not torch.is_tensor(labels) or labels.shape != (len(images),)):
+            raise ValueError(f"labels must be a tensor of {len(images)} class indices, one for each image")
         self.images = images
         self.labels = (torch.full((len(images),), -1) if labels is None else labels).to(images.device)
         self.batch_size = min(batch_size, self.num_images)
@@ -285,9 +296,12 @@ class Batches:
         return x_0, self.labels[index]
 
     def fingerprint(self):
-        """What tells these images and labels from others, in a phrase; of a large set it looks at under 2,000."""
-        picks = self.indices[::max(1, self.num_images // 1000)].to(self.images.device)
-        sha = hashlib.sha256(self.images[picks].cpu().numpy())
+        """What tells these images and labels from others, in a phrase; of more than 2 GB it looks at so much."""
+        size = self.num_images * self.images[0].numel()
+        picks = self.indices[::max(1, math.ceil(size / FINGERPRINTED))].to(self.images.device)
+        sha = hashlib.sha256()
+        for part in picks.split(4096):
+            sha.update(self.images[part].cpu().contiguous().numpy())
         sha.update(self.labels[picks].cpu().numpy())
         shape = "x".join(map(str, self.images.shape[1:]))
         return f"{self.num_images} of {shape}, digest {sha.hexdigest()[:8]}"

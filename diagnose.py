@@ -24,7 +24,7 @@ from diffusion import OBJECTIVES, seeded_noise
 from images import to_signed, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model
 from measures import copied_share, nearest_images
-from reference import load_reference, same_classes
+from reference import load_reference, note_other_images, same_classes
 from sample import generate, seconds_for
 from schedules import SCHEDULES, linear_alpha_bar
 from utils import describe_device, get_device, shuffled
@@ -47,7 +47,7 @@ CAUSES = {
         "images in [-1, 1] (data.to_signed); x_t from DiffusionProcess.forward_diffusion"),
     "no noise at the end": (
         "the schedule does not end in noise",
-        "python train.py without betas of your own: by default they are scaled with --timesteps"),
+        "build the process without beta_start and beta_end: by default the betas are scaled with T"),
     "deaf": (
         "the network does not listen to the time",
         "pass t to the network, in training too, and see that it reaches every block "
@@ -329,7 +329,7 @@ def main(argv=None):
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     args = parser.parse_args(argv)
-    device, path = get_device(args.device), find_model(args.checkpoint)
+    device, path = get_device(args.device), find_model(args.checkpoint, images=args.dataset)
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder: diagnose.py reads the checkpoints that train.py writes")
     entries = load_checkpoint(path)
@@ -339,6 +339,7 @@ def main(argv=None):
     labels = labels[1] if labels is not None and same_classes(data, args.dataset) else None
     print(f"device: {describe_device(device, args.device)}; model: {path}")
     print(f"data: {args.dataset or data['name']}, {len(images)} images and {len(held)} {held_name}")
+    note_other_images(data, args.dataset)
     calls = len(diffusion.sampling_levels("ddim")) - 1
     drawing = seconds_for(average, diffusion, 64, held.shape[-1], 64, calls, device)
     print(f"cost: about {format_seconds(drawing)} here to draw 64 pictures, the longest part", flush=True)

@@ -115,8 +115,12 @@ class DiffusionProcess:
                  beta_start=None, beta_end=None, clip_loss=False):
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}; choose from {list(OBJECTIVES)}")
+        if (beta_start, beta_end) != (None, None) and not (isinstance(schedule, str) and schedule == "linear"):
+            raise ValueError("beta_start and beta_end belong to the linear schedule, and to no other")
         if not isinstance(schedule, str):
             self.alpha_bar = torch.as_tensor(schedule, dtype=torch.float64).cpu()
+            if self.alpha_bar.ndim != 1 or not len(self.alpha_bar):
+                raise ValueError(f"alpha_bar must be a row of numbers, got shape {tuple(self.alpha_bar.shape)}")
             num_timesteps = len(self.alpha_bar)
         elif schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {schedule!r}; choose from {sorted(SCHEDULES)}")
@@ -125,8 +129,6 @@ class DiffusionProcess:
                              f"got {num_timesteps}")
         elif schedule == "linear":
             self.alpha_bar = linear_alpha_bar(int(num_timesteps), beta_start, beta_end)
-        elif beta_start is not None or beta_end is not None:
-            raise ValueError(f"beta_start and beta_end belong to the linear schedule, not {schedule!r}")
         else:
             self.alpha_bar = SCHEDULES[schedule](int(num_timesteps))
         ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -243,7 +245,7 @@ class DiffusionProcess:
         x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W].
         """
         t = t if torch.is_tensor(t) else torch.full((len(x_t),), int(t), device=x_t.device)
-        # Beyond [-1, 1] the image tells the noise, too, but for a model that was never asked for it there.
+        # Not clamped: also beyond [-1, 1] x_0 tells the noise. Only after clip_loss such values mean nothing.
         x_0 = self.predict_x0(model, x_t, t, y, clip=self.clip_loss)
         signal_weight, noise_weight = self._weights(t)
         return (x_t - signal_weight * x_0) / noise_weight
@@ -315,7 +317,7 @@ class DiffusionProcess:
         the order that `past` allows (iPNDM), as though the steps were equal.
         """
         t, x_0 = past[-1][:2]
-        # The way to the clean image is endless in the log-SNR, and no step like the others for ipndm: plain DDIM.
+        # The last step is plain DDIM: the log-SNR is infinite at the clean image, and ipndm counts on equal steps.
         if len(past) == 1 or t_prev < 0:
             return x_0
         if extrapolates == "x0":
@@ -367,6 +369,8 @@ class DiffusionProcess:
         last_steps: only the last so many; x_T is then at the level where they begin.
         """
         ts = self.sampling_levels(sampler, steps, spacing, last_steps)
+        if not math.isfinite(guidance) or guidance_interval and guidance_interval[0] > guidance_interval[1]:
+            raise ValueError(f"guidance {guidance} at {guidance_interval}: a number, and the lower level first")
         row = SAMPLERS[sampler]
         eta = row.eta if eta is None else eta
         indices = range(first_index, first_index + len(x_T))

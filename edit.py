@@ -29,14 +29,14 @@ from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, fraction, make_output_dir, positive_int,
                           seed_number, spare)
-from data import DATASETS, get_dataset, get_default_dataset, keep_apart_from_own
 from diffusion import seeded_noise
 from folders import load_pictures, read_picture
 from images import save_images, save_strip, to_signed
-from load import CHECKPOINT_HELP, find_model, load_model
+from load import CHECKPOINT_HELP, open_model
 from measures import psnr
+from reference import note_other_images, unseen_images
 from sample import choose_labels, seconds_for, thinned
-from utils import describe_device, get_device, shuffled
+from utils import get_device
 
 
 # ---- What was measured, and back
@@ -47,7 +47,7 @@ class Operator(NamedTuple):
     plain: Callable  # a measurement -> what one would show without a model, [B, C, H, W]
 
 
-def inpaint(size, mask):
+def inpaint(mask):
     """Known are the pixels where mask [H, W] is True."""
     known = mask.float()
     return Operator(lambda x: x * known, lambda y: y * known, lambda y: y)
@@ -75,13 +75,13 @@ def deblur(size, width=1.5, keep=0.1):
                     lambda y: y.clamp(-1, 1))
 
 
-def colourise(size):
+def colourise():
     """Known is the mean of red, green and blue."""
     return Operator(lambda x: x.mean(1, keepdim=True), lambda y: y.expand(-1, 3, -1, -1),
                     lambda y: y.expand(-1, 3, -1, -1))
 
 
-TASKS = {"inpaint": inpaint, "upscale": upscale, "deblur": deblur, "colourise": colourise}
+TASKS = ("inpaint", "upscale", "deblur", "colourise")
 SIDES = ("lower", "upper", "left", "right", "box")
 
 
@@ -100,7 +100,7 @@ def read_mask(text, size):
         return mask
     if not Path(text).is_file():
         raise ValueError(f"unknown mask {text!r}; choose from {', '.join(SIDES)}, or name a picture file")
-    picture = read_picture(Path(text), text, size, fit="stretch", channels=1)
+    picture = read_picture(Path(text), text, size, channels=1)           # cut as --images are
     if picture.problem:
         raise ValueError(f"--mask {text}: {picture.problem}")
     mask = torch.from_numpy(picture.pixels.copy()).view(size, size) > 127
@@ -145,22 +145,20 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
 
 
 def load_originals(args, data, channels):
-    """The pictures to spoil and to mend: those of --images, or of a test set. [N, C, S, S] in [-1, 1]."""
-    size = data["image_size"]
+    """The pictures to spoil and to mend: those of --images, or such as the model has not seen, where there are any.
+    [N, C, S, S] in [-1, 1]."""
     if args.images:
-        return load_pictures(args.images, size, channels)
-    name = args.dataset or data["name"]
-    if args.dataset is None and name == "mnist":            # nobody named it: drawn ones will do, too
-        _, images, _ = get_default_dataset(args.data_dir, train=False, image_size=size, channels=channels)
-    elif name not in DATASETS:
-        what = f"--dataset {name}" if args.dataset else f"the model was trained on {name!r}, which"
-        raise ValueError(f"{what} has no test set: name pictures with --images, or a --dataset of "
-                         f"{', '.join(DATASETS)}")
-    else:
-        images, _ = get_dataset(name, args.data_dir, train=False, image_size=size, channels=channels)
+        return load_pictures(args.images, data["image_size"], channels)
+    try:
+        dataset, images, _, kind = unseen_images(data, args.data_dir, args.dataset)
+    except ValueError as error:
+        whose = "" if args.dataset else f"the model was trained on {data['name']!r}: "
+        raise ValueError(f"{whose}{error}; or name pictures with --images") from error
+    note_other_images(data, dataset)
     # The same ones whatever --seed is: it asks for another answer, not for another question.
-    pick = shuffled(len(images))[:args.num_images]
-    return to_signed(images[pick])
+    images = images[:args.num_images]
+    print(f"pictures: {len(images)} {kind}" + f" of {dataset}" * (" of " not in kind))
+    return to_signed(images)
 
 
 def parse(argv):
@@ -169,14 +167,15 @@ def parse(argv):
     add("--checkpoint", CHECKPOINT_HELP)
     add("--images", "pictures of your own, cut to the central square and to the model's size", nargs="+",
         metavar="FILE")
-    add("--dataset", "take test images of this set; default: the one the model was trained on", metavar="NAME")
+    add("--dataset", "take images of this set, of its test set if it has one; default: the one the model was "
+        "trained on", metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
-    add("--num_images", "how many test images", 16, type=positive_int)
-    add("--task", "what to undo", "inpaint", choices=list(TASKS))
+    add("--num_images", "how many of them", 16, type=positive_int)
+    add("--task", "what to undo", "inpaint", choices=TASKS)
     add("--mask", f"inpaint: what to draw anew, of {', '.join(SIDES)}, or a picture that is white where all "
         "stays and black where the hole is; default: lower")
     add("--factor", "upscale: from blocks of so many by so many pixels; default: 4", type=positive_int)
-    add("--label", "the class to draw, as a number or name; default: none")
+    add("--label", "the class to draw, as a number or name", "none")
     add("--steps", "steps from noise to picture", 50, type=positive_int)
     add("--travel", "how often each step but the last is taken; each is a call of the model", 5,
         type=positive_int)
@@ -204,25 +203,23 @@ def main(argv=None):
     spare([*(args.images or []), *([args.mask] if args.mask else [])],
           *(Path(args.output_dir) / name for name in ("edited.png", "edited_only.png")))
     device = get_device(args.device)
-    path = find_model(args.checkpoint, images=args.dataset)
     output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")
-    model, diffusion, data = load_model(path, device)
-    keep_apart_from_own(data, output_dir)
+    _, model, diffusion, data = open_model(args, device)
     size, channels, classes = data["image_size"], model.image_channels, data["classes"]
     if args.task == "colourise" and channels != 3:
         raise ValueError("--task colourise needs a model of colour pictures, and this one is grey: for "
                          "instance --checkpoint pretrained/african_fabrics.pt")
-    settings = {"inpaint": lambda: [read_mask(args.mask or "lower", size).to(device)],
-                "upscale": lambda: [args.factor or 4]}
-    operator = TASKS[args.task](size, *settings.get(args.task, list)())
+    operator = {"inpaint": lambda: inpaint(read_mask(args.mask or "lower", size).to(device)),
+                "upscale": lambda: upscale(size, args.factor or 4),
+                "deblur": lambda: deblur(size),
+                "colourise": colourise}[args.task]()
     originals = load_originals(args, data, channels).to(device)
-    y, _ = choose_labels(args.label or ("none" if classes else None), classes, len(originals))
+    y, _ = choose_labels(args.label, classes, len(originals))
     y = None if y is None else thinned(y, len(originals)).to(device)
-    print(f"device: {describe_device(device, args.device)}; model: {path}")
     diffusion.timesteps(args.steps)                         # refuses too many
     calls = ((args.steps - 1) * args.travel + 1) * args.average
     seconds = seconds_for(model, diffusion, len(originals), size, len(originals), calls, device)
-    print(f"cost: {len(originals)} pictures, {calls} calls of the model for each, "
+    print(f"cost: {len(originals)} picture{'s' * (len(originals) > 1)}, {calls} calls of the model for each, "
           f"about {format_seconds(seconds)} here", flush=True)
 
     given = operator.measure(originals)
@@ -238,7 +235,7 @@ def main(argv=None):
     rows = {"original": originals, "given": plain, "the model": ours}
     if args.task == "upscale":
         rows = {"original": originals, "given": operator.back(given), "bicubic": plain, "the model": ours}
-    if args.label not in (None, "none"):
+    if args.label != "none":
         print("no likeness to the originals is told: --label may ask for something else than they are")
     else:
         found = ", ".join(f"{name} {psnr(pictures, originals):.2f} dB" for name, pictures in rows.items()

@@ -32,13 +32,13 @@ from measures import (copied_by_chance, copied_share, copy_limit, fine_power, fr
                       nearest_images, precision_recall, single_share)
 from reference import FEWEST, labels_like, load_reference, note_other_images, same_classes
 from sample import choose_labels, generate, guidance_words, seconds_for, thinned
-from schedules import SPACINGS
+from schedules import SPACINGS, ranges_of_t
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
 OF_EQUAL_NUMBERS = ("fd", "fd_error", "kid", "kid_error", "precision", "recall")  # only so do they compare
-MAX_IMAGES = 200_000
+MAX_MEASURED = 200_000
 SEARCHED = 2000  # so many samples at most are looked for among the training images
 RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
         "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
@@ -96,9 +96,10 @@ def loss_by_timestep(model, diffusion, x_0, y=None, bins=BINS, seed=0):
     Returns (the edges of the ranges, from 0 to T, and a loss for each range).
     """
     random, T = torch.Generator().manual_seed(seed), diffusion.num_timesteps
-    edges, losses = torch.linspace(0, T, min(bins, T) + 1).round().int().tolist(), []
-    for low, high in zip(edges, edges[1:]):
-        t = torch.linspace(low, high - 1, len(x_0)).round().long().to(x_0.device)
+    edges, levels = ranges_of_t(T, min(bins, T), len(x_0))
+    losses = []
+    for t in levels:
+        t = t.to(x_0.device)
         noise = torch.randn(x_0.shape, generator=random).to(x_0.device)
         total = 0.0
         for k in torch.arange(len(x_0), device=x_0.device).split(64):
@@ -320,8 +321,8 @@ def parse(argv):
                          "--spacing")
     if args.stages and (args.race or args.label is not None):
         raise ValueError("--stages takes real images, and their classes: leave out --race and --label")
-    if args.num_images > MAX_IMAGES:
-        raise ValueError(f"--num_images {args.num_images}: at most {MAX_IMAGES}")
+    if args.num_images > MAX_MEASURED:
+        raise ValueError(f"--num_images {args.num_images}: at most {MAX_MEASURED}")
     return args
 
 
@@ -399,8 +400,8 @@ def main(argv=None):
                             held_name, classifier, device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     print_copies(found["copies"], len(images), held_name)
-    losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
-    print(f"  loss in ten ranges of t, {held_name}: {losses}")
+    losses = [f"{loss:.4f}" for loss in found["loss_by_timestep"]]
+    print(f"  loss in {len(losses)} equal ranges of t, {held_name}: {' '.join(losses)}")
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())
     shown = to_show(None if y is None else y[:len(index)])
     save_nearest(drawn[shown], images, index[shown], output_dir / "nearest.png")

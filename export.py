@@ -14,7 +14,7 @@ from pathlib import Path
 
 from checkpoint import half_precision, load_checkpoint, save_checkpoint, told_of
 from command_line import Parser, command, make_output_dir, spare
-from load import load_model
+from load import OWN, load_model
 
 KEPT = ("model_name", "model_config", "diffusion_config", "data")
 
@@ -26,9 +26,8 @@ def export(checkpoint, output, evaluation=None, **card):
     Raises ValueError for a checkpoint that nothing can draw from, and another one's evaluation.
     """
     spare([checkpoint, *([evaluation] if evaluation else [])], output, flag="--output")
-    if Path(output).exists() and "card" not in load_checkpoint(output):
-        raise ValueError(f"{output} is the checkpoint of a training, or no file of this kind: give another "
-                         "--output")
+    if Path(output).exists() and not {"card", "ema"} <= load_checkpoint(output).keys():
+        raise ValueError(f"{output} is the checkpoint of a training, or a classifier: give another --output")
     entries, digest = load_checkpoint(checkpoint), load_model(checkpoint)[2]["digest"]
     try:
         if "card" in entries:
@@ -84,7 +83,7 @@ def main(argv=None):
     parser = Parser(description="Make a small file to share out of a checkpoint.")
     add = parser.add
     add("--checkpoint", "a file written by train.py, or by this command: that one gets a newer card",
-        "outputs/model_final.pt")
+        OWN)
     add("--evaluation", "the evaluation.json of evaluate.py for it", metavar="FILE")
     add("--training", "how long it took and where, in words, for the card", metavar="TEXT")
     add("--output", "the file to write", "outputs/exported.pt")

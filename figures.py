@@ -10,6 +10,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMetho
 
 from convergence import SOLVERS
 from images import COLOURS, LINES, image_grid, new_figure, save_figure, to_uint8
+from predictors import NO_PREDICTION
 from schedules import SPACINGS
 
 
@@ -155,7 +156,8 @@ def predictors_figure(edges, errors, path, title=None):
     width = 0.8 / len(errors)
     for k, ((name, row), colour) in enumerate(zip(errors.items(), (*COLOURS, "#999999"))):
         places = np.arange(len(row)) + (k - (len(errors) - 1) / 2) * width
-        bars = axes.bar(places, row, 0.9 * width, color=colour, label=name)
+        bars = axes.bar(places, row, 0.9 * width, color=colour, label=name,
+                        **({"hatch": "//", "edgecolor": "white"} if name == NO_PREDICTION else {}))
         axes.bar_label(bars, [f"{value:.2f}" for value in row], fontsize=7, padding=1)
     axes.set_xticks(range(len(edges) - 1), [f"t = {low} to {high - 1}" for low, high in zip(edges, edges[1:])])
     axes.set_ylabel("mean squared error")

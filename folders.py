@@ -132,12 +132,17 @@ def _refuse(error):
 
 def find_files(folder):
     """(image files below a folder, in the order of their names; how many files are none by their name).
-    Hidden files and folders are left out. OSError for a folder that cannot be read."""
+    Hidden files and folders are left out, and links to folders, which are named. OSError for a folder that cannot
+    be read."""
     folder = Path(folder)
     for _, below, _ in os.walk(folder, onerror=_refuse):    # rglob passes over what is forbidden without a word
         below[:] = [name for name in below if not name.startswith(".")]
     files = sorted(p for p in folder.rglob("*") if (p.is_file() or p.is_symlink())
                    and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    linked = [p for p in files if p.is_symlink() and p.is_dir()]
+    if linked:
+        print("links to other folders are not followed:\n" + _listing([p.relative_to(folder) for p in linked]))
+        files = [p for p in files if p not in linked]
     images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     return images, len(files) - len(images)
 
@@ -182,7 +187,8 @@ def common_size(files):
 
 def class_folders(folder):
     """The names of the sub-folders, sorted: the classes of a folder that is sorted into classes."""
-    return sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p.name for p in Path(folder).iterdir()
+                  if p.is_dir() and not p.is_symlink() and not p.name.startswith("."))
 
 
 def sorted_into_classes(folder, most=20):

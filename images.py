@@ -32,7 +32,16 @@ def to_uint8(images):
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def image_grid(images, columns=None, padding=2):
+MAX_SIZE = 4096  # pixels: the height and width of an image that anything here will make
+PADDING = 2  # between the images of a grid
+
+
+def enlargement(size):
+    """How large each pixel is shown, so that a small image is 84 pixels wide or more."""
+    return max(1, math.ceil(84 / size))
+
+
+def image_grid(images, columns=None, padding=PADDING):
     """Lay images side by side, as square as possible; one alone has no border. uint8 [N, C, H, W] -> [H', W', 3].
 
     As torchvision's make_grid does it, whose import alone would take two seconds of every command.
@@ -87,13 +96,13 @@ def read_note(path):
     raise ValueError(f"{path}: what it tells of how it was made is damaged")
 
 
-def save_images(images, path, columns=None, padding=2, upscale=None, note=None):
+def save_images(images, path, columns=None, padding=PADDING, upscale=None, note=None):
     """Save a grid of images as PNG. images: [N, C, H, W] in [-1, 1], grey or colour.
 
-    upscale: show every pixel upscale x upscale; by default so that an image is 84 pixels wide or more.
+    upscale: show every pixel upscale x upscale; by default see enlargement.
     note: see png_bytes.
     """
-    upscale = upscale or max(1, math.ceil(84 / images.shape[-1]))
+    upscale = upscale or enlargement(images.shape[-1])
     write_file(path, png_bytes(image_grid(to_uint8(images), columns, padding), upscale, note))
 
 

@@ -16,11 +16,11 @@ import torch.nn as nn
 
 from checkpoint import digest_of
 from diffusion import DiffusionProcess
+from images import MAX_SIZE
 from schedules import MAX_TIMESTEPS
 
 UNKNOWN = "unknown"  # the data set that such a model was trained on
 UNKNOWN_SIZE = 64  # denoising-diffusion-pytorch does not write down the size of its images
-MAX_SIZE = 4096
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}  # diffusers' words for our objectives
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 MAX_CONFIG = 1_000_000  # bytes

@@ -16,14 +16,13 @@ from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float, positive_int,
                           seed_number, spare)
-from data import keep_apart_from_own
 from diffusion import seeded_noise
 from folders import load_pictures
 from images import save_gif, save_images, save_strip, to_uint8
-from load import CHECKPOINT_HELP, find_model, load_model
+from load import CHECKPOINT_HELP, open_model
 from measures import psnr
 from sample import choose_labels, seconds_for
-from utils import describe_device, get_device
+from utils import get_device
 
 
 def lerp(a, b, share):
@@ -44,6 +43,7 @@ def slerp(a, b, share):
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / angle.sin()
 
 
+SEEDS = [42, 123]
 MAX_GIF = 1_000_000_000  # pixels, three bytes each while it is made
 MAX_FRAMES = 10_000
 POOR = 20  # dB: below it a picture that went to its noise and back is another one to the eye
@@ -54,10 +54,15 @@ PATHS = {"lerp": lerp, "slerp": slerp}
 def walk(keys, num_frames, path=slerp, loop=False):
     """Noises on the way through the key frames. keys: [K, C, H, W], K >= 2.
 
-    Returns [num_frames, C, H, W], evenly spread, the first and (unless `loop` leads back) the last a key.
+    Returns [num_frames, C, H, W], evenly spread, but that the frame nearest to a key is that key. Raises
+    ValueError for fewer frames than keys.
     """
+    if num_frames < len(keys):
+        raise ValueError(f"{len(keys)} key frames need as many frames, got {num_frames}")
     stops = [*keys, keys[0]] if loop else list(keys)
     places = torch.linspace(0, len(stops) - 1, num_frames + loop)[:num_frames].tolist()
+    for key in range(len(keys)):
+        places[round(key * (num_frames + loop - 1) / (len(stops) - 1))] = float(key)
     legs = [min(int(place), len(stops) - 2) for place in places]
     return torch.stack([path(stops[leg], stops[leg + 1], place - leg) for leg, place in zip(legs, places)])
 
@@ -80,12 +85,12 @@ def parse(argv):
     parser = Parser(description="Walk from one picture to another through the noise they come from.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
-    add("--seeds", "a key frame for each", [42, 123], type=seed_number, nargs="+")
+    add("--seeds", f"a key frame for each (default: {SEEDS[0]} {SEEDS[1]})", type=seed_number, nargs="+")
     add("--images", "key frames from these picture files instead of seeds, two or more: cut to the central "
         "square and to the model's size", nargs="+", metavar="FILE")
     add("--path", "the way from noise to noise", "slerp", choices=list(PATHS))
     add("--compare", "draw lerp and slerp, one above the other, instead of a GIF", False, action="store_true")
-    add("--label", "the class to draw, as a number or name; default: none")
+    add("--label", "the class to draw, as a number or name", "none")
     add("--frames", "how many pictures on the way", 20, type=positive_int)
     add("--fps", "frames a second", 8.0, type=positive_float)
     add("--size", "height and width of the GIF in pixels", 256, type=positive_int)
@@ -94,6 +99,13 @@ def parse(argv):
     add("--output_dir", "where the pictures go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     args = parser.parse_args(argv)
+    idle = [f"--{flag}" for flag in ("path", "loop", "fps", "size")
+            if args.compare and getattr(args, flag) != parser.get_default(flag)]
+    if idle:
+        raise ValueError(f"--compare draws both ways, and no GIF: {', '.join(idle)} would be of no use")
+    if args.images and args.seeds:
+        raise ValueError("--images and --seeds: give one of them")
+    args.seeds = args.seeds or SEEDS
     keys = args.images or args.seeds
     if len(keys) < 2 or args.frames < 2:
         raise ValueError(f"a walk needs at least two key frames and two frames, got {len(keys)} "
@@ -105,9 +117,7 @@ def parse(argv):
         raise ValueError(f"16 to 4096 pixels, {MAX_FRAMES} frames at most, {MAX_GIF / 1e6:.0f} million pixels in "
                          f"all of them, and 0.1 to 50 frames a second; got {args.size}, {args.frames} frames "
                          f"and {args.fps:g}")
-    if args.images and args.seeds != parser.get_default("seeds"):
-        raise ValueError("--images and --seeds: give one of them")
-    if args.label and (args.label == "all" or "," in args.label):
+    if (args.label == "all" or "," in args.label):
         raise ValueError(f"--label {args.label}: a walk stays within one class")
     return args
 
@@ -117,20 +127,16 @@ def main(argv=None):
     args = parse(argv)
     spare(args.images or [], *(Path(args.output_dir) / name for name in ("morph.png", "lerp_slerp.png")))
     device = get_device(args.device)
-    args.checkpoint = find_model(args.checkpoint)
     output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
-    model, diffusion, data = load_model(args.checkpoint, device)
-    keep_apart_from_own(data, output_dir)
+    checkpoint, model, diffusion, data = open_model(args, device)
     size, classes = data["image_size"], data["classes"]
-    y, _ = choose_labels(args.label or ("none" if classes else None), classes, args.frames)
+    y, _ = choose_labels(args.label, classes, args.frames)
     y = None if y is None else y.to(device)
-    print(f"device: {describe_device(device, args.device)}; model: {args.checkpoint}, "
-          + (f"class {args.label or 'none'}" if classes else "no classes"))
     diffusion.timesteps(args.steps)                         # refuses too many
     count = 2 * min(args.frames, 9) if args.compare else args.frames
     there_and_back = 4 * len(args.images or [])             # to the noise each step takes three calls
     seconds = seconds_for(model, diffusion, count + there_and_back, size, 64, args.steps, device)
-    print(f"cost: {count} pictures, {args.steps} calls of the model for each, "
+    print(f"cost: {count} pictures" + f" of class {args.label}" * bool(classes) + f", {args.steps} calls of the model for each, "
           + "and four times as many for each of yours, " * bool(args.images)
           + f"about {format_seconds(seconds)} here", flush=True)
     shape = (model.image_channels, size, size)
@@ -142,7 +148,7 @@ def main(argv=None):
         likeness = psnr(back, real)
         print(f"to their noise and back: PSNR {likeness:.1f} dB; " + (
             "more --steps lose less" if likeness >= POOR else "more --steps lose less; if the walk still "
-            f"begins at another picture, was {args.checkpoint} trained on pictures of that kind?"))
+            f"begins at another picture, {checkpoint} does not know pictures of that kind well enough"))
     else:
         noises = torch.cat([seeded_noise(seed, [0], 0, shape) for seed in args.seeds]).to(device)
 

@@ -11,12 +11,15 @@ import torch
 import interop
 from checkpoint import (PRETRAINED, check_weights, drawing_digest, load_checkpoint, read_container, told_of,
                         whole_precision)
+from data import keep_apart_from_own
 from diffusion import SAMPLERS, DiffusionProcess
+from images import MAX_SIZE
 from models import create_model, model_defaults
+from running import FINAL, LATEST
 from schedules import SPACINGS
+from utils import describe_device
 
-MAX_IMAGE_SIZE = 4096  # a checkpoint may not claim more
-OWN, UNFINISHED = "outputs/model_final.pt", "outputs/model_latest.pt"
+OWN, UNFINISHED = f"outputs/{FINAL}", f"outputs/{LATEST}"
 WEAK_GUIDANCE, WEAK_FROM = 2.0, 0.3  # by --weak, at the noisier levels: from this share of T on
 CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
 
@@ -92,7 +95,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
                 **card_recipe(entries.get("card"), diffusion.num_timesteps)}
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("not all weights are finite numbers")
-        if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_IMAGE_SIZE:
+        if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_SIZE:
             raise ValueError(f"image_size {data['image_size']!r}")
         data["name"] = str(data["name"])
         data["classes"] = [str(name) for name in data["classes"]] if model.num_classes else None
@@ -104,6 +107,16 @@ def load_model(path, device="cpu", ema=True, image_size=None):
             raise                                           # that is no fault of the file
         raise ValueError(f"{path}: its weights and settings do not fit together ({reason})") from error
     return model.to(device).eval().requires_grad_(False), diffusion, data
+
+
+def open_model(args, device):
+    """The model of a command, whose name is printed. args: checkpoint, output_dir, device, dataset or not.
+    Returns (its path, and what load_model returns). Raises ValueError where output_dir holds what it learnt from."""
+    path = find_model(args.checkpoint, images=getattr(args, "dataset", None))
+    model, diffusion, data = load_model(path, device)
+    keep_apart_from_own(data, args.output_dir)
+    print(f"device: {describe_device(device, args.device)}; model: {path}")
+    return path, model, diffusion, data
 
 
 def check_config(config, defaults):
@@ -172,6 +185,11 @@ def apply_card(args, data, T, one_sampler=True):
     if args.guidance is not None and not args.weak:     # away from "no class" it may act at all levels
         levels = None
     args.guidance = guidance if args.guidance is None else args.guidance
+    if named and args.guidance == 1:
+        raise ValueError("--weak says what guidance leads away from, and --guidance 1 is none")
+    if args.guidance_interval and args.guidance_interval[0] >= T:
+        raise ValueError(f"--guidance_interval {args.guidance_interval[0]},{args.guidance_interval[1]}: the levels "
+                         f"of this model go from 0 to {T - 1}")
     if args.guidance in (0, 1):
         if args.guidance_interval:
             raise ValueError("--guidance_interval says where guidance acts, and --guidance "
@@ -193,4 +211,6 @@ def load_weak(path, model, diffusion, own, device="cpu", image_size=None):
     facts = [(told["image_size"], told["classes"], told.get("images")) for told in (own, data)]
     if not same or facts[0] != facts[1] or not torch.equal(process.alpha_bar, diffusion.alpha_bar):
         raise ValueError(f"--weak {path} was trained on other images, or with another schedule or objective")
+    if own["digest"] == data["digest"]:
+        raise ValueError(f"--weak {path} is the model itself: name an early checkpoint of its training")
     return weak, data["digest"]

@@ -93,31 +93,41 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     return loss
 
 
-def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, ema_every=1, rate=None, seed=None,
-                first_step=0, steps=None, losses=None, bar=None, each=contextlib.nullcontext, **settings):
+def train_epoch(model, dataloader, optimizer, diffusion, device, *, steps=None, losses=None, **settings):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
-    dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader; needs
-                 `steps` if it has no length.
+    dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
+    steps:       how many to do, if not one pass; needed where the dataloader has no length.
+    losses:      a list that the loss of each step is appended to, also if the training is stopped.
+    settings:    as train_steps takes them.
+    """
+    if steps is None and not hasattr(dataloader, "__len__"):
+        raise ValueError("this dataloader has no length: say how many steps to do")
+    losses, steps = [] if losses is None else losses, len(dataloader) if steps is None else steps
+    before = len(losses)
+    with tqdm(total=steps, desc="training", unit="step", disable=not speaks()) as bar:
+        train_steps(model, dataloader, optimizer, diffusion, device, steps, losses, bar, **settings)
+    if len(losses) == before:
+        raise ValueError("the dataloader gave no batch: are there fewer images than batch_size?")
+    return statistics.fmean(losses[before:])
+
+
+def train_steps(model, batches, optimizer, diffusion, device, steps, losses, bar, *, ema=None, ema_every=1, rate=None,
+                seed=None, first_step=0, each=contextlib.nullcontext, **settings):
+    """Take steps, at most as many as there are batches.
+
+    losses:      a list that the loss of each step is appended to.   bar: a tqdm that counts them.
     ema:         an EMA to update after every `ema_every` steps.
     rate:        a function from the step to the learning rate.
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
-    first_step:  how many steps the run has behind it.   steps: how many to do, if not one pass.
-    losses:      a list that the loss of each step is appended to, also if the training is stopped.
-    bar:         a tqdm to go on with, if not one of its own.   each: a context that each step is taken in.
+    first_step:  how many steps the run has behind it.   each: a context that each step is taken in.
     settings:    precision, grad_clip, accumulate, label_drop, min_snr, density: as train_step takes them.
     """
     model.train()
-    losses = [] if losses is None else losses
-    if steps is None and not hasattr(dataloader, "__len__"):
-        raise ValueError("this dataloader has no length: say how many steps to do")
-    before, steps = len(losses), len(dataloader) if steps is None else steps
-    own_bar = tqdm(total=steps, desc="training", unit="step", disable=not speaks()) if bar is None else None
-    bar = own_bar if bar is None else bar
-    world = distributed.place()[1]
+    before, world = len(losses), distributed.place()[1]
     start = shown = time.perf_counter()
     try:
-        for k, (x_0, y) in enumerate(itertools.islice(dataloader, steps)):
+        for k, (x_0, y) in enumerate(itertools.islice(batches, steps)):
             step = first_step + k
             if seed is not None:
                 seed_step(seed, step)
@@ -144,13 +154,8 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, ema=None, em
         raise ValueError(f"{error}, in step {step}: try a lower --lr, --grad_clip 1 or "
                          "--precision float32; earlier checkpoints are untouched") from error
     finally:
-        if own_bar is not None:
-            own_bar.close()
         if len(losses) > before:
             losses[before:] = torch.stack(losses[before:]).tolist()
-    if len(losses) == before:
-        raise ValueError("the dataloader gave no batch: are there fewer images than batch_size?")
-    return statistics.fmean(losses[before:])
 
 
 @torch.no_grad()

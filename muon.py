@@ -26,8 +26,8 @@ def orthogonalized(matrix, steps=5):
     for _ in range(steps):
         factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factor.diagonal().add_(3.4445)
-        product = factor @ product                              # so far: product @ x,
-        gram = factor @ gram @ factor                           # whose square with itself this is
+        product = factor @ product                              # the result so far is product @ x,
+        gram = factor @ gram @ factor                           # and its Gram matrix this
     x = product @ x
     return (x if wide else x.T).to(matrix.dtype)
 

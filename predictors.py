@@ -8,8 +8,10 @@ visualize_diffusion.py --figure predictors prints and draws them.
 
 import torch
 
+from schedules import ranges_of_t
+
 RANGES = 4
-NO_ANSWER = "no answer: x_t - x_0"  # how far the noisy image is from the clean one
+NO_PREDICTION = "no prediction: x_t - x_0"  # how far the noisy image is from the clean one
 
 
 @torch.no_grad()
@@ -25,10 +27,10 @@ def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, 
     T, random = diffusion.num_timesteps, torch.Generator().manual_seed(seed)
     if not 1 <= ranges <= T:
         raise ValueError(f"{ranges} ranges of {T} timesteps")
-    edges = torch.linspace(0, T, ranges + 1).round().int().tolist()
+    edges, levels = ranges_of_t(T, ranges, len(x_0))
     errors = {}
-    for low, high in zip(edges, edges[1:]):
-        t = torch.linspace(low, high - 1, len(x_0)).round().long().to(x_0.device)
+    for t in levels:
+        t = t.to(x_0.device)
         noise, other = (torch.randn(x_0.shape, generator=random).to(x_0.device) for _ in range(2))
         x_t, _ = diffusion.forward_diffusion(x_0, t, noise)
         answers = {"zero": torch.zeros_like(noise), "random noise": other, "the input, x_t": x_t,
@@ -39,7 +41,7 @@ def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, 
                 for k in torch.arange(len(x_0), device=x_0.device).split(64)])
         for name, answer in answers.items():
             errors.setdefault(name, []).append((answer - noise).square().mean().item())
-        errors.setdefault(NO_ANSWER, []).append((x_t - x_0).square().mean().item())
+        errors.setdefault(NO_PREDICTION, []).append((x_t - x_0).square().mean().item())
         tick()
     return edges, errors
 
@@ -47,5 +49,5 @@ def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, 
 def predictor_lines(edges, errors):
     """The errors as lines of text, one for each answer."""
     heads = [f"{low}-{high - 1}" for low, high in zip(edges, edges[1:])]
-    return [f"{'t':22}" + "".join(f"{head:>10}" for head in heads),
-            *(f"{name:22}" + "".join(f"{error:10.4f}" for error in row) for name, row in errors.items())]
+    return [f"{'t':26}" + "".join(f"{head:>10}" for head in heads),
+            *(f"{name:26}" + "".join(f"{error:10.4f}" for error in row) for name, row in errors.items())]

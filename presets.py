@@ -1,6 +1,8 @@
 """Settings for a training, by name: python train.py --preset quick.
 """
 
+import textwrap
+
 import distributed
 from command_line import speaks
 from utils import get_device
@@ -79,6 +81,7 @@ def parse(parser, argv):
         parser.set_defaults(**row)
     settings = vars(parser.parse_args(argv))                # once more: what was typed wins over the row
     if settings.pop("preset") and speaks():
-        print(f"preset {given.preset}: {as_flags({flag: settings[flag] for flag in row})}")
+        print(*textwrap.wrap(f"preset {given.preset}: {as_flags({flag: settings[flag] for flag in row})}", 110,
+                             subsequent_indent="  ", break_on_hyphens=False, break_long_words=False), sep="\n")
     settings["epochs"] = settings["epochs"] or 20                      # --steps goes before it
     return settings

@@ -30,12 +30,12 @@ def make_note(args, diffusion, digest, device):
         note["image_size"] = args.image_size
     if args.guidance_interval:
         note["guidance_interval"] = "{},{}".format(*args.guidance_interval)
-    note["command"] = shlex.join(["sample.py", *as_flags(note)])
+    note["command"] = shlex.join(["sample.py", *note_flags(note)])
     return {**note, "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "weights": digest}
 
 
-def as_flags(note):
+def note_flags(note):
     """The note as sample.py's flags."""
     return [f"--{name}={note[name]}" for name in (*RECIPE, *OPTIONAL) if note.get(name) is not None]
 
@@ -72,7 +72,7 @@ def compare(picture, reference, note, again):
         verdict = "NOT of the same size"
     elif apart.any():
         verdict = (f"NOT the same pixels: {(apart > 0).mean():.4%} of the values differ, by {apart.max()} of 255 at "
-                   "most")
+                   "most" + ", as rounding on another machine may make it" * (apart.max() <= 2))
     else:
         verdict = "the same pixels"
     return verdict + (f" ({'; '.join(differ)})" if differ else "")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from images import plot_losses, save_strip, to_signed
-from running import NUMBERED
+from images import PADDING, enlargement, plot_losses, save_strip, to_signed
+from running import run_files
 
 
 def when(path):
@@ -28,10 +28,14 @@ def spread_out(items, most):
     return [items[k - 1] for k in sorted({round(k) for k in np.geomspace(1, len(items), most)})]
 
 
-def found_in(run, pattern, what):
-    paths = [path for path in Path(run).glob(pattern) if "[0-9]" not in pattern
-             or NUMBERED.fullmatch(path.name)]
-    paths.sort(key=lambda path: (len(path.name), path.name))                                # 9 before 10
+def found_in(run, places, what):
+    """What a run has left in one of its folders, "samples" or "checkpoints", in order, or of some files those that
+    are there. ValueError where there is none."""
+    if isinstance(places, str):
+        paths = [path for path in run_files(run) if path.parent.name == places]
+        paths.sort(key=lambda path: (len(path.name), path.name))                            # 9 before 10
+    else:
+        paths = [path for path in (Path(run) / name for name in places) if path.is_file()]
     if not paths:
         raise ValueError(f"no {what} in {run}; name a folder that train.py wrote with --run")
     return paths
@@ -39,8 +43,8 @@ def found_in(run, pattern, what):
 
 def epochs_figure(run, path, image_size, count, columns=8):
     """The same noises after more and more training: the first row of the sheets that the run wrote."""
-    sheets = spread_out(found_in(run, "samples/*_[0-9]*.png", "samples/epoch_*.png"), columns)
-    scale, cell = max(1, math.ceil(84 / image_size)), image_size + 2
+    sheets = spread_out(found_in(run, "samples", "numbered sheets"), columns)
+    scale, cell = enlargement(image_size), image_size + PADDING
     tiles = []
     for sheet in sheets:
         try:
@@ -51,18 +55,18 @@ def epochs_figure(run, path, image_size, count, columns=8):
         except Exception as error:              # PIL raises nearly anything for a damaged file
             raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images, or damaged") from error
         if pixels.shape[1:] == (image_size, image_size):    # one alone has no border
-            pixels = torch.nn.functional.pad(pixels, (2, 2, 2, 2))
-        if pixels.shape[2] % cell != 2 or pixels.shape[1] % cell != 2:
+            pixels = torch.nn.functional.pad(pixels, (PADDING,) * 4)
+        if pixels.shape[2] % cell != PADDING or pixels.shape[1] % cell != PADDING:
             raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images")
-        here = range(2, min(pixels.shape[2] - 2, count * cell), cell)
-        tiles.append(to_signed(torch.stack([pixels[:, 2:cell, x:x + image_size] for x in here])))
+        here = range(PADDING, min(pixels.shape[2] - PADDING, count * cell), cell)
+        tiles.append(to_signed(torch.stack([pixels[:, PADDING:cell, x:x + image_size] for x in here])))
     fewest = min(len(row) for row in tiles)                 # a resumed run may draw more
     save_strip(list(torch.stack([row[:fewest] for row in tiles], dim=1)), [when(sheet) for sheet in sheets], path)
 
 
 def loss_figure(run, path):
     """The loss of each step of a run, its average, and that on held-out images where there are any."""
-    table, = found_in(run, "training_loss.csv", "training_loss.csv")
+    table, = found_in(run, ["training_loss.csv"], "training_loss.csv")
     try:
         rows = list(csv.DictReader(table.read_text().splitlines()))
         losses = [float(row["loss"]) for row in rows]

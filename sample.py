@@ -10,6 +10,7 @@ and generation_frames/. The PNG tells how it was made, and --recreate makes it a
 """
 
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from command_line import (Parser, command, format_seconds, fraction, guidance_nu
 from data import keep_apart_from_own
 from diffusion import SAMPLERS, model_calls, seeded_noise
 from files import write_file
-from images import image_grid, png_bytes, save_gif, save_images, save_strip, to_uint8
+from images import (PADDING, enlargement, image_grid, png_bytes, save_gif, save_images, save_strip,
+                    to_uint8)
 from load import (CHECKPOINT_HELP, WEAK_FROM, WEAK_GUIDANCE, apply_card, find_model, load_model,
                   load_weak)
-from recipe import MAX_IMAGES, as_flags, compare, make_note, read_recipe
+from recipe import MAX_IMAGES, note_flags, compare, make_note, read_recipe
 from schedules import SPACINGS
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure
 
@@ -105,17 +107,17 @@ def choose_labels(text, classes, num_images, first_index=0):
         raise ValueError(f"--label {text}: the model was trained without classes")
     if text == "none":
         return torch.full((num_images,), -1), None
-    labels = list(range(len(classes))) if text == "all" else []
-    for word in [] if text == "all" else text.split(","):
-        word = word.strip()
-        numbers = {} if any(name.isdecimal() for name in classes) else {str(k): k for k in range(len(classes))}
-        if word in classes:
-            labels.append(classes.index(word))
-        elif word in numbers:
-            labels.append(numbers[word])
-        else:
-            names = [f"{k} ({name})" for name, k in zip(classes, numbers.values())] or classes
-            raise ValueError(f"unknown class {word!r}; choose from all, none, {', '.join(names)}")
+    by_number = not any(name.isdecimal() for name in classes)       # else a number is a name
+    known = {str(k): k for k in range(len(classes))} if by_number else {}
+    known.update((name, k) for k, name in enumerate(classes))
+    labels = list(range(len(classes)))
+    if text != "all":
+        words = [text] if text in known else [word.strip() for word in text.split(",")]
+        unknown = [word for word in words if word not in known]
+        if unknown:
+            names = [f"{k} ({name})" for k, name in enumerate(classes)] if by_number else classes
+            raise ValueError(f"unknown class {unknown[0]!r}; choose from all, none, {', '.join(names)}")
+        labels = [known[word] for word in words]
     if len(labels) == 1:
         return torch.full((num_images,), labels[0]), None
     rows = max(1, round(num_images**0.5 / len(labels)))             # of each label
@@ -162,12 +164,16 @@ def draw_frame(t, x_t, x_0, num_images=16, height=360):
     return frame
 
 
+FRAME = re.compile(r"frame_\d{3}_(t\d{3,}|finished)\.png")
+
+
 def save_intermediate(frames, output_dir):
     """Write the strip, the GIF and the single frames. Returns the paths, the strip first."""
     strip, gif = output_dir / "generation_strip.png", output_dir / "generation.gif"
     folder = make_output_dir(output_dir / "generation_frames")
-    for old in folder.glob("frame_[0-9][0-9][0-9]_*.png"):      # a longer run may have left more of them
-        old.unlink()
+    for old in folder.glob("frame_*.png"):                      # a longer run may have left more of them
+        if FRAME.fullmatch(old.name):
+            old.unlink()
     save_generation_strip(frames, strip)
     pictures = [draw_frame(*frame) for frame in frames]
     for k, ((t, _, _), picture) in enumerate(zip(frames, pictures)):
@@ -226,10 +232,15 @@ def parse(argv):
         raise ValueError(f"--num_images {args.num_images}: at most {MAX_IMAGES}")
     again = read_recipe(args.recreate) if args.recreate else None
     if again:
-        args = parser.parse_args([*(sys.argv[1:] if argv is None else argv), *as_flags(again)])
+        if again.get("weak") and not args.weak:
+            raise ValueError(f"{args.recreate} was made with --weak and the checkpoint of digest "
+                             f"{str(again['weak'])[:12]}...: name it, and --checkpoint")
+        args = parser.parse_args([*(sys.argv[1:] if argv is None else argv), *note_flags(again)])
         for name in ("label", "upscale", "guidance_interval"):      # what the picture does not have
             if again.get(name) is None:
                 setattr(args, name, None)
+    if again and args.single_images:
+        raise ValueError("--recreate makes one picture again, and --single_images many: give one of them")
     if args.dataset and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: give one of them")
     return args, again
@@ -239,7 +250,7 @@ def check_sheet(count, columns, size, upscale):
     """Raise ValueError for a sheet of `count` images that no viewer would open."""
     across = columns or math.ceil(math.sqrt(count))
     cells = across * math.ceil(count / across)
-    pixels = cells * ((size + 2) * (upscale or max(1, math.ceil(84 / size)))) ** 2
+    pixels = cells * ((size + PADDING) * (upscale or enlargement(size))) ** 2
     if pixels > MAX_SHEET:
         raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} "
                          "million: lower --num_images or --upscale")

@@ -117,3 +117,9 @@ def distinct(levels):
 def nearest_levels(levels, timesteps):
     """Where in `levels`, which a sampler visits, the wanted timesteps are, or what is nearest; in order."""
     return sorted({min(range(len(levels)), key=lambda k: abs(levels[k] - t)) for t in timesteps})
+
+
+def ranges_of_t(num_timesteps, ranges, count):
+    """(the edges of equal ranges of the levels, from 0 to T; for each range `count` levels evenly spread over it)"""
+    edges = torch.linspace(0, num_timesteps, ranges + 1).round().int().tolist()
+    return edges, [torch.linspace(low, high - 1, count).round().long() for low, high in zip(edges, edges[1:])]

@@ -17,7 +17,7 @@ from checkpoint import GO_ON, check_settings, load_checkpoint, save_checkpoint
 from command_line import speaks
 from files import write_file
 from images import plot_losses, save_images
-from loop import held_out_loss, train_epoch
+from loop import held_out_loss, train_steps
 from models import model_defaults
 from running import BEST, LATEST, Stopped, clear_run
 
@@ -31,9 +31,9 @@ def sample_images(model, diffusion, device, num_images=64, image_size=28):
 
     Returns [num_images, C, image_size, image_size] in [-1, 1].
     """
-    y = torch.arange(num_images) % model.num_classes if model.num_classes else None
-    return diffusion.sample(model, image_size, num_images, model.image_channels, seed=0, device=device,
-                            sampler="ddim", y=y)
+    classes, channels = getattr(model, "num_classes", None), getattr(model, "image_channels", 1)
+    y = torch.arange(num_images) % classes if classes else None
+    return diffusion.sample(model, image_size, num_images, channels, seed=0, device=device, sampler="ddim", y=y)
 
 
 # ---- Checkpoints
@@ -169,7 +169,7 @@ def follow(plan, keeper, look, network, batches, diffusion, device, *, step_seco
     """Train from where the state is to the end of the plan, saving it on the way.
 
     look(seconds): report, after so many seconds.  step_seconds: that a step takes, roughly.
-    settings: as train_epoch takes them.
+    settings: as train_steps takes them.
     """
     state, (rank, _) = keeper.state, distributed.place()
     leg = max(1, int(SAVE_SECONDS / 10 / step_seconds))         # steps between two looks at the clock
@@ -189,9 +189,8 @@ def follow(plan, keeper, look, network, batches, diffusion, device, *, step_seco
             while (step := len(state.losses)) < last:
                 epoch_end = (step // len(batches) + 1) * len(batches)
                 end = min(step + leg, epoch_end, last)
-                train_epoch(network, stream, state.optimizer, diffusion, device, ema=state.ema,
-                            first_step=step, steps=end - step, losses=state.losses, bar=bar,
-                            each=keeper.signals.postponed, **settings)
+                train_steps(network, stream, state.optimizer, diffusion, device, end - step, state.losses, bar,
+                            ema=state.ema, first_step=step, each=keeper.signals.postponed, **settings)
                 # After each epoch, as long as that costs under a percent of the time.
                 since = time.perf_counter() - saved
                 if rank == 0 and (since > SAVE_SECONDS or end == epoch_end and since > 100 * save_seconds):

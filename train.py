@@ -43,7 +43,7 @@ from session import Keeper, follow, report, restore, sample_images  # noqa: F401
 from utils import (DENSITIES, EMA, PRECISIONS, count_parameters, describe_device, get_device, get_precision,
                    peak_memory)
 
-# train_epoch and sample_images are used in session.py; here they stand for whoever imports them from train.
+# train_epoch and sample_images are imported for whoever writes: from train import train_epoch, sample_images
 
 # What may be different when a run is resumed; everything else decides what it becomes. Of the data, the
 # images count and not where they lie.
@@ -73,6 +73,9 @@ def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir
             except ValueError as error:
                 raise ValueError(f"--val_dir: {error}") from error
     y = arrays[1] if classes else None
+    if set(classes or []) & {"none", "all"}:
+        raise ValueError(f"{dataset_name}: a class cannot be called none or all, as --label means something else by "
+                         "them: rename the sub-folder")
     bare = [name for k, name in enumerate(classes or []) if not (y == k).any()]
     if bare and dataset_name not in DATASETS:
         raise ValueError(f"{dataset_name}: no usable image of {', '.join(bare)}: every sub-folder is a class")
@@ -124,6 +127,15 @@ def check_choices(num_epochs, steps, beta2, **settings):
             raise ValueError(f"unknown {name} {settings[name]!r}; choose from {', '.join(known)}")
     if not 0 <= beta2 < 1:
         raise ValueError(f"beta2 must lie in [0, 1), got {beta2}")
+    for name in ("num_samples", "sample_every", "save_every", "ema_every", "accumulate", "batch_size"):
+        if settings[name] is not None and settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+    for name in ("grad_clip", "min_snr", "learning_rate"):
+        if settings[name] is not None and not 0 < settings[name] < math.inf:
+            raise ValueError(f"{name} must be a number above 0, got {settings[name]}")
+    for name in ("label_drop", "val_fraction", "ema_decay"):
+        if not 0 <= settings[name] <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {settings[name]}")
 
 
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None, seed=0,
@@ -149,7 +161,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     model_config = {name: tuple(value) if isinstance(value, list) else value
                     for name, value in model_config.items()}
     # ---- What can be wrong is found before the training begins.
-    check_choices(num_epochs, steps, **settings)
+    check_choices(num_epochs, steps, num_samples=num_samples, sample_every=sample_every, save_every=save_every,
+                  **settings)
     diffusion = DiffusionProcess(timesteps, schedule, objective, clip_loss=clip_loss)
     device_asked, device = device, get_device(distributed.join(device))
     rank, world = distributed.place()

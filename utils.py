@@ -82,9 +82,9 @@ def seed_step(seed, step):
     torch.manual_seed(int(state[0]))
 
 
-def shuffled(count):
-    """The numbers 0 to count - 1 in a random order that is always the same: [count]."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+def shuffled(count, seed=0):
+    """The numbers 0 to count - 1 in the random order of a seed: [count]."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 DENSITIES = ("uniform", "logit_normal", "quadratic")

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number,
-                          whole_number)
+from command_line import (Parser, command, format_seconds, make_output_dir, positive_float, positive_int,
+                          seed_number, whole_number)
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
 from data import DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart, keep_apart_from_own
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
@@ -31,13 +31,14 @@ from figures import (one_step_figure, predictors_figure, schedule_table, schedul
                      step_rows, timestep_loss_figure)
 from folders import sorted_into_classes
 from images import as_text, save_gif, save_strip, to_signed
-from load import CHECKPOINT_HELP, find_model, load_model
+from load import CHECKPOINT_HELP, load_model, open_model
 from predictors import RANGES, predictor_errors, predictor_lines
 from reference import note_other_images, same_classes, training_images, unseen_images
+from running import FINAL, LATEST
 from run_figures import epochs_figure, found_in, loss_figure, spread_out, when
 from sample import choose_labels, draw_frame, generate, guidance_words, save_generation_strip, seconds_for
 from schedules import SCHEDULES, SPACINGS, nearest_levels
-from utils import describe_device, get_device
+from utils import get_device, shuffled
 
 
 class Row(NamedTuple):
@@ -85,7 +86,7 @@ def choose_timesteps(asked, default, num_timesteps):
 def different_ones(labels, count, seed=0):
     """The numbers below `count` in random order, but one image of each class before a second of any.
     labels: [count] class indices, or None."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = shuffled(count, seed)
     if labels is None:
         return order
     turns = torch.empty(count)
@@ -113,7 +114,7 @@ def dataset_figure(images, labels, names, path, columns=10, seed=0, title=None):
 
     images: uint8 [N, C, H, W].  labels: [N] class indices or None.  names: of the classes, or None.
     """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = shuffled(len(images), seed)
     if labels is None or not names:
         chosen, names = order[:8 * columns].split(columns), None
     else:
@@ -206,9 +207,13 @@ def seeds_figure(model, diffusion, path, seeds, count, **settings):
 
 # ---- From the flags to a figure. Each of these returns the paths of what it wrote.
 
+def named_process(args):
+    return DiffusionProcess(args.num_timesteps, args.schedule, beta_start=args.beta_start, beta_end=args.beta_end)
+
+
 def draw_from_data(name, args, path, loaded=None):
     """loaded: a model whose process and data are to be shown; by default those of the flags."""
-    diffusion = loaded[1] if loaded else DiffusionProcess(args.num_timesteps, args.schedule)
+    diffusion = loaded[1] if loaded else named_process(args)
     if loaded:
         dataset, images, labels = training_images(loaded[2], args.data_dir, args.dataset)
     elif args.dataset is None:
@@ -254,7 +259,7 @@ def draw_from_formulas(name, args, path):
 
 def draw_from_model(name, args, path, loaded):
     if name == "predictors":
-        return draw_predictors(args, path, *loaded)
+        return draw_predictors(args, path, *loaded) if loaded else draw_simple_predictors(args, path)
     model, diffusion, data, device = loaded
     T, size, count = diffusion.num_timesteps, data["image_size"], args.num_images or FIGURES[name].count
     y, _ = choose_labels(args.label, data["classes"], count)
@@ -304,9 +309,23 @@ def some_unseen(data, args, count, device):
 
 def draw_predictors(args, path, model, diffusion, data, device):
     x_0, y, which = some_unseen(data, args, args.num_images or FIGURES["predictors"].count, device)
+    cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64, RANGES, device))
+    print(f"{which} at {RANGES} ranges of t, about {cost} here", flush=True)
+    return show_predictors(args, path, diffusion, x_0, which, model, y)
+
+
+def draw_simple_predictors(args, path):
+    """Those that need no model, with the process of the flags."""
+    like = dict(image_size=args.image_size, train=False)
+    dataset, images, _ = ((args.dataset, *get_dataset(args.dataset, args.data_dir, **like)) if args.dataset
+                          else get_default_dataset(args.data_dir, **like))
+    images = images[shuffled(len(images), args.seed)[:args.num_images or FIGURES["predictors"].count]]
+    which = f"{len(images)} images of {Path(dataset).name}"
+    return show_predictors(args, path, named_process(args), to_signed(images), which)
+
+
+def show_predictors(args, path, diffusion, x_0, which, model=None, y=None):
     ranges = min(RANGES, diffusion.num_timesteps)
-    cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64, ranges, device))
-    print(f"{which} at {ranges} ranges of t, about {cost} here", flush=True)
     with tqdm(total=ranges, desc="predicting", unit="range") as bar:
         edges, errors = predictor_errors(diffusion, x_0, model, y, ranges, args.seed, bar.update)
     schedule = diffusion.config["schedule"]
@@ -322,9 +341,9 @@ def draw_from_run(name, args, path, device):
         loss_figure(args.run, path)
         return [path]
     if name == "epochs":
-        files = found_in(args.run, "model_[fl]*.pt", "model_final.pt or model_latest.pt")
+        files = found_in(args.run, [FINAL, LATEST], f"{FINAL} or {LATEST}")
     else:
-        files = found_in(args.run, "checkpoints/model_*_[0-9]*.pt", "checkpoints/model_epoch_*.pt")
+        files = found_in(args.run, "checkpoints", "numbered checkpoints (train.py --save_every 1 keeps many)")
     model, diffusion, data = load_model(files[0], device)
     keep_apart_from_own(data, args.output_dir)
     count = args.num_images or FIGURES[name].count
@@ -347,15 +366,6 @@ def draw_from_run(name, args, path, device):
     return [path]
 
 
-def load(args, device):
-    """(model, process, facts about its data, device), of --checkpoint."""
-    path = find_model(args.checkpoint, images=args.dataset)
-    print(f"device: {describe_device(device, args.device)}; model: {path}")
-    model, diffusion, data = load_model(path, device)
-    keep_apart_from_own(data, args.output_dir)
-    return model, diffusion, data, device
-
-
 @command
 def main(argv=None):
     parser = Parser(description="Figures of the diffusion process. --figure: " + "; ".join(
@@ -372,13 +382,17 @@ def main(argv=None):
     add("--dataset", DATASET_HELP + "; with a model, the data it was trained on", metavar="NAME")
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--image_size", "resize to this many pixels", type=positive_int)
-    add("--schedule", "how alpha_bar falls, in forward and solvers", "linear", choices=sorted(SCHEDULES))
-    add("--num_timesteps", "T in forward, schedules and solvers", 1000, type=positive_int)
-    add("--checkpoint", "the model of reverse, one_step, steps, seeds, predictors and explore: "
-        + CHECKPOINT_HELP)
+    parser.group("a process without a model, in forward, and in predictors if any of these is given")
+    add("--schedule", "how alpha_bar falls, in solvers, too", "linear", choices=sorted(SCHEDULES))
+    add("--num_timesteps", "T, in schedules and solvers, too", 1000, type=positive_int)
+    add("--beta_start", "the first beta of the linear schedule, as it is; default: scaled with T", type=positive_float)
+    add("--beta_end", "and the last", type=positive_float)
+    parser.group("a model, in reverse, one_step, steps, seeds, predictors and explore")
+    add("--checkpoint", CHECKPOINT_HELP)
     add("--sampler", "how to step down; one_step takes ddpm", "ddim", choices=sorted(SAMPLERS))
     add("--steps", "model calls; default: the sampler's own number", type=positive_int)
     add("--label", "the class to draw, as in sample.py; default: each class in turn, if the model knows any")
+    parser.group("a run, results")
     add("--run", "the folder of the training that epochs, loss and loss_by_timestep show", "outputs")
     add("--seed", "picks the images and the noise", 0, type=seed_number)
     add("--output_dir", "where the figure goes", "outputs")
@@ -396,7 +410,14 @@ def main(argv=None):
     device = get_device(args.device)
     keep_apart(args.dataset, args.output_dir)
     output_dir = make_output_dir(args.output_dir, *(FIGURES[name].file for name in names))
-    loaded = load(args, device) if args.figure == "explore" or FIGURES[args.figure].needs == "model" else None
+    loaded = None
+    named = any(getattr(args, flag) != parser.get_default(flag)
+                for flag in ("schedule", "num_timesteps", "beta_start", "beta_end"))
+    if args.figure == "predictors" and named and args.checkpoint:
+        raise ValueError(f"--checkpoint {args.checkpoint} has a process of its own: name that or another one")
+    if args.figure == "explore" or FIGURES[args.figure].needs == "model" and not (
+            args.figure == "predictors" and named):
+        loaded = *open_model(args, device)[1:], device
     for name in names:
         path, needs = output_dir / FIGURES[name].file, FIGURES[name].needs
         if needs == "data":

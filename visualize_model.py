@@ -24,16 +24,16 @@ from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number,
                           whole_number)
-from data import DATASET_HELP, class_names, keep_apart_from_own
+from data import DATASET_HELP, class_names, keep_apart
 from diffusion import SAMPLERS
 from images import COLOURS, as_text, image_grid, new_figure, save_figure, to_uint8
 from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest, centre_accuracy,
                     choose_layer, model_table, parts, pca, reach, sampled, table_lines, time_embeddings, tsne)
-from load import CHECKPOINT_HELP, find_model, load_model
+from load import CHECKPOINT_HELP, open_model
 from models import MODELS, create_model
-from reference import unseen_images
+from reference import note_other_images, unseen_images
 from sample import choose_labels, seconds_for
-from utils import describe_device, get_device
+from utils import get_device, shuffled
 from visualize_diffusion import choose_timesteps
 
 
@@ -54,8 +54,7 @@ FIGURES = {
 PALETTE, MARKERS = (*COLOURS, "#e69f00", "#56b4e9", "#999999", "#8c510a", "#5e3c99"), "o^sDvP*"
 
 
-# ---- Attention
-
+# ---- Cells and pictures
 
 def mark(axes, row, column, size):
     """A frame around a cell that is `size` units wide."""
@@ -73,6 +72,8 @@ def show(axes, image, **settings):
     axes.spines[:].set_visible(False)
     return axes.imshow(np.asarray(image), interpolation="nearest", **settings)
 
+
+# ---- Attention
 
 def attention_figure(moments, query, path, title=None):
     """A row for each level: x_t, the guess of x_0, and where each head looks from the framed cell.
@@ -134,7 +135,6 @@ def activations_figure(x_t, seen, picture, path, title=None, channels=8):
 
 # ---- Time embeddings
 
-
 def time_figure(sines, learned, timesteps, path, title=None):
     """The embedding as a picture and as waves; below, how alike two timesteps look, before and after learning.
 
@@ -173,7 +173,6 @@ def time_figure(sines, learned, timesteps, path, title=None):
 
 
 # ---- Features of the bottleneck
-
 
 def apart(places, distance, rounds=50):
     """Move points [N, 2] that are nearer to each other than `distance` [2], so that what is written there can be
@@ -241,7 +240,6 @@ def features_figure(features, labels, names, path, project, heading=None):
 
 # ---- The table
 
-
 def table_figure(levels, path, title=None):
     """Bars: where the parameters are, and where the memory goes."""
     names = [" ".join([level.name, "x".join(map(str, level.shape))]) for level in levels]
@@ -264,7 +262,7 @@ def table_figure(levels, path, title=None):
     save_figure(figure, path)
 
 
-# ---- From the flags to a figure. Each of these returns a title for it, or prints what it found.
+# ---- From the flags to a figure. Each of these draws one, and prints what it found.
 
 def draw_table(args, path, device):
     if args.channels:
@@ -277,7 +275,8 @@ def draw_table(args, path, device):
         model, name = create_model(args.model), f"{args.model} with its default settings"
         size, multiple = args.image_size or {"simple": 28}.get(args.model, 64), model.multiple
     else:
-        model, _, data, name = load(args, device)
+        checkpoint, model, _, data = open_model(args, device)
+        name = Path(checkpoint).name
         size, multiple = args.image_size or data["image_size"], model.multiple
     if size % multiple or size > 512:
         raise ValueError(f"--image_size {size}: this network takes multiples of {multiple} up to 512")
@@ -287,23 +286,15 @@ def draw_table(args, path, device):
     table_figure(levels, path, title)
 
 
-def load(args, device):
-    """(model, process, facts about its data, name of the file) of --checkpoint."""
-    path = find_model(args.checkpoint)
-    print(f"device: {describe_device(device, args.device)}; model: {path}")
-    model, diffusion, data = load_model(path, device)
-    keep_apart_from_own(data, args.output_dir)
-    return model, diffusion, data, Path(path).name
-
-
 def draw_from_model(name, args, path, device):
-    model, diffusion, data, _ = load(args, device)
+    _, model, diffusion, data = open_model(args, device)
     T, size = diffusion.num_timesteps, data["image_size"]
     timesteps = choose_timesteps(args.timesteps, FIGURES[name].timesteps, T)
     what = f"{type(model).__name__}, {as_text(data['name'])}"
     if name == "time":
         sines, learned = time_embeddings(model, T)
-        return time_figure(sines, learned, timesteps, path, f"time embedding: {what}")
+        time_figure(sines, learned, timesteps, path, f"time embedding: {what}")
+        return
     if name == "attention":
         layer_name, layer, side = choose_layer(model, args.layer, size)
         if args.query and not max(args.query) < size:
@@ -320,25 +311,27 @@ def draw_from_model(name, args, path, device):
     if name == "attention":
         moments, picture = attention_maps(model, diffusion, layer, timesteps, size, **settings)
         query = tuple(place * side // size for place in args.query) if args.query else busiest(picture, side)
-        print(f"layer {layer_name}, {side}x{side}, asked at row {query[0]}, column {query[1]}")
-        return attention_figure(moments, query, path, f"where {layer_name} ({side}x{side}) looks from the "
-                                                      "framed cell"
-                                f": {what}")
+        row, column = (place * size // side for place in query)
+        print(f"layer {layer_name}, {side}x{side}, asked at --query {row} {column}, in pixels")
+        attention_figure(moments, query, path,
+                         f"where {layer_name} ({side}x{side}) looks from the framed cell: {what}")
+        return
     (t, x_t, _), *_, (_, picture, _) = sampled(model, diffusion, timesteps[:1], size, **settings)
     boxes = parts(model)
     seen = [(part, output) for part, output in activations(model, x_t, t, settings["y"])
             if any(True for _ in boxes[part].parameters())]                 # a pool repeats what came before
-    return activations_figure(x_t[0].cpu(), seen, picture[0].cpu(), path, f"feature maps at t = {t}: {what}")
+    activations_figure(x_t[0].cpu(), seen, picture[0].cpu(), path, f"feature maps at t = {t}: {what}")
 
 
 def draw_features(args, path, device):
-    model, diffusion, data, _ = load(args, device)
+    _, model, diffusion, data = open_model(args, device)
     timesteps = choose_timesteps(args.timesteps, FIGURES["features"].timesteps, diffusion.num_timesteps)
     dataset, images, labels, _ = unseen_images(data, args.data_dir, args.dataset)
+    note_other_images(data, dataset)
     count = min(args.num_images, len(images))
     if count < 4:
         raise ValueError(f"--num_images {args.num_images}: {count} images make no map; 4 or more")
-    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:count]
+    pick = shuffled(len(images), args.seed)[:count]
     cost = format_seconds(seconds_for(model, diffusion, count, data["image_size"], 100, len(timesteps), device))
     print(f"features: {count} images of {dataset} at {len(timesteps)} noise levels, about {cost} here"
           + (", and as long again for t-SNE or longer" if args.projection == "tsne" else ""), flush=True)
@@ -397,6 +390,10 @@ def main(argv=None):
         raise ValueError(f"--num_images {args.num_images}: at most 20000 in a figure")
     if args.channels and args.model:
         raise ValueError(f"--channels and --model {args.model}: give one of them")
+
+    if (args.channels or args.model) and args.checkpoint:
+        raise ValueError("--checkpoint, or --channels or --model: give one of them")
+    keep_apart(args.dataset, args.output_dir)
 
     device = get_device(args.device)
     path = make_output_dir(args.output_dir, FIGURES[args.figure].file) / FIGURES[args.figure].file

@@ -386,10 +386,8 @@ def draw_digits(draw):
     y, ab = torch.arange(64) % 10, process.alpha_bar.float()
 
     @torch.no_grad()
-    def model(x_t, t):          # this network answers with v, and with images beyond their range: see clip_loss
-        image, other = spread(ab[t].sqrt()), spread((1 - ab[t]).sqrt())
-        x_0 = (image * x_t - other * network(x_t, t, y)).clamp(-1, 1)
-        return (x_t - image * x_0) / other
+    def model(x_t, t):                                      # this network answers with v
+        return process.predict_noise(network, x_t, t, y)
 
     path = ROOT / "outputs" / "exercises" / "my_digits.png"
     path.parent.mkdir(parents=True, exist_ok=True)

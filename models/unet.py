@@ -83,6 +83,9 @@ class UNet(nn.Module):
     def __init__(self, image_channels, multiple, time_emb_dim, time_hidden_dim, num_classes, add_input,
                  grad_checkpoint):
         super().__init__()
+        if image_channels < 1 or num_classes is not None and num_classes < 1:
+            raise ValueError(f"image_channels and num_classes must be at least 1, got {image_channels} and "
+                             f"{num_classes}; None for no classes")
         self.image_channels = image_channels
         self.add_input = add_input
         self.multiple = multiple
@@ -95,8 +98,8 @@ class UNet(nn.Module):
             nn.Linear(time_hidden_dim, time_emb_dim),
         )
         # Row 0 is "no class" (y = -1), rows 1.. are the classes.
-        # The weights that Embedding would draw itself; but where it draws them on the device "meta", as load_model lets
-        # it, torch imports its compiler for that, two seconds long.
+        # The weights that Embedding would draw itself. Drawn here, as on the device "meta" (load_model) torch would
+        # import its compiler for that, two seconds long.
         self.class_emb = (nn.Embedding.from_pretrained(torch.randn(num_classes + 1, time_emb_dim), freeze=False)
                           if num_classes else None)
 

@@ -11,8 +11,8 @@ from edit import colourise, deblur, inpaint, read_mask, solve, upscale
 from images import to_uint8
 
 SIZE = 12
-OPERATORS = {"inpaint": (inpaint(SIZE, read_mask("lower", SIZE)), 1), "upscale": (upscale(SIZE, 4), 1),
-             "deblur": (deblur(SIZE), 1), "colourise": (colourise(SIZE), 3)}
+OPERATORS = {"inpaint": (inpaint(read_mask("lower", SIZE)), 1), "upscale": (upscale(SIZE, 4), 1),
+             "deblur": (deblur(SIZE), 1), "colourise": (colourise(), 3)}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -79,7 +79,7 @@ def quick_noise(monkeypatch):
 def second_pixel(given, travel, steps=50, count=800):
     """Draws of the second pixel, with the first known to be `given`."""
     diffusion = DiffusionProcess(1000, objective="x0")
-    operator = inpaint(2, torch.tensor([[True, False]]))
+    operator = inpaint(torch.tensor([[True, False]]))
     known = torch.full((count, 1, 1, 2), given) * torch.tensor([1.0, 0.0])
     found = solve(correlated_pair(diffusion), diffusion, known, operator, (count, 1, 1, 2), steps=steps, travel=travel)
     assert torch.equal(found[..., 0], known[..., 0])
@@ -102,7 +102,7 @@ def test_draws_are_as_varied_as_the_posterior(quick_noise):
 
 
 def test_an_image_depends_on_its_number_and_not_on_the_batch(tiny_model):
-    diffusion, operator = DiffusionProcess(50), inpaint(8, read_mask("box", 8))
+    diffusion, operator = DiffusionProcess(50), inpaint(read_mask("box", 8))
     given = operator.measure(torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     settings = dict(steps=4, travel=2, seed=3)
     together = solve(tiny_model, diffusion, given, operator, (3, 1, 8, 8), **settings)
@@ -111,7 +111,7 @@ def test_an_image_depends_on_its_number_and_not_on_the_batch(tiny_model):
 
 
 def test_every_step_but_the_last_is_taken_again(tiny_model):
-    calls, operator = [], inpaint(8, read_mask("box", 8))
+    calls, operator = [], inpaint(read_mask("box", 8))
 
     def counting(x_t, t, y=None):
         calls.append(int(t[0]))
@@ -133,7 +133,7 @@ def test_known_pixels_stay_as_they_are(two_shades, tmp_path, capsys):
     with Image.open(tmp_path / "out" / "edited_only.png") as result:
         pixels = torch.tensor(list(result.convert("L").resize((12, 12), Image.NEAREST).tobytes()))
     assert (tmp_path / "out" / "edited.png").is_file() and len(pixels) == 144
-    operator = inpaint(8, read_mask("lower", 8))
+    operator = inpaint(read_mask("lower", 8))
     x = torch.full((1, 1, 8, 8), 40 / 127.5 - 1)
     from load import load_model
     model, diffusion, _ = load_model(two_shades)

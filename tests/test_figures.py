@@ -19,7 +19,7 @@ from diffusion import DiffusionProcess, seeded_noise
 from images import save_images, to_uint8
 from load import load_model
 from models import create_model
-from predictors import NO_ANSWER, predictor_errors
+from predictors import NO_PREDICTION, predictor_errors
 from schedules import SPACINGS
 from test_commands import fails
 
@@ -291,6 +291,24 @@ def test_the_epochs_figure_shows_the_pixels_of_the_runs_own_sheets(run, tmp_path
             assert image.shape == (3, 8, 8) and set(to_uint8(image).flatten().tolist()) == {want}
 
 
+def test_a_stranger_in_the_folder_of_a_run_is_no_file_of_it(run):
+    (run / "model_fine.pt").write_bytes(b"x")
+    (run / "samples" / "epoch_by_epoch.png").write_bytes(b"x")
+    assert run_figures.found_in(run, ["model_final.pt", "model_latest.pt"], "") == [run / "model_final.pt"]
+    assert [path.name for path in run_figures.found_in(run, "samples", "")] == [
+        "epoch_001.png", "epoch_002.png", "epoch_010.png"]
+
+
+def test_the_predictors_of_a_process_without_a_model(data_dir, tmp_path, capsys):
+    figures.main(["--figure", "predictors", "--dataset", "mnist", "--data_dir", data_dir, "--num_timesteps", "200",
+                  "--beta_start", "1e-4", "--beta_end", "0.02", "--image_size", "32", "--num_images", "50",
+                  "--output_dir", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    found = [float(word) for word in next(line for line in lines if line.startswith(NO_PREDICTION)).split()[-4:]]
+    assert found == pytest.approx([0.04, 0.27, 0.65, 1.06], abs=0.03)         # of 28x28, computed elsewhere
+    assert (tmp_path / "predictors.png").is_file() and not any("the model" in line for line in lines)
+
+
 def test_many_sheets_are_thinned_out_towards_the_end():
     assert run_figures.spread_out(list(range(5)), 8) == [0, 1, 2, 3, 4]
     few = run_figures.spread_out(list(range(100)), 8)
@@ -358,7 +376,7 @@ def test_simple_predictors_score_what_the_formulas_say():
     a2 = np.cumprod(1 - np.linspace(1e-4, 0.02, 200))
     copy = ((1 - np.sqrt(1 - a2))**2 + a2 * POWER).reshape(4, 50).mean(1)
     for name, want in {"zero": [1] * 4, "random noise": [2] * 4, "the noise itself": [0] * 4,
-                       "the input, x_t": copy, NO_ANSWER: [0.04, 0.27, 0.65, 1.06]}.items():
+                       "the input, x_t": copy, NO_PREDICTION: [0.04, 0.27, 0.65, 1.06]}.items():
         assert errors[name] == pytest.approx(list(want), abs=0.025), name     # 51,200 draws: +- 0.01
     assert "the model" not in errors
 
@@ -404,7 +422,7 @@ def test_the_predictors_are_printed_and_drawn(checkpoint, tmp_path, capsys):
     (["--figure", "explore", "--timesteps", "40"], "--timesteps 40: there are 0 to 39"),
     (["--figure", "loss", "--run", "nowhere"], "no training_loss.csv in nowhere"),
     (["--figure", "epochs", "--run", "nowhere"], "no model_final.pt or model_latest.pt in nowhere"),
-    (["--figure", "loss_by_timestep", "--run", "nowhere"], "no checkpoints/model_epoch_*.pt in nowhere")])
+    (["--figure", "loss_by_timestep", "--run", "nowhere"], "no numbered checkpoints")])
 def test_what_cannot_be_drawn_is_one_line(argv, words, checkpoint, tmp_path, capsys):
     flags = ["--checkpoint", checkpoint, "--output_dir", tmp_path / "out", "--dataset", "synthetic_digits"]
     assert words in fails(capsys, figures.main, *flags, *argv)

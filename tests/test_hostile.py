@@ -6,25 +6,30 @@ import struct
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import benchmark
 import checkpoint
 import data
+import diagnose
 import edit
 import evaluate
 import export
 import folders
 import interpolate
 import presets
-import sample
 import run_figures
+import sample
+import visualize_model
 from command_line import Parser, speaks
 from conftest import ROOT
 from data import Batches, split_held_out
+from diffusion import DiffusionProcess
 from images import as_text, read_note, save_gif, save_images
 from load import PRETRAINED, card_recipe, find_model, load_model
 from models import create_model, model_defaults
@@ -32,6 +37,7 @@ from plan import Plan
 from reference import load_reference
 from running import Signals, Stopped
 from sample import choose_labels
+from session import sample_images
 from test_commands import fails
 from test_figures import write_model
 from train import main as train_main
@@ -484,3 +490,166 @@ def test_altered_counts_of_a_checkpoint_are_refused(few_digits, tmp_path):
         checkpoint.save_checkpoint(tmp_path / "bad.pt", {**entries, **change})
         with pytest.raises(ValueError, match="cannot be resumed"):
             train(**few_digits, **TINY, steps=2, resume=str(tmp_path / "bad.pt"), output_dir=tmp_path / "other")
+
+
+# ---- Taken for something else than it is
+
+def test_half_of_a_large_set_exchanged_is_another_set():
+    images = torch.randint(256, (2500, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = Batches(images).fingerprint()
+    images[1::2] = 0
+    assert Batches(images).fingerprint() != before
+
+
+@pytest.mark.parametrize("images, labels, words", [
+    (torch.rand(8, 1, 4, 4) * 2 - 1, None, "must be uint8"),
+    (torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.zeros(5, dtype=torch.long), "8 class indices"),
+    (torch.zeros(8, 1, 4, 4, dtype=torch.uint8), [0] * 8, "8 class indices")])
+def test_batches_of_the_wrong_kind_are_refused(images, labels, words):
+    """Floats in [-1, 1] became black pictures."""
+    with pytest.raises(ValueError, match=words):
+        Batches(images, labels)
+
+
+def test_a_mask_is_cut_as_the_picture_is(tmp_path):
+    """The picture lost its sides and the mask was squeezed, so that the hole lay elsewhere."""
+    mask = Image.new("L", (24, 8), 255)
+    mask.paste(0, (8, 0, 12, 8))                            # the left half of the central square
+    mask.save(tmp_path / "mask.png")
+    assert torch.equal(edit.read_mask(str(tmp_path / "mask.png"), 8), edit.read_mask("left", 8))
+
+
+@pytest.mark.parametrize("folder", ["generated_samples", "generation_frames", "samples"])
+def test_what_sample_writes_does_not_replace_what_the_model_learnt_from(folder, tmp_path, capsys):
+    path = write_model(tmp_path / "m.pt", name=str(tmp_path / "out" / folder))
+    assert "not apart" in fails(capsys, sample.main, "--checkpoint", path, "--output_dir", tmp_path / "out")
+
+
+def test_only_frames_of_ours_are_cleared_away(tmp_path):
+    folder = tmp_path / "generation_frames"
+    folder.mkdir()
+    for name in ("frame_000_mine.png", "frame_007_t0100.png", "frame_008_finished.png"):
+        (folder / name).write_bytes(b"x")
+    x = torch.zeros(1, 1, 8, 8)
+    sample.save_intermediate([(9, x, x), (-1, x, x)], tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "frame_000_mine.png", "frame_000_t009.png", "frame_001_finished.png"]
+
+
+def test_a_model_is_not_led_away_from_itself(tmp_path, capsys):
+    path = write_model(tmp_path / "m.pt")
+    error = fails(capsys, sample.main, "--checkpoint", path, "--weak", path, "--output_dir", tmp_path)
+    assert "is the model itself" in error
+    other = write_model(tmp_path / "other.pt", zero=True)
+    assert "--guidance 1 is none" in fails(capsys, sample.main, "--checkpoint", path, "--weak", other, "--guidance", 1,
+                                           "--output_dir", tmp_path)
+
+
+def test_guidance_at_levels_that_are_not_there_is_refused(tmp_path, capsys):
+    error = fails(capsys, sample.main, "--checkpoint", write_model(tmp_path / "m.pt"), "--guidance", 3,
+                  "--guidance_interval", "40,50", "--output_dir", tmp_path)
+    assert "go from 0 to 39" in error
+
+
+def test_export_writes_over_no_classifier(tmp_path, two_shades):
+    output = tmp_path / "classifier.pt"
+    output.write_bytes((PRETRAINED / "classifier_mnist.pt").read_bytes())
+    with pytest.raises(ValueError, match="a classifier"):
+        export.export(two_shades, output)
+
+
+def test_a_linked_folder_is_named_and_is_no_class(tmp_path, capsys):
+    sheets(tmp_path / "set" / "a", 3)
+    sheets(tmp_path / "elsewhere", 3)
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "elsewhere")
+    assert folders.class_folders(tmp_path / "set") == ["a"]
+    assert len(folders.load_folder(tmp_path / "set")[0]) == 3
+    assert "not followed:\n  b" in capsys.readouterr().out
+
+
+def test_a_figure_of_a_folder_is_not_written_into_it(tmp_path, capsys):
+    sheets(tmp_path / "set", 8)
+    assert "not apart" in fails(capsys, visualize_model.main, "--figure", "features", "--dataset", tmp_path / "set",
+                                "--output_dir", tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", ["none", "all"])
+def test_a_class_of_the_name_of_a_choice_is_refused(name, tmp_path):
+    for folder in ("b", name):
+        sheets(tmp_path / "set" / folder, 8)
+    with pytest.raises(ValueError, match="cannot be called none or all"):
+        train(str(tmp_path / "set"), steps=1, labels=True, output_dir=tmp_path / "out", **TINY)
+
+
+def test_a_name_with_a_comma_is_one_name():
+    assert choose_labels("red, blue", ["red", "red, blue", "7"], 4)[0].tolist() == [1] * 4
+    assert choose_labels("red,7", ["red", "blue", "7"], 4)[0].tolist() == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("main, flags, words", [
+    (interpolate.main, ["--compare", "--loop", "--fps", "3"], "--loop, --fps would be of no use"),
+    (visualize_model.main, ["--figure", "table", "--model", "simple", "--checkpoint", "x.pt"], "give one of them")])
+def test_flags_that_would_be_passed_over_are_refused(main, flags, words, tmp_path, capsys):
+    assert words in fails(capsys, main, *flags, "--output_dir", tmp_path)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(sample_every=-1), "sample_every"), (dict(save_every=0), "save_every"), (dict(ema_every=0), "ema_every"),
+    (dict(grad_clip=-1.0), "grad_clip"), (dict(min_snr=-1.0), "min_snr"), (dict(label_drop=2.0), "label_drop")])
+def test_settings_without_sense_are_refused_from_python_too(settings, words, tmp_path):
+    """A negative grad_clip turned the gradient round, and a negative sample_every never came to an end."""
+    with pytest.raises(ValueError, match=words):
+        train("synthetic_digits", steps=1, output_dir=tmp_path, **{**TINY, **settings})
+
+
+def test_numbers_without_sense_are_refused_by_process_and_network(tiny_model):
+    for settings in (dict(guidance=float("nan"), y=0), dict(guidance=2.0, y=0, guidance_interval=(5, 1))):
+        with pytest.raises(ValueError, match="lower level first"):
+            DiffusionProcess(10).sample(tiny_model, 8, 1, **settings)
+    for schedule in ([], [[0.9], [0.5]]):
+        with pytest.raises(ValueError, match="row of numbers"):
+            DiffusionProcess(schedule=schedule)
+    with pytest.raises(ValueError, match="belong to the linear schedule"):
+        DiffusionProcess(schedule=[0.9, 0.5, 0.1], beta_start=0.3)
+    for settings in (dict(num_classes=0), dict(num_classes=-1), dict(image_channels=0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            create_model(base_channels=8, **settings)
+
+
+def test_a_seed_has_32_bits(tmp_path, capsys):
+    """Of a longer one the noise was that of another seed's other image."""
+    assert "2**32" in fails(capsys, sample.main, "--seed", 3 + 7 * 2**32, "--output_dir", tmp_path)
+
+
+def test_a_picture_is_sampled_from_a_network_that_tells_nothing_of_itself():
+    class Own(torch.nn.Linear):
+        def forward(self, x_t, t, y=None):
+            return 0 * x_t
+
+    assert sample_images(Own(1, 1), DiffusionProcess(50), "cpu", 2, 8).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("main", [visualize_model.main, diagnose.main])
+def test_shipped_weights_are_those_of_the_images_they_are_shown(main, tmp_path, capsys, monkeypatch):
+    """Garments were shown to the digits' weights, without a word."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 64)
+    if main is diagnose.main:
+        monkeypatch.setattr(diagnose, "diagnose", lambda *args: ([], {}))
+        main(["--dataset", "synthetic_digits"])
+    else:
+        main(["--figure", "features", "--dataset", "synthetic_digits", "--num_images", "8", "--timesteps", "500"])
+    assert "pretrained/synthetic_digits.pt" in capsys.readouterr().out
+
+
+def test_another_library_s_network_is_built_with_all_it_needs(monkeypatch):
+    """The benchmark broke off at the first of them, and no test ran where the libraries were not installed."""
+    class Stub(torch.nn.Identity):
+        def __init__(self, **settings):
+            super().__init__()
+
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", SimpleNamespace(Unet=Stub))
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(UNet2DModel=Stub))
+    for name in benchmark.PEERS:
+        network = benchmark.NETWORKS[name][1]()
+        assert (network.image_channels, network.multiple) == (1, 4)

@@ -111,3 +111,13 @@ def test_what_cannot_be_walked_is_one_line(argv, words, two_shades, tmp_path, ca
         interpolate.main(["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), *argv])
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_every_key_is_a_frame(loop):
+    """Of three keys in four frames the middle one was passed by."""
+    keys = torch.randn(3, 1, 4, 4)
+    frames = walk(keys, 4, loop=loop)
+    assert all(any(torch.allclose(frame, key) for frame in frames) for key in keys)
+    with pytest.raises(ValueError, match="as many frames"):
+        walk(keys, 2)
