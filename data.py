@@ -289,14 +289,14 @@ class Batches:
         return self.num_images // self.batch_size
 
     def take(self, index, mirrored=None):
-        """The images at `index` as floats, those of them that are `mirrored` turned round, and their labels."""
+        """The images at `index` as floats, those of them that are `mirrored` flipped, and their labels."""
         x_0 = to_signed(self.images[index])
         if mirrored is not None:
             x_0 = torch.where(mirrored.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
         return x_0, self.labels[index]
 
     def fingerprint(self):
-        """What tells these images and labels from others, in a phrase; of more than 2 GB it looks at so much."""
+        """What tells these images and labels from others, in a phrase; of more than 2 GB, a sample of that size."""
         size = self.num_images * self.images[0].numel()
         picks = self.indices[::max(1, math.ceil(size / FINGERPRINTED))].to(self.images.device)
         sha = hashlib.sha256()

@@ -24,7 +24,7 @@ from diffusion import OBJECTIVES, seeded_noise
 from images import to_signed, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model
 from measures import copied_share, nearest_images
-from reference import load_reference, note_other_images, same_classes
+from reference import held_labels, load_reference, note_other_images, same_classes
 from sample import generate, seconds_for
 from schedules import SCHEDULES, linear_alpha_bar
 from utils import describe_device, get_device, shuffled
@@ -44,7 +44,7 @@ CAUSES = {
     "assumption": (
         "it was trained with another assumption",
         "sample with the schedule and objective of the training, which a checkpoint of train.py holds; "
-        "images in [-1, 1] (data.to_signed); x_t from DiffusionProcess.forward_diffusion"),
+        "images in [-1, 1] (images.to_signed); x_t from DiffusionProcess.forward_diffusion"),
     "no noise at the end": (
         "the schedule does not end in noise",
         "build the process without beta_start and beta_end: by default the betas are scaled with T"),
@@ -336,7 +336,7 @@ def main(argv=None):
     average, diffusion, data = load_model(path, device)
     raw = load_model(path, device, ema=False)[0] if "model" in entries else None
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
-    labels = labels[1] if labels is not None and same_classes(data, args.dataset) else None
+    labels = held_labels(labels) if same_classes(data, args.dataset) else None
     print(f"device: {describe_device(device, args.device)}; model: {path}")
     print(f"data: {args.dataset or data['name']}, {len(images)} images and {len(held)} {held_name}")
     note_other_images(data, args.dataset)

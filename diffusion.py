@@ -63,7 +63,10 @@ def seeded_noise(seed, indices, step, shape):
 
     So image i of a seed is the same in any batch. Drawn on the CPU, hence the same on any device,
     and from generators of its own: the global one is never touched.
+    seed: 0 to 2**32 - 1, else ValueError: the parts of a longer one would be those of another image.
     """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"a seed must lie in 0..{2**32 - 1}, got {seed}")
     rows = []
     for i in indices:
         entropy = np.random.SeedSequence([seed, i, step]).generate_state(1, np.uint64)[0]
@@ -82,6 +85,14 @@ def _evaluating(model):
     finally:
         if was_training:
             model.train()
+
+
+def _answer(model, x_t, t, y):
+    """What a model says of x_t. One of another shape would be stretched to fit, without a word."""
+    out = model(x_t, t, y)
+    if out.shape != x_t.shape:
+        raise ValueError(f"the model answers {tuple(out.shape)} to images of {tuple(x_t.shape)}")
+    return out
 
 
 def guidance_at(t, guidance, interval=None):
@@ -187,7 +198,7 @@ class DiffusionProcess:
         else:
             signal_weight, noise_weight = self._weights(t)
             target = signal_weight * noise - noise_weight * x_0     # Salimans & Ho 2022, section 4
-        error = model(x_t, t, y).float() - target
+        error = _answer(model, x_t, t, y).float() - target
         if self.clip_loss:
             over = error if self.objective == "x0" else -error      # has the sign of (estimate of x_0) - x_0
             error = error.masked_fill((x_0.abs() >= 1) & (over * x_0 > 0), 0)
@@ -218,7 +229,7 @@ class DiffusionProcess:
         t = t if torch.is_tensor(t) else torch.full((len(x_t),), int(t), device=x_t.device)
 
         def seen_by(model, y):
-            out = model(x_t, t, y).to(dtype)
+            out = _answer(model, x_t, t, y).to(dtype)
             signal_weight, noise_weight = self._weights(t)
             if self.objective == "eps":
                 x_0 = (x_t - noise_weight * out) / signal_weight
@@ -369,8 +380,10 @@ class DiffusionProcess:
         last_steps: only the last so many; x_T is then at the level where they begin.
         """
         ts = self.sampling_levels(sampler, steps, spacing, last_steps)
-        if not math.isfinite(guidance) or guidance_interval and guidance_interval[0] > guidance_interval[1]:
-            raise ValueError(f"guidance {guidance} at {guidance_interval}: a number, and the lower level first")
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a number, got {guidance}")
+        if guidance_interval and guidance_interval[0] > guidance_interval[1]:
+            raise ValueError(f"guidance_interval must be (low, high), got {guidance_interval}")
         row = SAMPLERS[sampler]
         eta = row.eta if eta is None else eta
         indices = range(first_index, first_index + len(x_T))
@@ -441,7 +454,10 @@ class DiffusionProcess:
             x_T = seeded_noise(seed, indices, 0, (channels, image_size, image_size))
         x_T = x_T.to(device)
         if y is not None:
-            y = torch.as_tensor(y, device=device).expand(len(x_T))
+            y = torch.as_tensor(y, device=device)
+            if y.numel() not in (1, len(x_T)):
+                raise ValueError(f"y has {y.numel()} classes for {len(x_T)} images")
+            y = y.flatten().expand(len(x_T))
         for _, images, _ in self.trajectory(
                 model, x_T, sampler=sampler, steps=steps, eta=eta, spacing=spacing, y=y,
                 guidance=guidance, guidance_interval=guidance_interval, weak=weak, seed=seed,

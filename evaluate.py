@@ -30,7 +30,7 @@ from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, apply_card, find_model, load_model, load_weak
 from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance, kernel_distance, nearest,
                       nearest_images, precision_recall, single_share)
-from reference import FEWEST, labels_like, load_reference, note_other_images, same_classes
+from reference import FEWEST, held_labels, labels_like, load_reference, note_other_images, same_classes
 from sample import choose_labels, generate, guidance_words, seconds_for, thinned
 from schedules import SPACINGS, ranges_of_t
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
@@ -279,9 +279,11 @@ def choose_classes(args, data, labels, known):
 
     data: what the checkpoint says.  labels: of the real images.  known: are they classes of the model's own?
     """
-    if args.stages and known:
+    if args.stages and known and held_labels(labels) is not None:
         args.label = "their own"
         return labels[1][:args.num_images]
+    if args.stages:
+        args.label = "none"
     if args.label is None and known:
         args.label = "by chance"
         return labels_like(labels[0], args.num_images, args.seed)

@@ -54,7 +54,7 @@ PATHS = {"lerp": lerp, "slerp": slerp}
 def walk(keys, num_frames, path=slerp, loop=False):
     """Noises on the way through the key frames. keys: [K, C, H, W], K >= 2.
 
-    Returns [num_frames, C, H, W], evenly spread, but that the frame nearest to a key is that key. Raises
+    Returns [num_frames, C, H, W], evenly spread, except that the frame nearest to a key is that key. Raises
     ValueError for fewer frames than keys.
     """
     if num_frames < len(keys):
@@ -117,7 +117,7 @@ def parse(argv):
         raise ValueError(f"16 to 4096 pixels, {MAX_FRAMES} frames at most, {MAX_GIF / 1e6:.0f} million pixels in "
                          f"all of them, and 0.1 to 50 frames a second; got {args.size}, {args.frames} frames "
                          f"and {args.fps:g}")
-    if (args.label == "all" or "," in args.label):
+    if args.label == "all" or "," in args.label:
         raise ValueError(f"--label {args.label}: a walk stays within one class")
     return args
 

@@ -179,7 +179,7 @@ def apply_card(args, data, T, one_sampler=True):
 
     guidance, levels = 1.0, None
     if named:
-        guidance, levels = WEAK_GUIDANCE, (round(WEAK_FROM * T), T)
+        guidance, levels = WEAK_GUIDANCE, (round(WEAK_FROM * T), T - 1)
     elif args.weak or guided and not data["weak"]:          # a card's guidance is worth nothing without its --weak
         guidance, levels = data["guidance"], data["guidance_interval"]
     if args.guidance is not None and not args.weak:     # away from "no class" it may act at all levels

@@ -54,9 +54,9 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     label_drop: the share of images whose class is withheld, so that the model also learns to do without
     (Ho & Salimans 2022, algorithm 1).   min_snr: see DiffusionProcess.training_loss.
     density: how often each timestep is met, see get_timesteps.
-    Returns the loss. A loss or gradient that is not a number leaves the weights as they are, as a
-    FloatingPointError; on a GPU with a fused optimizer, which does not wait to hear of it, all losses from
-    then on are NaN instead.
+    Returns the loss. A loss or gradient that is not a number raises FloatingPointError and leaves the weights as
+    they are; on a GPU with a fused optimizer, which does not wait to hear of it, all losses from then on are NaN
+    instead.
     Of several processes each works on every n-th image. What is random is drawn for the whole batch
     first, so that neither parts nor processes change it.
     """
@@ -112,8 +112,8 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, steps=None, 
     return statistics.fmean(losses[before:])
 
 
-def train_steps(model, batches, optimizer, diffusion, device, steps, losses, bar, *, ema=None, ema_every=1, rate=None,
-                seed=None, first_step=0, each=contextlib.nullcontext, **settings):
+def train_steps(model, batches, optimizer, diffusion, device, steps, losses, bar, *, ema=None, ema_every=1,
+                rate=None, seed=None, first_step=0, each=contextlib.nullcontext, **settings):
     """Take steps, at most as many as there are batches.
 
     losses:      a list that the loss of each step is appended to.   bar: a tqdm that counts them.

@@ -106,6 +106,11 @@ def others(data, data_dir, like, y):
     return held[order], y, f"images of {name}" + ("" if known else ", which has changed since")
 
 
+def held_labels(labels):
+    """The labels of the held-out images, of what load_reference gives; None where they have other classes, or none."""
+    return labels[1] if labels and (labels[1] >= 0).all() else None
+
+
 def labels_like(labels, count, seed=0):
     """The classes of `count` images drawn by chance from those that `labels` [N] belong to: [count] integers.
 
@@ -138,4 +143,4 @@ def unseen_images(data, data_dir, name=None):
     any, in random order. The labels are those of its own classes, or of a named set."""
     name = name_to_show(data, data_dir, name)
     _, held, labels, what = load_reference(data, data_dir, None if name == data["name"] else name)
-    return name, held, labels[1] if labels and (labels[1] >= 0).all() else None, what
+    return name, held, held_labels(labels), what

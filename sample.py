@@ -232,9 +232,6 @@ def parse(argv):
         raise ValueError(f"--num_images {args.num_images}: at most {MAX_IMAGES}")
     again = read_recipe(args.recreate) if args.recreate else None
     if again:
-        if again.get("weak") and not args.weak:
-            raise ValueError(f"{args.recreate} was made with --weak and the checkpoint of digest "
-                             f"{str(again['weak'])[:12]}...: name it, and --checkpoint")
         args = parser.parse_args([*(sys.argv[1:] if argv is None else argv), *note_flags(again)])
         for name in ("label", "upscale", "guidance_interval"):      # what the picture does not have
             if again.get(name) is None:
@@ -273,6 +270,11 @@ def save_again(images, picture, columns, args, note, again, reference):
         sys.exit(1)
 
 
+def made_with_weak(picture, again):
+    return (f"{picture} was made with --weak and the checkpoint of digest {str(again['weak'])[:12]}...: name it, "
+            "beside --checkpoint")
+
+
 def save_singly(images, folder, args, note):
     """Each image as a file of its own, named by its number in the seed."""
     for k, image in enumerate(images):
@@ -304,14 +306,16 @@ def main(argv=None):
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
                          f"digest {str(again['weights'])[:12]}..., not {data['digest'][:12]}...")
     size = data["image_size"]
+    if again and "weak" in again and not (args.weak or data["weak"]):
+        raise ValueError(made_with_weak(args.recreate, again))
     apply_card(args, data, diffusion.num_timesteps)
     y, columns = choose_labels(args.label, data["classes"], args.num_images, args.first_index)
     count = args.num_images if y is None else len(y)
     check_sheet(count, columns, size, args.upscale)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device, args.image_size)
     if again and again.get("weak") != weak_digest:
-        raise ValueError(f"{args.recreate} was made " + ("without --weak" if "weak" not in again else
-                         f"with --weak and the checkpoint of digest {str(again['weak'])[:12]}...: name it"))
+        raise ValueError(f"{args.recreate} was made without --weak" if "weak" not in again else
+                         made_with_weak(args.recreate, again))
     note = make_note(args, diffusion, data["digest"], device)
     if weak_digest:
         note["weak"] = weak_digest

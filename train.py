@@ -125,15 +125,18 @@ def check_choices(num_epochs, steps, beta2, **settings):
                         ("fit", FITS)):
         if settings[name] not in known:
             raise ValueError(f"unknown {name} {settings[name]!r}; choose from {', '.join(known)}")
-    if not 0 <= beta2 < 1:
-        raise ValueError(f"beta2 must lie in [0, 1), got {beta2}")
+    for name, value in (("beta2", beta2), ("ema_decay", settings["ema_decay"])):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    if not 0 <= settings["seed"] < 2**32:
+        raise ValueError(f"seed must lie in 0..{2**32 - 1}, got {settings['seed']}")
     for name in ("num_samples", "sample_every", "save_every", "ema_every", "accumulate", "batch_size"):
         if settings[name] is not None and settings[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")
     for name in ("grad_clip", "min_snr", "learning_rate"):
         if settings[name] is not None and not 0 < settings[name] < math.inf:
             raise ValueError(f"{name} must be a number above 0, got {settings[name]}")
-    for name in ("label_drop", "val_fraction", "ema_decay"):
+    for name in ("label_drop", "val_fraction"):
         if not 0 <= settings[name] <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {settings[name]}")
 

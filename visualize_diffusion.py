@@ -383,8 +383,8 @@ def main(argv=None):
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--image_size", "resize to this many pixels", type=positive_int)
     parser.group("a process without a model, in forward, and in predictors if any of these is given")
-    add("--schedule", "how alpha_bar falls, in solvers, too", "linear", choices=sorted(SCHEDULES))
-    add("--num_timesteps", "T, in schedules and solvers, too", 1000, type=positive_int)
+    add("--schedule", "how alpha_bar falls, in solvers, too; default: linear", choices=sorted(SCHEDULES))
+    add("--num_timesteps", "T, in schedules and solvers, too; default: 1000", type=positive_int)
     add("--beta_start", "the first beta of the linear schedule, as it is; default: scaled with T", type=positive_float)
     add("--beta_end", "and the last", type=positive_float)
     parser.group("a model, in reverse, one_step, steps, seeds, predictors and explore")
@@ -411,8 +411,8 @@ def main(argv=None):
     keep_apart(args.dataset, args.output_dir)
     output_dir = make_output_dir(args.output_dir, *(FIGURES[name].file for name in names))
     loaded = None
-    named = any(getattr(args, flag) != parser.get_default(flag)
-                for flag in ("schedule", "num_timesteps", "beta_start", "beta_end"))
+    named = any((args.schedule, args.num_timesteps, args.beta_start, args.beta_end))
+    args.schedule, args.num_timesteps = args.schedule or "linear", args.num_timesteps or 1000
     if args.figure == "predictors" and named and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} has a process of its own: name that or another one")
     if args.figure == "explore" or FIGURES[args.figure].needs == "model" and not (

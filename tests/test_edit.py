@@ -159,7 +159,7 @@ def test_another_seed_is_another_answer_to_the_same_pictures(two_shades, tmp_pat
     (["--task", "upscale", "--factor", "3"], "--factor 3 must divide"),
     (["--task", "colourise"], "this one is grey"),
     ([], "trained on 'shades'"),
-    (["--dataset", "nothing"], "--dataset nothing has no test set"),
+    (["--dataset", "nothing"], "unknown dataset 'nothing'"),
     (["--task", "deblur", "--mask", "left"], "--mask belongs to --task inpaint"),
     (["--images", "a.png", "--dataset", "mnist"], "give one of them"),
     (["--mask", __file__], "--mask .*test_edit.py: "),

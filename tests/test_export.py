@@ -132,8 +132,8 @@ def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_p
     sample.main(["--recreate", str(sheet), "--checkpoint", str(small), "--output_dir", str(tmp_path)])
     assert "byte for byte" in capsys.readouterr().out
     assert drawn("--guidance", "2") == (2, "0,10", True) and drawn("--guidance", "1") == (1, None, False)
-    assert drawn("--weak", str(two_shades)) == (sample.WEAK_GUIDANCE, "15,50", True)
-    assert drawn("--weak", str(two_shades), "--guidance", "5") == (5, "15,50", True)
+    assert drawn("--weak", str(two_shades)) == (sample.WEAK_GUIDANCE, "15,49", True)
+    assert drawn("--weak", str(two_shades), "--guidance", "5") == (5, "15,49", True)
 
 
 def test_an_evaluation_that_does_not_name_its_weak_model_makes_no_card(two_shades, evaluation, tmp_path, capsys):

@@ -604,8 +604,12 @@ def test_settings_without_sense_are_refused_from_python_too(settings, words, tmp
 
 def test_numbers_without_sense_are_refused_by_process_and_network(tiny_model):
     for settings in (dict(guidance=float("nan"), y=0), dict(guidance=2.0, y=0, guidance_interval=(5, 1))):
-        with pytest.raises(ValueError, match="lower level first"):
+        with pytest.raises(ValueError, match="must be a number|must be .low, high"):
             DiffusionProcess(10).sample(tiny_model, 8, 1, **settings)
+    with pytest.raises(ValueError, match="3 classes for 2 images"):
+        DiffusionProcess(10).sample(tiny_model, 8, 2, y=[0, 1, 2])
+    with pytest.raises(ValueError, match="seed must lie in"):
+        DiffusionProcess(10).sample(tiny_model, 8, 2, seed=2**32)
     for schedule in ([], [[0.9], [0.5]]):
         with pytest.raises(ValueError, match="row of numbers"):
             DiffusionProcess(schedule=schedule)
@@ -614,6 +618,18 @@ def test_numbers_without_sense_are_refused_by_process_and_network(tiny_model):
     for settings in (dict(num_classes=0), dict(num_classes=-1), dict(image_channels=0)):
         with pytest.raises(ValueError, match="at least 1"):
             create_model(base_channels=8, **settings)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 8, 8), (4, 1, 1, 1)])
+def test_an_answer_of_another_shape_is_refused(shape):
+    """It was stretched to fit: a second channel, for a learned variance say, was taken for another image."""
+    def model(x_t, t, y=None):
+        return torch.zeros(shape, requires_grad=True)
+
+    with pytest.raises(ValueError, match="the model answers"):
+        DiffusionProcess(10).training_loss(model, torch.zeros(4, 1, 8, 8))
+    with pytest.raises(ValueError, match="the model answers"):
+        DiffusionProcess(10).sample(model, 8, 4)
 
 
 def test_a_seed_has_32_bits(tmp_path, capsys):
