@@ -306,12 +306,12 @@ def told_of(entries, name="settings"):
     return told if isinstance(told, dict) else {}
 
 
-def take_weights(path, model, name, config, process):
+def take_weights(path, model, name, config, process, classes=None):
     """Give a new model the averaged weights of a checkpoint, to learn on from there.
 
     name, config: of the model.  process: the config of its DiffusionProcess.  They must be those of the
-    checkpoint, but for dropout, clip_loss and the classes; where these are not as many, the vectors that stand
-    for them stay random.
+    checkpoint, but for dropout, clip_loss and the classes.  classes: their names; one that the checkpoint knows
+    takes its vector from there, and the others stay random.
     Returns what is to be remembered: the file's name, a digest, the steps behind it, the images of its training.
     Raises as load_checkpoint does, and ValueError for another network or process.
     """
@@ -328,9 +328,15 @@ def take_weights(path, model, name, config, process):
                        what_counts({"model": name}, config, process),
                        "--start_from needs the flags it was trained with")
         weights = whole_precision(entries["ema"])
-        if saved["num_classes"] != config["num_classes"]:
-            weights.pop("class_emb.weight", None)
-            weights.update({key: value for key, value in model.state_dict().items() if key == "class_emb.weight"})
+        vectors, known = weights.pop("class_emb.weight", None), entries["data"].get("classes") or []
+        if (0 if vectors is None else len(vectors) - 1) != (saved["num_classes"] or 0) or vectors is not None and (
+                len(known) != len(vectors) - 1):
+            raise ValueError(f"{path}: its classes and the vectors that stand for them do not fit together")
+        if config["num_classes"]:
+            weights["class_emb.weight"] = own = model.state_dict()["class_emb.weight"].clone()
+            rows = {0: 0, **{k + 1: known.index(name) + 1 for k, name in enumerate(classes or []) if name in known}}
+            if vectors is not None:                                             # row 0 is "no class"
+                own[list(rows)] = vectors[list(rows.values())].to(own)
         check_weights(path, weights, model)
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError(f"{path}: not all of its weights are finite numbers")

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 import synthetic
-from folders import class_folders, digest, find_duplicates, fits, load_folder, save_sheet, verify_folder
+from folders import (check_memory, class_folders, digest, find_duplicates, fits, load_folder, save_sheet,
+                     verify_folder)
 from images import MAX_SIZE, to_signed
 
 
@@ -68,6 +69,8 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=
         images, labels = source(SYNTHETIC_SIZE, seed=0 if train else 1)
     else:
         images, labels = _torchvision_arrays(name, source, data_dir, train)
+    size = image_size or images.shape[-1]
+    check_memory(name, (len(images), channels or images.shape[1], size, size))
     return _with_channels(_resize(images, image_size), channels), labels
 
 
@@ -129,6 +132,11 @@ def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None,
     print(f"duplicates: {len(find_duplicates(map(digest, images.numpy())))}")
     save_sheet(images, sheet)
     return fits(images.shape[-1], multiple)
+
+
+def full_name(name):
+    """What a checkpoint tells of its images: a key of DATASETS, or where the folder lies."""
+    return name if name in DATASETS else str(Path(name).resolve())
 
 
 WRITTEN = ("samples", "checkpoints", "generated_samples", "generation_frames")  # by train.py and sample.py

@@ -14,9 +14,16 @@ from pathlib import Path
 
 from checkpoint import half_precision, load_checkpoint, save_checkpoint, told_of
 from command_line import Parser, command, make_output_dir, spare
+from data import DATASETS
 from load import OWN, load_model
 
 KEPT = ("model_name", "model_config", "diffusion_config", "data")
+
+
+def without_path(name):
+    """Of a folder the last part, for a file that is shared, and not as if it were a named data set."""
+    last = Path(name).resolve().name
+    return name if name in DATASETS else f"folder {last}" if last in DATASETS else last
 
 
 def export(checkpoint, output, evaluation=None, **card):
@@ -39,8 +46,8 @@ def export(checkpoint, output, evaluation=None, **card):
                 card["started_from"] = entries["started_from"]
         weights = half_precision(entries["ema"])
         kept = {name: entries[name] for name in KEPT}
-        kept["data"] = {**kept["data"], **{key: Path(kept["data"][key]).resolve().name          # not the path
-                                           for key in ("name", "val_dir") if kept["data"].get(key)}}
+        kept["data"] = {**kept["data"], **{key: without_path(kept["data"][key]) for key in ("name", "val_dir")
+                                           if kept["data"].get(key)}}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint} is not what train.py or export.py writes") from error
     if not all(value.isfinite().all() for value in weights.values()):

@@ -25,7 +25,9 @@ def write_file(path, data):
             error.filename = str(path)          # a full disk does not say whose file it was
         raise
     if os.name == "posix":              # the new name, too, has to reach the disk
-        folder = os.open(path.parent, os.O_RDONLY)
         with contextlib.suppress(OSError):                      # some file systems cannot do this
-            os.fsync(folder)
-        os.close(folder)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)

@@ -243,17 +243,22 @@ def _listing(lines, limit=20):
                      + [f"  and {len(lines) - limit} more"] * (len(lines) > limit))
 
 
+def check_memory(name, shape, advice=""):
+    """Raise ValueError where uint8 images of this shape, [N, C, H, W], are too many for the memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+    world = os.environ.get("WORLD_SIZE", "")
+    processes = max(1, int(world)) if world.isdecimal() else 1          # each of torchrun's reads for itself
+    size = np.prod(shape, dtype=float)
+    if size > memory / 2 / processes:
+        raise ValueError(f"{name}: {shape[0]} images of {shape[-1]}x{shape[-1]} need {size / 1e9:.0f} GB, more than "
+                         f"half of the memory{advice}")
+
+
 def _decode(folder, files, image_size, fit, channels, out=None):
     """Read all files into one array, or into the array `out`. Returns (images, names, problems)."""
     shape = (len(files), 1 if channels == 1 else 3, image_size, image_size)
     if out is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
-        world = os.environ.get("WORLD_SIZE", "")
-        processes = max(1, int(world)) if world.isdecimal() else 1      # each of torchrun's reads for itself
-        if np.prod(shape, dtype=float) > memory / 2 / processes:
-            raise ValueError(f"{folder}: {len(files)} images of {image_size}x{image_size} need "
-                             f"{np.prod(shape, dtype=float) / 1e9:.0f} GB, more than half of the memory; "
-                             "--cache_dir keeps them on disk instead")
+        check_memory(folder, shape, "; --cache_dir keeps them on disk instead")
         out = np.empty(shape, np.uint8)
     names, problems, grey = [], [], True
     for picture in read_folder(folder, files, image_size, fit, channels):
@@ -289,7 +294,9 @@ def _cached(cache_dir, folder, files, image_size, fit, channels):
     Its name tells the settings and the state of the folder: a changed folder gets another file.
     """
     state = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p in files for s in [p.lstat()]]
-    key = hashlib.sha256(repr((DECODER, state, image_size, fit, channels)).encode()).hexdigest()[:16]
+    # With its place: another folder may have files of the same names, sizes and times.
+    key = hashlib.sha256(repr((DECODER, str(folder.resolve()), state, image_size, fit, channels)).encode())
+    key = key.hexdigest()[:16]
     cache_dir.mkdir(parents=True, exist_ok=True)
     pixels = cache_dir / f"{folder.resolve().name}_{image_size}_{key}.npy"
     notes = pixels.with_suffix(".json")

@@ -29,8 +29,8 @@ import distributed
 from checkpoint import FLAGS, State, plain, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, spare, whole_number)
-from data import (DATASETS, DATASET_HELP, Batches, class_names, get_dataset, get_default_dataset, keep_apart,
-                  keep_unseen, split_held_out, verify_dataset)
+from data import (DATASETS, DATASET_HELP, Batches, class_names, full_name, get_dataset, get_default_dataset,
+                  keep_apart, keep_unseen, split_held_out, verify_dataset)
 from diffusion import OBJECTIVES, DiffusionProcess
 from folders import FITS
 from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401
@@ -85,6 +85,8 @@ def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir
     held_out = None                           # or 64 at a time, as many as make a sheet: see print_cost
     if val_dir:
         held_out = Batches(held_arrays[0], held_arrays[1] if same else None, batch_size=64)
+        if classes and not same:
+            print(f"note: {val_dir} has not the same classes, so the held-out loss is that without a class")
     elif len(held):
         held_out = Batches(images, y, batch_size=64, indices=held)
     return dataset_name, classes, Batches(images, y, batch_size, seed, flip, kept), held_out
@@ -195,7 +197,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         model_config = dict(model_defaults(model_name), **model_config, image_channels=channels,
                             add_input=objective == "eps", num_classes=classes and len(classes))
         model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
-        started = start_from and take_weights(start_from, model, model_name, model_config, diffusion.config)
+        started = start_from and take_weights(start_from, model, model_name, model_config, diffusion.config, classes)
         state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
             model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay))
         # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
@@ -209,10 +211,10 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             settings["total_steps"] = plan.total_steps
         facts = {"model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
                  "settings": settings, "data": {
-                     "name": str(dataset_name), "image_size": image_size, "channels": channels,
+                     "name": full_name(dataset_name), "image_size": image_size, "channels": channels,
                      "classes": classes, "fit": fit, "flip": flip, "seed": seed,
                      "val_fraction": 0.0 if val_dir else val_fraction,
-                     "val_dir": val_dir and str(val_dir)}, "started_from": started}
+                     "val_dir": val_dir and full_name(val_dir)}, "started_from": started}
         facts = plain(facts, "the run")         # what cannot be saved is told before the training
 
         # ---- What is going to happen

@@ -3,6 +3,8 @@
 
 import copy
 import ctypes
+import os
+import re
 import sys
 import time
 
@@ -170,6 +172,11 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
         return 0
+    if os.path.exists("/proc/self/status"):         # ru_maxrss would begin with what the starting process held
+        with open("/proc/self/status") as file:
+            found = re.search(r"^VmHWM:\s+(\d+) kB", file.read(), re.M)
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024              # kilobytes, but for macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

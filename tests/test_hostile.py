@@ -1,6 +1,7 @@
 """What a hostile tester broke once, each with its story. Nothing is lost, and bad input is one line."""
 
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -669,3 +670,49 @@ def test_another_library_s_network_is_built_with_all_it_needs(monkeypatch):
     for name in benchmark.PEERS:
         network = benchmark.NETWORKS[name][1]()
         assert (network.image_channels, network.multiple) == (1, 4)
+
+
+def test_two_folders_of_the_same_names_sizes_and_times_have_a_cache_each(tmp_path):
+    for place, grey in (("a", 40), ("b", 220)):
+        (tmp_path / place / "images").mkdir(parents=True)
+        for k in range(6):
+            path = tmp_path / place / "images" / f"{k}.bmp"
+            Image.new("L", (8, 8), grey).save(path)
+            os.utime(path, (0, 0))
+    greys = [folders.load_folder(tmp_path / place / "images", cache_dir=tmp_path / "cache")[0].float().mean().item()
+             for place in "ab"]
+    assert greys == [40, 220]
+
+
+def test_a_folder_called_like_a_data_set_is_not_taken_for_it_once_exported(two_shades, tmp_path):
+    entries = checkpoint.load_checkpoint(two_shades)
+    for name, want in ((str(tmp_path / "mnist"), "folder mnist"), ("mnist", "mnist"), (str(tmp_path / "x"), "x")):
+        entries["data"] = {**entries["data"], "name": name}
+        checkpoint.save_checkpoint(tmp_path / "m.pt", entries)
+        export.export(tmp_path / "m.pt", tmp_path / "small.pt")
+        assert checkpoint.load_checkpoint(tmp_path / "small.pt")["data"]["name"] == want
+
+
+def test_classes_are_taken_over_by_their_names(tmp_path, capsys):
+    """A new class took the vector of whatever class had stood in its place; and a --val_dir with fewer classes was
+    measured without any, in silence."""
+    for place, names in (("old", ("cat", "dog")), ("new", ("ant", "cat"))):
+        for name in names:
+            sheets(tmp_path / place / name, 8)
+    (tmp_path / "val").mkdir()
+    sheets(tmp_path / "val" / "cat", 8)
+    settings = dict(TINY, labels=True, steps=1, learning_rate=1e-9, ema_decay=0.0)
+    old = train(str(tmp_path / "old"), output_dir=tmp_path / "a", seed=1, **settings)[1].class_emb.weight
+    assert "without a class" not in capsys.readouterr().out
+    new = train(str(tmp_path / "new"), output_dir=tmp_path / "b", val_dir=str(tmp_path / "val"),
+                start_from=tmp_path / "a" / "model_final.pt", **settings)[1].class_emb.weight
+    assert "without a class" in capsys.readouterr().out
+    assert torch.allclose(new[[0, 2]], old[[0, 1]], atol=1e-6)                 # "no class", and cat
+    assert not torch.allclose(new[1], old[1], atol=1e-2) and not torch.allclose(new[1], old[2], atol=1e-2)
+    told = checkpoint.load_checkpoint(tmp_path / "b" / "model_final.pt")["data"]
+    assert told["name"] == str((tmp_path / "new").resolve())
+
+
+def test_a_named_set_larger_than_the_memory_is_refused_before_it_is_made():
+    with pytest.raises(ValueError, match="more than half of the memory"):
+        data.get_dataset("synthetic_digits", image_size=4096, channels=3)

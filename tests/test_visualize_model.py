@@ -152,6 +152,10 @@ def test_bottleneck_features_are_its_mean_over_the_picture(tiny_model):
     assert torch.allclose(found, deep.mean((2, 3)), atol=1e-6) and found.shape == (3, deep.shape[1])
 
 
+def own_model(argv, folder):
+    return [] if {"--channels", "--model"} & {*argv} else ["--checkpoint", str(folder / "model.pt")]
+
+
 @pytest.mark.parametrize("argv, file", [
     ([], "activations.png"), (["--figure", "time"], "time_embedding.png"), (["--figure", "table"], "model_table.png"),
     (["--figure", "table", "--channels", "8", "16", "--image_size", "16"], "model_table.png"),
@@ -159,7 +163,7 @@ def test_bottleneck_features_are_its_mean_over_the_picture(tiny_model):
     (["--figure", "features", "--dataset", "synthetic_digits", "--num_images", "60"], "features.png")])
 def test_each_figure_is_written(argv, file, tmp_path, capsys):
     write_model(tmp_path / "model.pt")
-    figures.main([*argv, "--checkpoint", str(tmp_path / "model.pt"), "--output_dir", str(tmp_path)])
+    figures.main([*argv, *own_model(argv, tmp_path), "--output_dir", str(tmp_path)])
     assert (tmp_path / file).stat().st_size > 10_000 and f"wrote {tmp_path / file}" in capsys.readouterr().out
 
 
@@ -170,4 +174,4 @@ def test_each_figure_is_written(argv, file, tmp_path, capsys):
     (["--figure", "features", "--num_images", "2", "--dataset", "synthetic_digits"], "4 or more")])
 def test_bad_requests_are_one_line(argv, words, tmp_path, capsys):
     write_model(tmp_path / "model.pt")
-    assert words in fails(capsys, figures.main, "--checkpoint", tmp_path / "model.pt", "--output_dir", tmp_path, *argv)
+    assert words in fails(capsys, figures.main, *own_model(argv, tmp_path), "--output_dir", tmp_path, *argv)
