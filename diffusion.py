@@ -95,6 +95,11 @@ def _answer(model, x_t, t, y):
     return out
 
 
+def _levels_of(x_t, t):
+    """t as [B] integers, one for each image, where it is a single number."""
+    return t if torch.is_tensor(t) else torch.full((len(x_t),), int(t), device=x_t.device)
+
+
 def guidance_at(t, guidance, interval=None):
     """The guidance of a step at level t: outside of the interval (low, high) the model is followed plainly."""
     return guidance if interval is None or interval[0] <= t <= interval[1] else 1.0
@@ -226,7 +231,7 @@ class DiffusionProcess:
         if weak is None and y is None and guidance not in (0, 1):
             raise ValueError(f"guidance={guidance} needs class labels y to guide towards")
         dtype = torch.promote_types(x_t.dtype, torch.float32)
-        t = t if torch.is_tensor(t) else torch.full((len(x_t),), int(t), device=x_t.device)
+        t = _levels_of(x_t, t)
 
         def seen_by(model, y):
             out = _answer(model, x_t, t, y).to(dtype)
@@ -255,7 +260,7 @@ class DiffusionProcess:
 
         x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W].
         """
-        t = t if torch.is_tensor(t) else torch.full((len(x_t),), int(t), device=x_t.device)
+        t = _levels_of(x_t, t)
         # Not clamped: also beyond [-1, 1] x_0 tells the noise. Only after clip_loss such values mean nothing.
         x_0 = self.predict_x0(model, x_t, t, y, clip=self.clip_loss)
         signal_weight, noise_weight = self._weights(t)

@@ -34,7 +34,7 @@ from folders import load_pictures, read_picture
 from images import save_images, save_strip, to_signed
 from load import CHECKPOINT_HELP, open_model
 from measures import psnr
-from reference import note_other_images, unseen_images
+from reference import unseen_images
 from sample import choose_labels, seconds_for, thinned
 from utils import get_device
 
@@ -154,7 +154,6 @@ def load_originals(args, data, channels):
     except ValueError as error:
         whose = "" if args.dataset else f"the model was trained on {data['name']!r}: "
         raise ValueError(f"{whose}{error}; or name pictures with --images") from error
-    note_other_images(data, dataset)
     # The same ones whatever --seed is: it asks for another answer, not for another question.
     images = images[:args.num_images]
     print(f"pictures: {len(images)} {kind}" + f" of {dataset}" * (" of " not in kind))

@@ -143,4 +143,5 @@ def unseen_images(data, data_dir, name=None):
     any, in random order. The labels are those of its own classes, or of a named set."""
     name = name_to_show(data, data_dir, name)
     _, held, labels, what = load_reference(data, data_dir, None if name == data["name"] else name)
+    note_other_images(data, name)
     return name, held, held_labels(labels), what

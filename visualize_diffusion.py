@@ -33,7 +33,7 @@ from folders import sorted_into_classes
 from images import as_text, save_gif, save_strip, to_signed
 from load import CHECKPOINT_HELP, load_model, open_model
 from predictors import RANGES, predictor_errors, predictor_lines
-from reference import note_other_images, same_classes, training_images, unseen_images
+from reference import same_classes, training_images, unseen_images
 from running import FINAL, LATEST
 from run_figures import epochs_figure, found_in, loss_figure, spread_out, when
 from sample import choose_labels, draw_frame, generate, guidance_words, save_generation_strip, seconds_for
@@ -302,7 +302,6 @@ def some_unseen(data, args, count, device):
     dataset, images, labels, kind = unseen_images(data, args.data_dir, args.dataset)
     known = labels is not None and same_classes(data, dataset)
     x_0 = to_signed(images[:count]).to(device)
-    note_other_images(data, dataset)
     which = f"{len(x_0)} {kind}" + ("" if " of " in kind else f" of {Path(dataset).name}")
     return x_0, labels[:count].to(device) if known else None, which
 
@@ -410,13 +409,13 @@ def main(argv=None):
     device = get_device(args.device)
     keep_apart(args.dataset, args.output_dir)
     output_dir = make_output_dir(args.output_dir, *(FIGURES[name].file for name in names))
-    loaded = None
-    named = any((args.schedule, args.num_timesteps, args.beta_start, args.beta_end))
+    without_model = args.figure == "predictors" and any(
+        (args.schedule, args.num_timesteps, args.beta_start, args.beta_end))
     args.schedule, args.num_timesteps = args.schedule or "linear", args.num_timesteps or 1000
-    if args.figure == "predictors" and named and args.checkpoint:
+    if without_model and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} has a process of its own: name that or another one")
-    if args.figure == "explore" or FIGURES[args.figure].needs == "model" and not (
-            args.figure == "predictors" and named):
+    loaded = None
+    if args.figure == "explore" or FIGURES[args.figure].needs == "model" and not without_model:
         loaded = *open_model(args, device)[1:], device
     for name in names:
         path, needs = output_dir / FIGURES[name].file, FIGURES[name].needs

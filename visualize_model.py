@@ -31,7 +31,7 @@ from inside import (PlainUNet, activations, attention_maps, bottleneck_features,
                     choose_layer, model_table, parts, pca, reach, sampled, table_lines, time_embeddings, tsne)
 from load import CHECKPOINT_HELP, open_model
 from models import MODELS, create_model
-from reference import note_other_images, unseen_images
+from reference import unseen_images
 from sample import choose_labels, seconds_for
 from utils import get_device, shuffled
 from visualize_diffusion import choose_timesteps
@@ -327,7 +327,6 @@ def draw_features(args, path, device):
     _, model, diffusion, data = open_model(args, device)
     timesteps = choose_timesteps(args.timesteps, FIGURES["features"].timesteps, diffusion.num_timesteps)
     dataset, images, labels, _ = unseen_images(data, args.data_dir, args.dataset)
-    note_other_images(data, dataset)
     count = min(args.num_images, len(images))
     if count < 4:
         raise ValueError(f"--num_images {args.num_images}: {count} images make no map; 4 or more")
@@ -388,13 +387,11 @@ def main(argv=None):
                          f"{' '.join(map(str, args.timesteps[:9]))}")
     if args.num_images > 20_000:
         raise ValueError(f"--num_images {args.num_images}: at most 20000 in a figure")
-    if args.channels and args.model:
-        raise ValueError(f"--channels and --model {args.model}: give one of them")
+    given = [f"--{flag}" for flag in ("channels", "model", "checkpoint") if getattr(args, flag)]
+    if (args.channels or args.model) and len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: give one of them")
 
-    if (args.channels or args.model) and args.checkpoint:
-        raise ValueError("--checkpoint, or --channels or --model: give one of them")
     keep_apart(args.dataset, args.output_dir)
-
     device = get_device(args.device)
     path = make_output_dir(args.output_dir, FIGURES[args.figure].file) / FIGURES[args.figure].file
     if args.figure == "table":
