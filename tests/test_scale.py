@@ -139,6 +139,16 @@ def test_compiling_changes_no_name_and_hardly_a_number(few_digits, tmp_path):
     assert list(entries[0]["model"]) == list(entries[1]["model"])
 
 
+@pytest.mark.parametrize("name, settings", [("simple", {}), ("attention", {"groups": 8})])
+def test_a_network_with_classes_is_compiled_in_one_piece(name, settings):
+    """It looked at the classes to refuse those that there are not: the graph was cut in two, and torch said so in
+    seventeen lines."""
+    model = create_model(name, base_channels=16, num_classes=3, **settings)
+    x, t, y = torch.randn(2, 1, 28, 28), torch.tensor([5, 900]), torch.tensor([-1, 2])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")            # raises where a graph is cut
+    torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_gpu_trains_with_everything_switched_on(compile, few_digits, tmp_path):
