@@ -89,6 +89,13 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{name} is given, but empty")
         return args
 
+    def refuse_unused(self, args, used, what):
+        """Raise ValueError for flags that were given though `what` does not look at them.  used: those it looks at."""
+        idle = [f"--{name}" for name, value in vars(args).items()
+                if name not in used and value != self.get_default(name)]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} would be of no use to {what}")
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 

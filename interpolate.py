@@ -99,10 +99,9 @@ def parse(argv):
     add("--output_dir", "where the pictures go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     args = parser.parse_args(argv)
-    idle = [f"--{flag}" for flag in ("path", "loop", "fps", "size")
-            if args.compare and getattr(args, flag) != parser.get_default(flag)]
-    if idle:
-        raise ValueError(f"--compare draws both ways, and no GIF: {', '.join(idle)} would be of no use")
+    if args.compare:
+        parser.refuse_unused(args, vars(args).keys() - {"path", "loop", "fps", "size"},
+                             "--compare, which draws both ways and no GIF")
     if args.images and args.seeds:
         raise ValueError("--images and --seeds: give one of them")
     args.seeds = args.seeds or SEEDS

@@ -45,22 +45,31 @@ class Row(NamedTuple):
     file: str  # what it is called in --output_dir
     count: int  # how many images it shows, unless told
     needs: str  # "data", "model", "run" or nothing
+    flags: str  # what it looks at, beside --figure, --seed, --output_dir and --device
     help: str
 
 
+DATA, PROCESS = "dataset data_dir num_images ", "schedule num_timesteps beta_start beta_end "
+MODEL = "checkpoint dataset label num_images sampler "
 FIGURES = {
-    "forward":   Row("forward_diffusion.png", 8, "data", "images sink into noise"),
-    "reverse":   Row("reverse_process.png", 4, "model", "pictures come out of it, as PNG and GIF"),
-    "schedules": Row("schedules.png", 0, "", "the noise schedules compared"),
-    "one_step":  Row("one_step.png", 1, "model", "a single denoising step with its numbers"),
-    "steps":     Row("steps_compared.png", 4, "model", "the same noise in few and in many steps"),
-    "seeds":     Row("seeds_compared.png", 8, "model", "the same seed twice, and different seeds"),
-    "epochs":    Row("epochs.png", 6, "run", "the samples of a run, epoch after epoch"),
-    "loss":      Row("loss.png", 0, "run", "its loss"),
-    "loss_by_timestep": Row("loss_by_timestep.png", 256, "run", "that at each noise level"),
-    "predictors": Row("predictors.png", 256, "model", "what it takes for noise, beside simple answers"),
-    "dataset":   Row("dataset.png", 10, "data", "what a data set holds"),
-    "solvers":   Row("solvers.png", 0, "", "errors of the samplers where the exact answer is known"),
+    "forward":   Row("forward_diffusion.png", 8, "data", DATA + PROCESS + "image_size timesteps",
+                     "images sink into noise"),
+    "reverse":   Row("reverse_process.png", 4, "model", MODEL + "steps timesteps",
+                     "pictures come out of it, as PNG and GIF"),
+    "schedules": Row("schedules.png", 0, "", "num_timesteps timesteps", "the noise schedules compared"),
+    "one_step":  Row("one_step.png", 1, "model", "checkpoint dataset label steps timesteps",
+                     "a single denoising step with its numbers"),
+    "steps":     Row("steps_compared.png", 4, "model", MODEL + "steps_list", "the same noise in few and in many steps"),
+    "seeds":     Row("seeds_compared.png", 8, "model", MODEL + "steps seeds",
+                     "the same seed twice, and different seeds"),
+    "epochs":    Row("epochs.png", 6, "run", "run num_images", "the samples of a run, epoch after epoch"),
+    "loss":      Row("loss.png", 0, "run", "run", "its loss"),
+    "loss_by_timestep": Row("loss_by_timestep.png", 256, "run", DATA + "run", "that at each noise level"),
+    "predictors": Row("predictors.png", 256, "model", DATA + PROCESS + "checkpoint image_size",
+                      "what it takes for noise, beside simple answers"),
+    "dataset":   Row("dataset.png", 10, "data", DATA + "image_size", "what a data set holds"),
+    "solvers":   Row("solvers.png", 0, "", "schedule num_timesteps",
+                     "errors of the samplers where the exact answer is known"),
 }
 EXPLORE = ("forward", "steps", "seeds", "reverse")
 # Noise levels of T = 1000; for another T they are scaled.
@@ -398,6 +407,12 @@ def main(argv=None):
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     args = parser.parse_args(argv)
     names = EXPLORE if args.figure == "explore" else [args.figure]
+    without_model = args.figure == "predictors" and any(
+        (args.schedule, args.num_timesteps, args.beta_start, args.beta_end))
+    used = {flag for name in names for flag in FIGURES[name].flags.split()}
+    if args.figure == "explore" or args.figure == "predictors" and not without_model:   # the model has its own
+        used -= {*PROCESS.split(), "image_size"}
+    parser.refuse_unused(args, used | {"figure", "seed", "output_dir", "device"}, f"--figure {args.figure}")
     for flag, most in (("timesteps", 50), ("steps_list", 20), ("seeds", 20)):
         values = getattr(args, flag) or []
         if len(values) > most or len(set(values)) < len(values):
@@ -409,8 +424,6 @@ def main(argv=None):
     device = get_device(args.device)
     keep_apart(args.dataset, args.output_dir)
     output_dir = make_output_dir(args.output_dir, *(FIGURES[name].file for name in names))
-    without_model = args.figure == "predictors" and any(
-        (args.schedule, args.num_timesteps, args.beta_start, args.beta_end))
     args.schedule, args.num_timesteps = args.schedule or "linear", args.num_timesteps or 1000
     if without_model and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} has a process of its own: name that or another one")

@@ -40,15 +40,21 @@ from visualize_diffusion import choose_timesteps
 class Row(NamedTuple):
     file: str  # what it is called in --output_dir
     timesteps: tuple  # its noise levels for T = 1000; for another T they are scaled
+    flags: str  # what it looks at, beside --figure, --checkpoint, --dataset, --seed, --output_dir and --device
     help: str
 
 
 FIGURES = {
-    "activations": Row("activations.png", (250,), "feature maps of each level while a picture is sampled"),
-    "attention":   Row("attention.png", (999, 800, 600, 400, 200, 50), "where each head looks meanwhile"),
-    "time":        Row("time_embedding.png", (0, 100, 250, 500, 750, 999), "what the network is told of t"),
-    "features":    Row("features.png", (0, 200, 400, 600, 800), "the bottleneck's features of real pictures"),
-    "table":       Row("model_table.png", (), "channels, parameters and memory of each level"),
+    "activations": Row("activations.png", (250,), "timesteps label sampler steps",
+                       "feature maps of each level while a picture is sampled"),
+    "attention":   Row("attention.png", (999, 800, 600, 400, 200, 50), "timesteps label sampler steps layer query",
+                       "where each head looks meanwhile"),
+    "time":        Row("time_embedding.png", (0, 100, 250, 500, 750, 999), "timesteps",
+                       "what the network is told of t"),
+    "features":    Row("features.png", (0, 200, 400, 600, 800), "timesteps data_dir num_images flatten projection",
+                       "the bottleneck's features of real pictures"),
+    "table":       Row("model_table.png", (), "channels model image_size",
+                       "channels, parameters and memory of each level"),
 }
 # Okabe & Ito's colours, but the yellow, which white paper swallows, and three more: ten classes, ten colours.
 PALETTE, MARKERS = (*COLOURS, "#e69f00", "#56b4e9", "#999999", "#8c510a", "#5e3c99"), "o^sDvP*"
@@ -382,6 +388,8 @@ def main(argv=None):
     add("--image_size", "height and width in pixels; default: the checkpoint's, 28 for simple, else 64",
         type=positive_int)
     args = parser.parse_args(argv)
+    used = {"figure", "checkpoint", "dataset", "seed", "output_dir", "device", *FIGURES[args.figure].flags.split()}
+    parser.refuse_unused(args, used, f"--figure {args.figure}")
     if len(args.timesteps or []) > 8 or len(set(args.timesteps or [])) < len(args.timesteps or []):
         raise ValueError("--timesteps takes up to 8 numbers, each once; got "
                          f"{' '.join(map(str, args.timesteps[:9]))}")

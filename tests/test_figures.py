@@ -424,8 +424,10 @@ def test_the_predictors_are_printed_and_drawn(checkpoint, tmp_path, capsys):
     (["--figure", "epochs", "--run", "nowhere"], "no model_final.pt or model_latest.pt in nowhere"),
     (["--figure", "loss_by_timestep", "--run", "nowhere"], "no numbered checkpoints")])
 def test_what_cannot_be_drawn_is_one_line(argv, words, checkpoint, tmp_path, capsys):
-    flags = ["--checkpoint", checkpoint, "--output_dir", tmp_path / "out", "--dataset", "synthetic_digits"]
-    assert words in fails(capsys, figures.main, *flags, *argv)
+    figure = argv[1] if argv[0] == "--figure" else "forward"
+    used = figures.FIGURES[figure].flags if figure in figures.FIGURES else "checkpoint dataset"
+    flags = ["--checkpoint", checkpoint] * ("checkpoint" in used) + ["--dataset", "synthetic_digits"] * ("dataset" in used)
+    assert words in fails(capsys, figures.main, *flags, *argv, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -435,9 +437,10 @@ def test_explore_shows_the_folder_that_a_model_was_trained_on(tmp_path, capsys, 
         Image.new("L", (8, 8), 80 * k).save(tmp_path / "photos" / f"{k}.png")
     path, shown = write_model(tmp_path / "model.pt", name=str(tmp_path / "photos")), []
     monkeypatch.setattr(figures, "forward_figure", lambda images, *rest, **settings: shown.append(images))
-    monkeypatch.setattr(figures, "EXPLORE", ("forward",))
+    monkeypatch.setattr(figures, "EXPLORE", ("forward", "one_step"))
     figures.main(["--figure", "explore", "--checkpoint", str(path), "--output_dir", str(tmp_path / "o")])
     assert sorted(shown[0][:, 0, 0, 0].tolist()) == [0, 80, 160]
+    capsys.readouterr()
     path = write_model(tmp_path / "model.pt", name="no/such/photos")
     assert "'no/such/photos'" in fails(capsys, figures.main, "--figure", "explore", "--checkpoint", path,
                                        "--output_dir", tmp_path / "o")

@@ -26,6 +26,7 @@ import interpolate
 import presets
 import run_figures
 import sample
+import visualize_diffusion as figures
 import visualize_model
 from command_line import Parser, speaks
 from conftest import ROOT
@@ -588,7 +589,11 @@ def test_a_name_with_a_comma_is_one_name():
 
 
 @pytest.mark.parametrize("main, flags, words", [
-    (interpolate.main, ["--compare", "--loop", "--fps", "3"], "--loop, --fps would be of no use"),
+    (interpolate.main, ["--compare", "--loop", "--fps", "3"], "--fps, --loop would be of no use to --compare"),
+    (figures.main, ["--sampler", "ddpm", "--timesteps", "1"], "--sampler would be of no use to --figure forward"),
+    (figures.main, ["--figure", "explore", "--schedule", "cosine"], "--schedule would be of no use"),
+    (figures.main, ["--figure", "predictors", "--image_size", "8"], "--image_size would be of no use"),
+    (visualize_model.main, ["--figure", "time", "--label", "7"], "--label would be of no use to --figure time"),
     (visualize_model.main, ["--figure", "table", "--model", "simple", "--checkpoint", "x.pt"], "give one of them")])
 def test_flags_that_would_be_passed_over_are_refused(main, flags, words, tmp_path, capsys):
     assert words in fails(capsys, main, *flags, "--output_dir", tmp_path)
