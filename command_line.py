@@ -35,7 +35,12 @@ def command(main):
                 stream.reconfigure(errors="backslashreplace")   # an odd file name must not end a training
         keep_memory()
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:                                     # the reader has seen enough: | head -1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python complains at its end
+            sys.exit(141)                                           # as a shell counts it, 128 + SIGPIPE
         except (RuntimeError, MemoryError) as error:
             mine, text = True, str(error).strip()
             if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):

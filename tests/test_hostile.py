@@ -721,3 +721,13 @@ def test_classes_are_taken_over_by_their_names(tmp_path, capsys):
 def test_a_named_set_larger_than_the_memory_is_refused_before_it_is_made():
     with pytest.raises(ValueError, match="more than half of the memory"):
         data.get_dataset("synthetic_digits", image_size=4096, channels=3)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """| head -1: "Broken pipe" stood under it, and where the text was short a traceback of Python's own."""
+    for lines in (2, 100_000):
+        code = f"from command_line import command\n@command\ndef main(argv): print(*range({lines}), sep='\\n')\nmain()"
+        process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(0.5)\n{code}"], cwd=ROOT,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
