@@ -25,7 +25,7 @@ from loop import train_step
 from models import create_model
 from presets import PRESETS
 from train import MODEL_FLAGS
-from utils import (EMA, PRECISIONS, count_parameters, describe_device, get_device, has_bfloat16, measure,
+from utils import (EMA, PRECISIONS, autocast, count_parameters, describe_device, get_device, has_bfloat16, measure,
                    peak_memory)
 
 
@@ -78,7 +78,7 @@ def best_convolution(device, precision, batch_size):
         x = torch.randn(batch_size, channels, size, size, device=device, requires_grad=True)
 
         def work():
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            with autocast(device, precision):
                 out = convolution(x)
             out.backward(out.detach())
 
@@ -110,7 +110,7 @@ def time_network(build, image_size, batch_size, device, precision, channels_last
 
     @torch.no_grad()
     def forward():
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        with autocast(device, precision):
             model(x_0, t)
 
     repeats = 20 if device.type == "cuda" else 5

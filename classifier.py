@@ -22,7 +22,7 @@ from checkpoint import (PRETRAINED, check_weights, half_precision, load_checkpoi
 from command_line import Parser, command, make_output_dir, positive_int, seed_number, speaks
 from data import Batches, get_dataset
 from images import to_signed
-from utils import get_device, get_precision, seed_step
+from utils import autocast, get_device, get_precision, seed_step
 
 TURNS = ("upright", "a quarter", "a half", "three quarters")
 
@@ -72,7 +72,7 @@ def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size
                disable=not speaks())
     for _, (x_0, y) in bar:
         x_0, y = turned(x_0) if labels is None else (x_0, y)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        with autocast(device, precision):
             logits, _ = classifier(x_0.to(device))
         loss = F.cross_entropy(logits.float(), y.to(device))
         optimizer.zero_grad()

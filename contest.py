@@ -38,7 +38,7 @@ from presets import PRESETS
 from reference import load_reference
 from sample import generate
 from train import ARGUMENTS, train
-from utils import EMA, count_parameters, describe_device, get_device, get_precision
+from utils import EMA, autocast, count_parameters, describe_device, get_device, get_precision
 
 STEPS = 50  # of DDIM, for all
 
@@ -60,7 +60,7 @@ def train_for(seconds, batch_size, images, device, precision, title, step):
             share = (time.perf_counter() - start) / seconds
             if share >= 1:
                 break
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            with autocast(device, precision):
                 loss = step(x_0, share)
             seen += len(x_0)
             bar.update(len(x_0))
@@ -164,7 +164,7 @@ def enter_diffusers(args, images, device, precision):
 @torch.no_grad()
 def sample_in_batches(draw, num_images, device, precision, batch_size=100):
     counts = [min(batch_size, num_images - first) for first in range(0, num_images, batch_size)]
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+    with autocast(device, precision):
         return torch.cat([draw(count).float().cpu() for count in tqdm(counts, desc="sampling", unit="batch")])
 
 

@@ -18,7 +18,7 @@ import distributed
 from command_line import speaks
 from diffusion import seeded_noise
 from muon import Muon
-from utils import get_timesteps, measure, seed_step, shuffled
+from utils import autocast, get_timesteps, measure, seed_step, shuffled
 
 OPTIMIZERS = {"adam": functools.partial(torch.optim.Adam, fused=True),
               "adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
@@ -74,7 +74,7 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
         mine = part[rank::world]
         last = k == len(parts) - 1  # only then do the processes exchange their gradients
         with (contextlib.nullcontext() if last or world == 1 else model.no_sync(),
-              torch.autocast(x_0.device.type, torch.bfloat16, enabled=precision == torch.bfloat16)):
+              autocast(x_0.device, precision)):
             share = diffusion.training_loss(model, x_0[mine], y[mine], t[mine], noise[mine], min_snr)
             share = share * (len(part) / len(x_0))
             share.backward()
@@ -173,7 +173,7 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32, mi
         x_0, y = batches.take(batches.indices[places].to(batches.images.device))
         t = ((order[places] + 0.5) * T / images).long().to(device)
         noise = seeded_noise(0, places.tolist(), 0, x_0.shape[1:]).to(device)
-        with torch.autocast(t.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        with autocast(t.device, precision):
             loss = diffusion.training_loss(model, x_0.to(device), y.to(device), t, noise, min_snr)
         total += float(loss) * len(places)
     return total / images

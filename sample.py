@@ -30,7 +30,7 @@ from load import (CHECKPOINT_HELP, WEAK_FROM, WEAK_GUIDANCE, apply_card, find_mo
                   load_weak)
 from recipe import MAX_IMAGES, note_flags, compare, make_note, read_recipe
 from schedules import SPACINGS
-from utils import PRECISIONS, describe_device, get_device, get_precision, measure
+from utils import PRECISIONS, autocast, describe_device, get_device, get_precision, measure
 
 MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
 
@@ -58,7 +58,7 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     count = len(levels) - 1
     keep = set(torch.linspace(0, count, min(num_frames, count + 1)).round().int().tolist())
     with (tqdm(total=len(firsts) * count, desc="sampling", unit="step") as bar,
-          torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == torch.bfloat16)):
+          autocast(device, precision)):
         for first in firsts:
             indices = range(first, min(first + batch_size, first_index + num_images))
             x_t, t = seeded_noise(seed, indices, 0, shape).to(device), levels[0]
@@ -88,7 +88,7 @@ def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, dev
     """How long sampling will take here, from timing one call of the model."""
     x_T = torch.zeros(min(batch_size, num_images), model.image_channels, image_size, image_size,
                       device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+    with autocast(device, precision):
         one_call = measure(lambda: diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1), device)
     return one_call * calls * num_images / len(x_T)
 

@@ -77,6 +77,11 @@ def get_precision(name, device):
     return PRECISIONS[name], name + " (the device has no instructions for it: float32 would be faster)" * slow
 
 
+def autocast(device, precision):
+    """Within it, layers multiply in `precision`, as get_precision gives it; sums and losses stay in float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
 def seed_step(seed, step):
     """Make everything random in training step `step` (timesteps, noise, dropout) follow from (seed, step)."""
     # spawn_key, not [seed, step]: its numbers never coincide with those of sampling.
