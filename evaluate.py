@@ -21,18 +21,17 @@ import torch
 from tqdm import tqdm
 
 from classifier import get_classifier, look
-from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval,
-                          make_output_dir, positive_int, seed_number)
+from command_line import Parser, command, format_seconds, make_output_dir, positive_int, seed_number
 from data import keep_apart, keep_apart_from_own
-from diffusion import SAMPLERS, model_calls
+from diffusion import model_calls
 from files import write_file
 from images import save_strip, to_signed, to_uint8
-from load import CHECKPOINT_HELP, apply_card, find_model, load_model, load_weak
+from load import CHECKPOINT_HELP, add_drawing_flags, apply_card, find_model, load_model, load_weak
 from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance, kernel_distance, nearest,
                       nearest_images, precision_recall, single_share)
 from reference import FEWEST, held_labels, labels_like, load_reference, note_other_images, same_classes
 from sample import choose_labels, generate, guidance_words, seconds_for, thinned
-from schedules import SPACINGS, ranges_of_t
+from schedules import ranges_of_t
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
 SURE = 0.9  # a classifier that gives so much to one class is called confident
@@ -302,15 +301,9 @@ def parse(argv):
     add("--stages", "noise real images little or much and undo it: at which levels samples get worse", False,
         action="store_true")
     add("--seed", "of the samples", 0, type=seed_number)
-    add("--sampler", "how to step down; default: as sample.py", choices=sorted(SAMPLERS))
-    add("--steps", "steps; default: as sample.py", type=positive_int)
-    add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
-    add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
     add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset (in turn "
         "where that has no labels)")
-    add("--guidance", "how strongly to follow the class; default: as sample.py", type=guidance_number)
-    add("--guidance_interval", "as in sample.py", metavar="LOW,HIGH", type=interval)
-    add("--weak", "as in sample.py", metavar="FILE")
+    add_drawing_flags(add)
     add("--batch_size", "images at a time", 100, type=positive_int)
     add("--output_dir", "where the results go", "outputs")
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")

@@ -11,6 +11,7 @@ import torch
 import interop
 from checkpoint import (PRETRAINED, check_weights, drawing_digest, load_checkpoint, read_container, told_of,
                         whole_precision)
+from command_line import fraction, guidance_number, interval, positive_int
 from data import keep_apart_from_own
 from diffusion import SAMPLERS, DiffusionProcess
 from images import MAX_SIZE
@@ -155,6 +156,25 @@ def card_recipe(card, T):
             # Never a path: only what lies beside.
             "weak": (weak if isinstance(weak, str) and 0 < len(weak) < 200 and weak == Path(weak).name
                      and weak.isprintable() else None)}
+
+
+def add_drawing_flags(add):
+    """Those that apply_card fills in.  add: of a command_line.Parser."""
+    add("--sampler", "how to step down; default: what shipped weights were measured with, ddim for others",
+        choices=sorted(SAMPLERS))
+    add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
+        f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
+    add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
+    add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
+    add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; "
+        "default: as the model's card says, or 1", type=guidance_number)
+    add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "
+        "the model's card says where --guidance is not given, else all, or those of --weak",
+        metavar="LOW,HIGH", type=interval)
+    add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
+        f"mistakes, also without classes, by {WEAK_GUIDANCE:g} unless --guidance says otherwise, at the "
+        f"noisier {1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; default: what the model's "
+        "card names beside it", metavar="FILE")
 
 
 def apply_card(args, data, T, one_sampler=True):

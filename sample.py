@@ -19,17 +19,15 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import interop
-from command_line import (Parser, command, format_seconds, fraction, guidance_number, interval, make_output_dir,
-                          positive_int, seed_number, spare, whole_number)
+from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number, spare,
+                          whole_number)
 from data import keep_apart_from_own
-from diffusion import SAMPLERS, model_calls, seeded_noise
+from diffusion import model_calls, seeded_noise
 from files import write_file
 from images import (PADDING, enlargement, image_grid, png_bytes, save_gif, save_images, save_strip,
                     to_uint8)
-from load import (CHECKPOINT_HELP, WEAK_FROM, WEAK_GUIDANCE, apply_card, find_model, load_model,
-                  load_weak)
+from load import CHECKPOINT_HELP, add_drawing_flags, apply_card, find_model, load_model, load_weak
 from recipe import MAX_IMAGES, note_flags, compare, make_note, read_recipe
-from schedules import SPACINGS
 from utils import PRECISIONS, autocast, describe_device, get_device, get_precision, measure
 
 MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
@@ -196,23 +194,9 @@ def parse(argv):
     add("--num_images", "how many", 64, type=positive_int)
     add("--first_index", "begin with this image of the seed", 0, type=whole_number)
     add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42, type=seed_number)
-    add("--sampler", "how to step down; default: what shipped weights were measured with, ddim for others",
-        choices=sorted(SAMPLERS))
-    add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
-        f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
-    add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
     add("--label", "the class to draw, as a number or name; several with commas, or all: rows of pictures "
         "for each; none: without a class. Default: each class in turn, if the model knows any")
-    add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; "
-        "default: as the model's card says, or 1", type=guidance_number)
-    add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "
-        "the model's card says where --guidance is not given, else all, or those of --weak",
-        metavar="LOW,HIGH", type=interval)
-    add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
-        f"mistakes, also without classes, by {WEAK_GUIDANCE:g} unless --guidance says otherwise, at the "
-        f"noisier {1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; default: what the model's "
-        "card names beside it", metavar="FILE")
-    add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
+    add_drawing_flags(add)
     add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")
     add("--upscale", "show every pixel as so many by so many; default: small images at least 84 wide",
