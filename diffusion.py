@@ -34,7 +34,7 @@ OBJECTIVES = ("eps", "x0", "v")
 # ---- Samplers: a row of numbers each. One loop (DiffusionProcess.trajectory) serves them all.
 
 class Sampler(NamedTuple):
-    eta: float  # 0: no noise is added on the way down (DDIM); 1: as much as DDPM adds
+    eta: float  # 0: no noise is added on the way down (DDIM); 1: as much as DDPM adds; it may be more
     order: int  # how many estimates, this one and those before it, a step is made from
     extrapolates: str  # what is carried on from them: "x0", or "eps"
     variance: str  # size of the added noise: "posterior" or "beta", the two choices of Ho et al.
@@ -51,6 +51,8 @@ SAMPLERS = {
     "dpmpp_2m_sde": Sampler(1.0, 2, "x0",  "posterior", 20,   "uniform"),   # the same with noise
     "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10,   "uniform"),   # Zhang & Chen 2023
 }
+
+MAX_ETA = 10
 
 # The Adams-Bashforth weights of order 1 to 4, for the newest estimate first.
 ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
@@ -274,15 +276,16 @@ class DiffusionProcess:
         replace part of the noise by fresh noise (Song et al. 2021, eq. 12 and 16):
 
             x_prev = sqrt(ab_prev) x_0 + sqrt(1 - ab_prev - sigma^2) eps + sigma noise
-            sigma^2 = eta^2 (1 - ab_prev) / (1 - ab_t) (1 - ab_t / ab_prev)
+            sigma^2 = eta^2 (1 - ab_prev) / (1 - ab_t) (1 - ab_t / ab_prev), at most 1 - ab_prev
 
-        eta = 1 is Ho et al. 2020, eq. 6-7 ("posterior"); eta = 0 adds nothing and is DDIM. With
-        variance "beta" the mean stays and sigma^2 = eta^2 (1 - ab_t / ab_prev), the paper's other
-        choice (section 3.2). The step to the clean image never adds noise.
+        eta = 1 is Ho et al. 2020, eq. 6-7 ("posterior"); eta = 0 adds nothing and is DDIM. With more than 1 more
+        of the old noise goes, and with it what earlier steps got wrong; that takes small steps, or pictures get
+        smooth. At most all of it goes. With variance "beta" the mean stays and sigma^2 = eta^2 (1 - ab_t / ab_prev),
+        the paper's other choice (section 3.2). The step to the clean image never adds noise.
 
         x_t: [B, C, H, W].  t: an integer in 0..T-1, or [B] equal integers.  t_prev: an integer below
         t; default t - 1; -1 is clean.  noise: like x_t, drawn if needed.
-        Returns (x_prev, x_0 estimate).  Raises ValueError if t_prev >= t or eta is outside [0, 1].
+        Returns (x_prev, x_0 estimate).  Raises ValueError if t_prev >= t, or as step_towards does.
         """
         if torch.is_tensor(t):
             if (t != t.flatten()[0]).any():
@@ -310,15 +313,16 @@ class DiffusionProcess:
 
         x_0, x_t: [B, C, H, W].  t, t_prev: integers, -1 for the clean image.  noise: like x_t, drawn if
         needed.
-        Returns x_prev, like x_t.  Raises ValueError if eta is outside [0, 1], or for an unknown variance.
+        Returns x_prev, like x_t.  Raises ValueError if eta is outside [0, MAX_ETA] (of "beta" [0, 1]), or for an unknown variance.
         """
         ab_t, ab_prev = self._level(t), self._level(t_prev)
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], got {eta}")
         if variance not in ("posterior", "beta"):
             raise ValueError(f"unknown variance {variance!r}; choose from ['beta', 'posterior']")
+        most = MAX_ETA if variance == "posterior" else 1
+        if not 0 <= eta <= most:
+            raise ValueError(f"eta must lie in [0, {most}], got {eta}")
         beta = 1 - ab_t / ab_prev
-        posterior = eta**2 * (1 - ab_prev) / (1 - ab_t) * beta
+        posterior = min(eta**2 * beta / (1 - ab_t), 1.0) * (1 - ab_prev)
         x_prev = math.sqrt(ab_prev) * x_0 + math.sqrt(1 - ab_prev - posterior) * self._eps(x_t, x_0, t)
         sigma = math.sqrt(posterior) if variance == "posterior" else eta * math.sqrt(beta)
         if sigma > 0 and t_prev >= 0:
@@ -441,7 +445,7 @@ class DiffusionProcess:
         first_index:  image i of the result is image first_index + i of the seed.
         device:       by default where x_T or the model's parameters are.
         sampler:      a key of SAMPLERS: "ddpm" is the paper's full chain, "ddim" takes strides, the others
-                      need fewer still. Each has its defaults for steps (model calls, 1..T), eta (0..1)
+                      need fewer still. Each has its defaults for steps (model calls, 1..T), eta (0..MAX_ETA)
                       and spacing (a key of SPACINGS).
         y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
         guidance_interval: (low, high): guidance acts at these levels only, both included. At high noise it

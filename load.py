@@ -11,9 +11,9 @@ import torch
 import interop
 from checkpoint import (PRETRAINED, check_weights, drawing_digest, load_checkpoint, read_container, told_of,
                         whole_precision)
-from command_line import fraction, guidance_number, interval, positive_int
+from command_line import guidance_number, interval, number_from, positive_int
 from data import keep_apart_from_own
-from diffusion import SAMPLERS, DiffusionProcess
+from diffusion import MAX_ETA, SAMPLERS, DiffusionProcess
 from images import MAX_SIZE
 from models import create_model, model_defaults
 from running import FINAL, LATEST
@@ -151,7 +151,7 @@ def card_recipe(card, T):
     return {"guidance_interval": tuple(levels) if known else None,
             "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
             "spacing": spacing if isinstance(spacing, str) and spacing in SPACINGS else None,
-            "eta": float(eta) if type(eta) in (int, float) and 0 <= eta <= 1 else None,
+            "eta": float(eta) if type(eta) in (int, float) and 0 <= eta <= MAX_ETA else None,
             "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0,
             # Never a path: only what lies beside.
             "weak": (weak if isinstance(weak, str) and 0 < len(weak) < 200 and weak == Path(weak).name
@@ -165,7 +165,8 @@ def add_drawing_flags(add):
     add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
-    add("--eta", "fresh noise in each step, 0 to 1; default: the sampler's own", type=fraction)
+    add("--eta", f"fresh noise in each step: 0 none, 1 as much as DDPM, up to {MAX_ETA}; default: the sampler's own",
+        type=number_from(0, MAX_ETA))
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; "
         "default: as the model's card says, or 1", type=guidance_number)
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "
@@ -187,6 +188,8 @@ def apply_card(args, data, T, one_sampler=True):
         args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
         args.spacing = args.spacing or data["spacing"]
         args.eta = data["eta"] if args.eta is None else args.eta
+    if args.sampler and args.eta and args.eta > 1 and SAMPLERS[args.sampler].variance == "beta":
+        raise ValueError(f"--eta {args.eta:g}: {args.sampler} takes 0 to 1")
 
     guided, named = data["classes"] and args.label != "none", args.weak is not None
     if data["weak"] and not named and args.guidance != 1:

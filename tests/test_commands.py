@@ -155,7 +155,7 @@ def test_train_refuses_impossible_settings(argv, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv", [
     ["--sampler", "euler"], ["--steps", "0"], ["--steps", "41"], ["--steps", "nan"], ["--num_images", "0"],
-    ["--eta", "1.5"], ["--eta", "nan"], ["--seed", "-3"], ["--batch_size", "0"], ["--precision", "int8"],
+    ["--eta", "11"], ["--sampler", "ddpm_beta", "--eta", "1.5"], ["--eta", "nan"], ["--seed", "-3"], ["--batch_size", "0"], ["--precision", "int8"],
     ["--device", "abacus"]])
 def test_sample_refuses_impossible_settings(argv, checkpoint, tmp_path, capsys):
     error = fails(capsys, sample.main, "--checkpoint", checkpoint, *argv, "--output_dir", tmp_path / "out")

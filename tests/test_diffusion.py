@@ -329,14 +329,15 @@ def test_a_step_takes_an_integer_or_a_batch_of_equal_timesteps():
 
 
 @pytest.mark.parametrize("bad", [dict(t=5, t_prev=5), dict(t=5, t_prev=6), dict(t=5, t_prev=-2),
-                                 dict(t=1000), dict(t=5, eta=1.5), dict(t=5, eta=-0.1),
+                                 dict(t=1000), dict(t=5, eta=10.5), dict(t=5, eta=-0.1),
+                                 dict(t=5, eta=1.5, variance="beta"),
                                  dict(t=5, eta=float("nan")), dict(t=5, variance="big")])
 def test_impossible_steps_are_refused(bad):
     with pytest.raises(ValueError):
         DiffusionProcess().reverse_diffusion_step(CountingModel(), torch.zeros(1, 1, 4, 4), **bad)
 
 
-@pytest.mark.parametrize("eta", [1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("eta", [10.5, -0.1, float("nan")])
 def test_the_loop_refuses_an_impossible_eta_like_the_step(eta):
     with pytest.raises(ValueError, match="eta must lie"):
         DiffusionProcess(20).sample(CountingModel(), 4, 2, sampler="ddim", steps=5, eta=eta, device="cpu")
@@ -383,13 +384,30 @@ def test_samplers_run_for_any_chain_length(T):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("sampler, steps, eta", [
-    ("ddpm", 1000, None), ("ddpm_beta", 1000, None), ("ddim", 100, None), ("ddim", 500, 0.5)])
+    ("ddpm", 1000, None), ("ddpm_beta", 1000, None), ("ddim", 100, None), ("ddim", 500, 0.5),
+    ("ddim", 1000, 2.0), ("dpmpp_2m_sde", 250, 1.5)])
 def test_samplers_return_the_mean_and_spread_of_gaussian_data(schedule, sampler, steps, eta):
     diffusion = DiffusionProcess(schedule=schedule)
     images = diffusion.sample(GaussianModel(diffusion), 32, 16, seed=1, sampler=sampler, steps=steps,
                               eta=eta, clip=False)                      # 16,384 independent pixels
     assert float(images.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(images.std()) == pytest.approx(STD, abs=0.02)
+
+
+def test_more_noise_washes_out_more_of_what_was_wrong_before():
+    """What is left at the end of a mistake at the start, from the same fresh noises; and all old noise can go."""
+    diffusion, start = DiffusionProcess(schedule="cosine"), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    model, left = GaussianModel(diffusion), []
+    for eta in (0, 0.5, 1, 1.5, 2):
+        x, wrong = start, start + 1
+        for t in range(500, 100, -10):
+            x, wrong = (diffusion.reverse_diffusion_step(model, each, t, t - 10, eta=eta, noise=start, clip=False)[0]
+                        for each in (x, wrong))
+        left.append(float(wrong - x))
+    assert all(0 < b < 0.8 * a for a, b in zip(left, left[1:])), left
+    noise = torch.randn(2, 1, 4, 4)
+    got = diffusion.step_towards(torch.zeros(2, 1, 4, 4), noise.flip(0), 900, 500, eta=10, noise=noise)
+    torch.testing.assert_close(got, math.sqrt(1 - float(diffusion.alpha_bar[500])) * noise)
 
 
 def exact_flow(diffusion, x_T):
