@@ -145,7 +145,7 @@ def main(argv=None):
     add("--data_dir", "where the data sets of torchvision lie, or go", "data")
     add("--epochs", "passes over the data", 4, type=positive_int)
     add("--seed", "the same seed trains the same classifier", 0, type=seed_number)
-    add("--output_dir", "where classifier_DATASET.pt goes", str(PRETRAINED.name))
+    add("--output_dir", "where classifier_DATASET.pt goes", str(PRETRAINED))
     args = parser.parse_args(argv)
     images, labels = get_dataset(args.dataset, args.data_dir)
     if labels is None:

@@ -119,8 +119,8 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
 
     shape: (B, C, H, W).  travel: how often each of the steps is taken, but the last, which adds no noise to draw
     anew.  eta: fresh noise in each step.
-    y: [B] classes or None.  Image i depends on (seed, i) alone.  Returns [B, C, H, W], within [-1, 1] as far as
-    the measurement is.
+    y: [B] classes or None.  Image i depends on (seed, i) alone.
+    Returns [B, C, H, W], not cut to [-1, 1]: there it would fit an upscaled or deblurred measurement less exactly.
     """
     indices = range(first_index, first_index + shape[0])
     noises = iter(range(10**9))                            # each draw has a number of its own
@@ -188,8 +188,8 @@ def parse(argv):
     for flag, task in (("mask", "inpaint"), ("factor", "upscale")):
         if getattr(args, flag) is not None and args.task != task:
             raise ValueError(f"--{flag} belongs to --task {task}, not to {args.task}")
-    if args.images and args.dataset:
-        raise ValueError("--images and --dataset: give one of them")
+    if args.images:
+        parser.refuse_unused(args, vars(args).keys() - {"dataset", "data_dir", "num_images"}, "--images")
     count = len(args.images) if args.images else args.num_images
     if count > 1000:
         raise ValueError(f"{count} images: at most 1000, as all are mended at once")

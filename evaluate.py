@@ -332,8 +332,9 @@ def main(argv=None):
     keep_apart(args.dataset, output_dir)
     keep_apart_from_own(data, output_dir)
     known = same_classes(data, args.dataset)
-    if args.stages and not known:
-        args.label = "none"
+    images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
+    if args.stages and not (known and held_labels(labels) is not None):
+        args.label = "none"                                 # then there is nothing for guidance to follow
     apply_card(args, data, diffusion.num_timesteps, one_sampler=not args.race)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     if args.race:
@@ -346,7 +347,6 @@ def main(argv=None):
         entrants = [(args.sampler, args.steps)]
     ways = [diffusion.sampling_levels(sampler, steps, args.spacing, last_steps) for sampler, steps in entrants
             for last_steps in (stage_lengths(steps) if args.stages else [None])]
-    images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     if args.stages or args.race:                            # the floor has to be of as many
         args.num_images = min(args.num_images, len(held))
     y = choose_classes(args, data, labels, known)

@@ -70,6 +70,8 @@ def read_evaluation(path, checkpoint, digest):
                  **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance",
                                                    "label", "seed")},
                  "sampler_steps": found["steps"], "guidance_interval": found.get("guidance_interval"),
+                 "num_held_out": found.get("num_held_out"), "dataset": found.get("dataset") and without_path(
+                     str(found["dataset"])), "precision": found.get("precision"),
                  "spacing": found.get("spacing"), "eta": found.get("eta"), "weak": found.get("weak_file")}
         numbers = [facts["fd"], facts["fd_error"], facts["fd_floor"], facts["copied"], facts["guidance"]]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):

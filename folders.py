@@ -258,7 +258,7 @@ def _decode(folder, files, image_size, fit, channels, out=None):
     """Read all files into one array, or into the array `out`. Returns (images, names, problems)."""
     shape = (len(files), 1 if channels == 1 else 3, image_size, image_size)
     if out is None:
-        check_memory(folder, shape, "; --cache_dir keeps them on disk instead")
+        check_memory(folder, shape, "; train.py --cache_dir keeps them on disk instead")
         out = np.empty(shape, np.uint8)
     names, problems, grey = [], [], True
     for picture in read_folder(folder, files, image_size, fit, channels):

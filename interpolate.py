@@ -139,11 +139,11 @@ def main(argv=None):
           + "and four times as many for each of yours, " * bool(args.images)
           + f"about {format_seconds(seconds)} here", flush=True)
     shape = (model.image_channels, size, size)
+    clip = diffusion.clip_loss if args.images else True     # what was not cut on the way up is not on the way down
     if args.images:
         real = load_pictures(args.images, size, model.image_channels).to(device)
         noises = diffusion.invert(model, real, steps=args.steps, y=None if y is None else y[:len(real)])
-        back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps,
-                    clip=diffusion.clip_loss)
+        back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps, clip=clip)
         likeness = psnr(back, real)
         print(f"to their noise and back: PSNR {likeness:.1f} dB; " + (
             "more --steps lose less" if likeness >= POOR else "more --steps lose less; if the walk still "
@@ -154,13 +154,13 @@ def main(argv=None):
     if args.compare:
         shares = torch.linspace(0, 1, min(args.frames, 9)).tolist()
         rows = [draw(model, diffusion, torch.stack([path(noises[0], noises[1], share) for share in shares]),
-                     None if y is None else y[:len(shares)], args.steps, name) for name, path in PATHS.items()]
+                     None if y is None else y[:len(shares)], args.steps, name, clip) for name, path in PATHS.items()]
         picture = output_dir / "lerp_slerp.png"
         save_strip(rows, [f"{share:.2f}" for share in shares], picture, row_labels=list(PATHS))
         print(f"wrote {picture}")
         return
     pictures = draw(model, diffusion, walk(noises, args.frames, PATHS[args.path], args.loop),
-                    None if y is None else y[:args.frames], args.steps)
+                    None if y is None else y[:args.frames], args.steps, clip=clip)
     frames = [Image.fromarray(picture.permute(1, 2, 0).expand(-1, -1, 3).numpy()).resize(
         (args.size, args.size), Image.NEAREST) for picture in to_uint8(pictures)]
     seconds = 1 / args.fps

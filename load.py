@@ -120,6 +120,12 @@ def open_model(args, device):
     return path, model, diffusion, data
 
 
+def refuse_other_images(args, data):
+    """Raise ValueError where --dataset names other images than the model's, for a command that looks at none."""
+    if args.dataset and Path(args.dataset).name != Path(data["name"]).name:
+        raise ValueError(f"--dataset {args.dataset} would be of no use: the model draws {data['name']}")
+
+
 def check_config(config, defaults):
     """ValueError unless each setting of a network is one that it has, and of the kind of its default: "no"
     would count as yes, and 4.0 heads fail only in the first attention."""

@@ -89,7 +89,11 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
         loss = loss.where(hold_back(optimizer, sound) == 0, math.nan)
     elif not sound:
         raise FloatingPointError(f"no number any more: loss {float(loss)}, gradient norm {float(norm)}")
-    optimizer.step()
+    try:
+        optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        error.half_done = True                              # some of the weights may be those of this step already
+        raise
     return loss
 
 

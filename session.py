@@ -7,6 +7,7 @@ which writes the checkpoints.
 import contextlib
 import math
 import statistics
+import sys
 import time
 
 import torch
@@ -82,20 +83,21 @@ class Keeper:
 
     @contextlib.contextmanager
     def saved_if_stopped(self, total_steps):
-        """If a signal, a full disk or want of memory stops what is inside, save the state and let it stop.
-        The state is whole: a step that finds no memory fails before it changes the weights."""
+        """If a signal, a full disk or want of memory stops what is inside, save the state and let it stop; but not
+        a state that an optimizer has left half-way."""
         try:
             yield
         except (Stopped, OSError, MemoryError, RuntimeError) as stop:
             steps = len(self.state.losses)
-            if steps:
+            if steps and not getattr(stop, "half_done", False):
                 with self.signals.held():
                     self._write(LATEST)
                 what = stop if isinstance(stop, (Stopped, OSError)) else type(stop).__name__
                 with contextlib.suppress(OSError):              # the terminal may be gone
                     print(f"{what} after step {steps} of {total_steps}: saved to {self.folder / LATEST}; the "
                           "same command with --resume goes on, and python sample.py --checkpoint "
-                          f"{self.folder / LATEST} draws from it", flush=True)
+                          f"{self.folder / LATEST} draws from it", flush=True,
+                          file=sys.stderr if isinstance(stop, BrokenPipeError) else None)
                 stop.told = isinstance(stop, Stopped)
             raise
 

@@ -31,7 +31,7 @@ from figures import (one_step_figure, predictors_figure, schedule_table, schedul
                      step_rows, timestep_loss_figure)
 from folders import sorted_into_classes
 from images import as_text, save_gif, save_strip, to_signed
-from load import CHECKPOINT_HELP, load_model, open_model
+from load import CHECKPOINT_HELP, load_model, open_model, refuse_other_images
 from predictors import RANGES, predictor_errors, predictor_lines
 from reference import same_classes, training_images, unseen_images
 from running import FINAL, LATEST
@@ -430,6 +430,8 @@ def main(argv=None):
     loaded = None
     if args.figure == "explore" or FIGURES[args.figure].needs == "model" and not without_model:
         loaded = *open_model(args, device)[1:], device
+        if args.figure != "predictors":
+            refuse_other_images(args, loaded[2])
     for name in names:
         path, needs = output_dir / FIGURES[name].file, FIGURES[name].needs
         if needs == "data":

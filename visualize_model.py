@@ -29,7 +29,7 @@ from diffusion import SAMPLERS
 from images import COLOURS, as_text, image_grid, new_figure, save_figure, to_uint8
 from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest, centre_accuracy,
                     choose_layer, model_table, parts, pca, reach, sampled, table_lines, time_embeddings, tsne)
-from load import CHECKPOINT_HELP, open_model
+from load import CHECKPOINT_HELP, open_model, refuse_other_images
 from models import MODELS, create_model
 from reference import unseen_images
 from sample import choose_labels, seconds_for
@@ -282,6 +282,7 @@ def draw_table(args, path, device):
         size, multiple = args.image_size or {"simple": 28}.get(args.model, 64), model.multiple
     else:
         checkpoint, model, _, data = open_model(args, device)
+        refuse_other_images(args, data)
         name = Path(checkpoint).name
         size, multiple = args.image_size or data["image_size"], model.multiple
     if size % multiple or size > 512:
@@ -294,6 +295,7 @@ def draw_table(args, path, device):
 
 def draw_from_model(name, args, path, device):
     _, model, diffusion, data = open_model(args, device)
+    refuse_other_images(args, data)
     T, size = diffusion.num_timesteps, data["image_size"]
     timesteps = choose_timesteps(args.timesteps, FIGURES[name].timesteps, T)
     what = f"{type(model).__name__}, {as_text(data['name'])}"
@@ -389,6 +391,8 @@ def main(argv=None):
         type=positive_int)
     args = parser.parse_args(argv)
     used = {"figure", "checkpoint", "dataset", "seed", "output_dir", "device", *FIGURES[args.figure].flags.split()}
+    if args.channels or args.model:
+        used.remove("dataset")
     parser.refuse_unused(args, used, f"--figure {args.figure}")
     if len(args.timesteps or []) > 8 or len(set(args.timesteps or [])) < len(args.timesteps or []):
         raise ValueError("--timesteps takes up to 8 numbers, each once; got "

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import data
+import load
 import sample
 import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
@@ -170,7 +171,7 @@ def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):
         plain = np.asarray(picture).astype(int)
     drawn(two_shades, tmp_path, "--num_images", "4", "--weak", str(weak))
     picture = tmp_path / "generated_samples.png"
-    assert read_note(picture)["guidance"] == sample.WEAK_GUIDANCE
+    assert read_note(picture)["guidance"] == load.WEAK_GUIDANCE
     with Image.open(picture) as guided:
         assert np.abs(np.asarray(guided).astype(int) - plain).max() <= 1
     threads = torch.get_num_threads()

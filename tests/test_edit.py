@@ -161,7 +161,7 @@ def test_another_seed_is_another_answer_to_the_same_pictures(two_shades, tmp_pat
     ([], "trained on 'shades'"),
     (["--dataset", "nothing"], "unknown dataset 'nothing'"),
     (["--task", "deblur", "--mask", "left"], "--mask belongs to --task inpaint"),
-    (["--images", "a.png", "--dataset", "mnist"], "give one of them"),
+    (["--images", "a.png", "--dataset", "mnist", "--num_images", "3"], "--dataset, --num_images would be of no use"),
     (["--mask", __file__], "--mask .*test_edit.py: "),
 ])
 def test_what_cannot_be_done_is_one_line(two_shades, tmp_path, capsys, flags, message):

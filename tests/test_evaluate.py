@@ -233,6 +233,8 @@ def test_shipped_files_know_the_real_images(name, data_dir, tmp_path, monkeypatc
     assert get_classifier(name, images, labels, 10, tmp_path)[1].startswith(f"classifier_{name}.pt")
     card = load_checkpoint(classifier_module.PRETRAINED / f"{name}.pt")["card"]
     assert card["settings"]["images"] == data.Batches(images, labels).fingerprint()
+    card = load_checkpoint(classifier_module.PRETRAINED / "synthetic_digits.pt")["card"]
+    assert card["settings"]["images"] == data.Batches(*get_dataset("synthetic_digits")).fingerprint()
 
 
 def test_a_foreign_file_is_no_classifier(tmp_path):

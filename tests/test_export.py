@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import export
+import load
 import sample
 from checkpoint import load_checkpoint, save_checkpoint
 from images import read_note
@@ -132,7 +133,7 @@ def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_p
     sample.main(["--recreate", str(sheet), "--checkpoint", str(small), "--output_dir", str(tmp_path)])
     assert "byte for byte" in capsys.readouterr().out
     assert drawn("--guidance", "2") == (2, "0,10", True) and drawn("--guidance", "1") == (1, None, False)
-    assert drawn("--weak", str(two_shades)) == (sample.WEAK_GUIDANCE, "15,49", True)
+    assert drawn("--weak", str(two_shades)) == (load.WEAK_GUIDANCE, "15,49", True)
     assert drawn("--weak", str(two_shades), "--guidance", "5") == (5, "15,49", True)
 
 

@@ -271,6 +271,24 @@ def test_a_run_without_memory_is_saved_and_resumed_bit_for_bit(error, whole, tmp
     assert same(load_checkpoint(tmp_path / FINAL)["model"], whole[FINAL]["model"])
 
 
+def test_a_step_that_stopped_half_way_is_not_saved(whole, tmp_path, monkeypatch, capsys):
+    """An optimizer that finds no memory for one weight has changed others: the run resumed was another."""
+    calls, step = [], torch.optim.AdamW.step
+
+    def fails(self, *args, **settings):
+        step(self, *args, **settings)
+        calls.append(self.param_groups[0]["lr"] > 0)                    # not where only the speed is measured
+        if sum(calls) == 6:
+            raise RuntimeError("can't allocate memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(torch.optim.AdamW, "step", fails)
+        train(**RUN, output_dir=tmp_path)
+    assert "saved to" not in capsys.readouterr().out
+    train(**RUN, output_dir=tmp_path, resume="latest" if (tmp_path / LATEST).exists() else None)
+    assert same(load_checkpoint(tmp_path / FINAL)["model"], whole[FINAL]["model"])
+
+
 def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     train(**RUN, output_dir=tmp_path)
     for name in ("mine.png", "step_by_step.png", "epoch_of_art.png"):
