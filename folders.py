@@ -134,16 +134,16 @@ def find_files(folder):
     """(image files below a folder, in the order of their names; how many files are none by their name).
     Hidden files and folders are left out, and links to folders, which are named. OSError for a folder that cannot
     be read."""
-    folder = Path(folder)
-    for _, below, _ in os.walk(folder, onerror=_refuse):    # rglob passes over what is forbidden without a word
+    files, linked = [], []
+    for above, below, names in os.walk(folder, onerror=_refuse):    # rglob passes over what is forbidden
         below[:] = [name for name in below if not name.startswith(".")]
-    files = sorted(p for p in folder.rglob("*") if (p.is_file() or p.is_symlink())
-                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    linked = [p for p in files if p.is_symlink() and p.is_dir()]
+        linked += [path for path in (Path(above, name) for name in below) if path.is_symlink()]
+        files += [path for path in (Path(above, name) for name in names if not name.startswith("."))
+                  if path.is_file() or path.is_symlink()]
     if linked:
-        print("links to other folders are not followed:\n" + _listing([p.relative_to(folder) for p in linked]))
-        files = [p for p in files if p not in linked]
-    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
+        print("links to other folders are not followed:\n"
+              + _listing([path.relative_to(folder) for path in sorted(linked)]))
+    images = [path for path in sorted(files) if path.suffix.lower() in IMAGE_SUFFIXES]
     return images, len(files) - len(images)
 
 

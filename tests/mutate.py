@@ -301,6 +301,8 @@ EDITS = [
     Edit("every pass is the first", "data.py", "self.epoch += 1", "self.epoch = 1", "training"),
     Edit("garments mended by the digits' weights", "load.py", "name if name in datasets else", "", "hostile"),
     Edit("one digit four times", "visualize_diffusion.py", "order[turns.argsort(stable=True)]", "order", "commands"),
+    Edit("a half-done step is saved", "session.py", 'not getattr(stop, "half_done", False)', "True", "resume"),
+    Edit("flags of other figures", "command_line.py", "if name not in used and value", "if False and value", "hostile"),
     Edit("an average that never begins", "plan.py", "if ema_every > total", "if False", "hostile"),
 ]
 
