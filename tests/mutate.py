@@ -212,7 +212,7 @@ EDITS = [
     Edit("guidance of every model cut before the push", "diffusion.py", "if clip and self.clip_loss", "if clip", "diffusion"),
     Edit("an inversion that reads what was never asked for", "diffusion.py",
          "t, y, clip=self.clip_loss)", "t, y, clip=False)", "diffusion"),
-    Edit("a way back that is cut where the way there was not", "interpolate.py", "clip=diffusion.clip_loss)", "clip=True)",
+    Edit("a way back that is cut where the way there was not", "interpolate.py", "clip = diffusion.clip_loss if args.images else True", "clip = True",
          "interpolate"),
     Edit("a diagnosis that reads what was never asked for", "diagnose.py", "if reading.clip else x_0", "if False else x_0",
          "diagnose"),
