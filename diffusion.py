@@ -52,7 +52,7 @@ SAMPLERS = {
     "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10,   "uniform"),   # Zhang & Chen 2023
 }
 
-MAX_ETA = 10
+MAX_ETA = 10  # with the "posterior" variance
 
 # The Adams-Bashforth weights of order 1 to 4, for the newest estimate first.
 ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
@@ -313,7 +313,8 @@ class DiffusionProcess:
 
         x_0, x_t: [B, C, H, W].  t, t_prev: integers, -1 for the clean image.  noise: like x_t, drawn if
         needed.
-        Returns x_prev, like x_t.  Raises ValueError if eta is outside [0, MAX_ETA] (of "beta" [0, 1]), or for an unknown variance.
+        Returns x_prev, like x_t.  Raises ValueError if eta is outside [0, MAX_ETA], of variance "beta" [0, 1], or
+        for an unknown variance.
         """
         ab_t, ab_prev = self._level(t), self._level(t_prev)
         if variance not in ("posterior", "beta"):

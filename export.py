@@ -64,15 +64,15 @@ def read_evaluation(path, checkpoint, digest):
         raise FileNotFoundError(2, "No such file", str(path))
     try:
         found = json.loads(Path(path).read_text())
-        measured, samples = found["digest"], found["samples"]
+        measured, samples, dataset = found["digest"], found["samples"], found.get("dataset")
         facts = {"fd": samples["fd"], "fd_error": samples["fd_error"], "fd_floor": found["floor"]["fd"],
                  "agreement": samples.get("agreement"), "copied": found["copies"]["copied"],
                  **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance",
                                                    "label", "seed")},
-                 "sampler_steps": found["steps"], "guidance_interval": found.get("guidance_interval"),
-                 "num_held_out": found.get("num_held_out"), "dataset": found.get("dataset") and without_path(
-                     str(found["dataset"])), "precision": found.get("precision"),
-                 "spacing": found.get("spacing"), "eta": found.get("eta"), "weak": found.get("weak_file")}
+                 **{name: found.get(name) for name in ("num_held_out", "precision", "guidance_interval", "spacing",
+                                                       "eta")},
+                 "sampler_steps": found["steps"], "weak": found.get("weak_file"),
+                 "dataset": dataset and without_path(str(dataset))}
         numbers = [facts["fd"], facts["fd_error"], facts["fd_floor"], facts["copied"], facts["guidance"]]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise ValueError("not all of its numbers are numbers")
