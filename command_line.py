@@ -89,19 +89,22 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None, namespace=None):
         args = super().parse_args(argv, namespace)
+        # argparse puts in a default only where nothing stands yet
+        nothing = argparse.Namespace(**{name: ... for name in vars(args)})
+        self.typed = [name for name, value in vars(super().parse_args(argv, nothing)).items() if value is not ...]
         for name, value in vars(args).items():          # as from a variable of the shell that was never set
             if value == "" or isinstance(value, list) and "" in value:
                 self.error(f"--{name} is given, but empty")
         return args
 
-    def refuse_unused(self, args, used, what):
-        """Raise ValueError for flags that were given though `what` does not look at them.  used: those it looks at."""
-        idle = [f"--{name}" for name, value in vars(args).items()
-                if name not in used and value != self.get_default(name)]
+    def refuse_unused(self, used, what):
+        """Raise ValueError for flags that were typed though `what` does not look at them.  used: those it looks at."""
+        idle = [f"--{name}" for name in self.typed if name not in used]
         if idle:
             raise ValueError(f"{', '.join(idle)} would be of no use to {what}")
 
     def error(self, message):
+        message = re.sub(r"invalid (.+) value: ('.*')", r"\2 is no \1", message)
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
@@ -161,7 +164,7 @@ def interval(text):
 
 fraction, guidance_number = number_from(0, 1), number_from(0, 100)
 
-# argparse says "invalid <__name__> value: ..."
+# Parser.error says "... is no <__name__>"
 positive_int.__name__ = "positive whole number"
 whole_number.__name__ = "whole number"
 int_tuple.__name__ = "list of numbers (1,2,4)"

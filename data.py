@@ -83,7 +83,9 @@ def _check(image_size, channels):
 
 def _folder(name):
     if not name or not Path(name).is_dir():
-        raise ValueError(f"unknown dataset {name!r}; choose from {sorted(DATASETS)} or give a folder of images")
+        only_weights = name and Path(__file__).with_name("pretrained").joinpath(f"{name}.pt").is_file()
+        raise ValueError(f"unknown dataset {name!r}; choose from {sorted(DATASETS)} or give a folder of images"
+                         + " (of this one the weights come with the project, the pictures do not)" * bool(only_weights))
     return Path(name)
 
 

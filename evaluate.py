@@ -30,7 +30,7 @@ from load import CHECKPOINT_HELP, add_drawing_flags, apply_card, find_model, loa
 from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance, kernel_distance, nearest,
                       nearest_images, precision_recall, single_share)
 from reference import FEWEST, held_labels, labels_like, load_reference, note_other_images, same_classes
-from sample import choose_labels, generate, guidance_words, seconds_for, thinned
+from sample import choose_labels, drawing_words, generate, seconds_for, thinned
 from schedules import ranges_of_t
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
@@ -367,7 +367,7 @@ def main(argv=None):
     measuring = seconds_to_measure(classifier, images, args.num_images, len(ways),
                                    copies_too=not (args.race or args.stages), mirrored=data.get("flip") is True)
     print(f"cost: {args.num_images} images, {calls} calls of the model for each"
-          + guidance_words(args.guidance, args.guidance_interval)
+          + drawing_words(args.guidance, args.guidance_interval, args.eta)
           + f", about {format_seconds(seconds)} here, and {format_seconds(measuring)} to measure", flush=True)
 
     settings = {name: value for name, value in vars(args).items()

@@ -100,7 +100,7 @@ def parse(argv):
     add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
     args = parser.parse_args(argv)
     if args.compare:
-        parser.refuse_unused(args, vars(args).keys() - {"path", "loop", "fps", "size"},
+        parser.refuse_unused(vars(args).keys() - {"path", "loop", "fps", "size"},
                              "--compare, which draws both ways and no GIF")
     if args.images and args.seeds:
         raise ValueError("--images and --seeds: give one of them")

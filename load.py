@@ -171,8 +171,8 @@ def add_drawing_flags(add):
     add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
-    add("--eta", f"fresh noise in each step: 0 none, 1 as much as DDPM, up to {MAX_ETA}; default: the sampler's own",
-        type=number_from(0, MAX_ETA))
+    add("--eta", f"fresh noise in each step: 0 none, 1 as much as DDPM, up to {MAX_ETA} more, for many steps; default: "
+        "as the model's card says, or the sampler's own", type=number_from(0, MAX_ETA))
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; "
         "default: as the model's card says, or 1", type=guidance_number)
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "

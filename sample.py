@@ -76,10 +76,10 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     return torch.cat(images), frames
 
 
-def guidance_words(guidance, interval=None):
-    """For the line that tells the cost."""
+def drawing_words(guidance, interval=None, eta=None):
+    """For the line that tells the cost: what is not as the sampler has it."""
     where = " at t = {} to {}".format(*interval) if interval else ""
-    return f", guidance {guidance:g}{where}" if guidance != 1 else ""
+    return (f", eta {eta:g}" if eta is not None else "") + (f", guidance {guidance:g}{where}" if guidance != 1 else "")
 
 
 def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device, precision=torch.float32):
@@ -311,7 +311,7 @@ def main(argv=None):
     calls = model_calls(levels, args.guidance, args.guidance_interval)
     seconds = seconds_for(model, diffusion, count, size, args.batch_size, calls, device, precision)
     print(f"cost: {count} images in {len(levels) - 1} steps of {args.sampler}"
-          + guidance_words(args.guidance, args.guidance_interval)
+          + drawing_words(args.guidance, args.guidance_interval, args.eta)
           + f", {calls} calls of the model, about {format_seconds(seconds)} here", flush=True)
 
     images, frames = generate(

@@ -103,13 +103,14 @@ def build_model(name, config, image_size, seed, device, grad_checkpoint):
     return model
 
 
-def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_samples, optimizer, **settings):
+def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_samples, optimizer, compiled, **settings):
     """Measure how fast this is here, and print what the training will cost. Returns the seconds of a step.
 
-    done: the steps that a resumed run has behind it.  settings: as train_step takes them.
+    done: the steps that a resumed run has behind it.  compiled: does the first step wait for torch.compile?
+    settings: as train_step takes them.
     """
     batch = tuple(part.to(device) for part in next(iter(batches)))
-    print("measuring how fast this is here ...", flush=True)
+    print("compiling, and " * compiled + "measuring how fast this is here ...", flush=True)
     step_seconds, call_seconds = measure_seconds(
         network, EMA(getattr(network, "module", network)), batch, diffusion,
         (num_samples, *batch[0].shape[1:]), optimizer, **settings)
@@ -230,13 +231,14 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             print(f"starting from the weights of {start_from}, after {started['steps']} steps")
             if held_out and started["images"] != settings["images"]:
                 print("note: those steps may have seen what is held out here, so that its loss says less")
+        start = time.perf_counter()             # compiling is part of what it takes
         if compile:
             model.compile()
         network = DistributedDataParallel(model) if world > 1 else model
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
                              label_drop=label_drop if classes else 0.0, min_snr=min_snr, density=density)
         step_seconds = tell_cost(plan, len(state.losses), network, batches, held_out, diffusion, device,
-                                 num_samples, optimizer, **step_settings)
+                                 num_samples, optimizer, compile, **step_settings)
 
         # ---- Training
         rate = functools.partial(rate_at, total_steps=plan.total_steps, peak=learning_rate,
@@ -246,7 +248,6 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             report, plan=plan, keeper=keeper, rate=rate, diffusion=diffusion, device=device,
             precision=precision, held_out=held_out, num_samples=num_samples, image_size=image_size,
             min_snr=min_snr)
-        start = time.perf_counter()
         with keeper.saved_if_stopped(plan.total_steps) if rank == 0 else contextlib.nullcontext():
             follow(plan, keeper, look, network, batches, diffusion, device, step_seconds=step_seconds,
                    ema_every=ema_every, rate=rate, seed=seed, **step_settings)
@@ -280,7 +281,7 @@ def main(argv=None):
         "be trained on, else 2", False, action="store_true")
     add("--image_size", "height and width in pixels; default: a named set's own, for a folder 64 or the "
         "pictures' common size below that", type=positive_int)
-    add("--channels", "1 for grey, 3 for colour; default: as the data are", type=int, choices=(1, 3))
+    add("--channels", "1 for grey, 3 for colour; default: as the data are", type=positive_int, choices=(1, 3))
     add("--fit", "of pictures that are not square: the central square, or all of it stretched", "crop",
         choices=FITS)
     add("--flip", "mirror each image with probability 1/2: not for digits or writing", False, action=SWITCH)
@@ -351,7 +352,8 @@ def main(argv=None):
     add("--save_every", "epochs between two checkpoints (default: 5); with --steps, steps (default: a fifth of "
         "them, 200 at least)", type=positive_int)
     settings = parse(parser, argv)
-
+    if (settings["dataset"] or "mnist") in DATASETS and not settings["val_dir"]:
+        parser.refuse_unused(set(parser.typed) - {"cache_dir", "fit"}, f"{settings['dataset'] or 'mnist'}: no folder")
     model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
     model_config = {flag: value for flag, value in model_config.items() if value is not None}
     if settings.pop("verify"):

@@ -36,7 +36,7 @@ from predictors import RANGES, predictor_errors, predictor_lines
 from reference import same_classes, training_images, unseen_images
 from running import FINAL, LATEST
 from run_figures import epochs_figure, found_in, loss_figure, spread_out, when
-from sample import choose_labels, draw_frame, generate, guidance_words, save_generation_strip, seconds_for
+from sample import choose_labels, draw_frame, drawing_words, generate, save_generation_strip, seconds_for
 from schedules import SCHEDULES, SPACINGS, nearest_levels
 from utils import get_device, shuffled
 
@@ -287,7 +287,7 @@ def draw_from_model(name, args, path, loaded):
     calls = {"steps": sum(map(calls_of, steps_list)), "seeds": 2 * calls_of(args.steps) * len(args.seeds)}.get(
         name, calls_of(args.steps))
     cost = format_seconds(seconds_for(model, diffusion, count, size, 64, calls, device))
-    print(f"{name}: {calls} calls of the model on {count} images" + guidance_words(guidance, interval)
+    print(f"{name}: {calls} calls of the model on {count} images" + drawing_words(guidance, interval)
           + f", about {cost} here", flush=True)
     settings = dict(image_size=size, seed=args.seed, sampler=sampler, steps=args.steps, y=y, device=device,
                     guidance=guidance, guidance_interval=interval)
@@ -412,7 +412,7 @@ def main(argv=None):
     used = {flag for name in names for flag in FIGURES[name].flags.split()}
     if args.figure == "explore" or args.figure == "predictors" and not without_model:   # the model has its own
         used -= {*PROCESS.split(), "image_size"}
-    parser.refuse_unused(args, used | {"figure", "seed", "output_dir", "device"}, f"--figure {args.figure}")
+    parser.refuse_unused(used | {"figure", "seed", "output_dir", "device"}, f"--figure {args.figure}")
     for flag, most in (("timesteps", 50), ("steps_list", 20), ("seeds", 20)):
         values = getattr(args, flag) or []
         if len(values) > most or len(set(values)) < len(values):

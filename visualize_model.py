@@ -393,7 +393,7 @@ def main(argv=None):
     used = {"figure", "checkpoint", "dataset", "seed", "output_dir", "device", *FIGURES[args.figure].flags.split()}
     if args.channels or args.model:
         used.remove("dataset")
-    parser.refuse_unused(args, used, f"--figure {args.figure}")
+    parser.refuse_unused(used, f"--figure {args.figure}")
     if len(args.timesteps or []) > 8 or len(set(args.timesteps or [])) < len(args.timesteps or []):
         raise ValueError("--timesteps takes up to 8 numbers, each once; got "
                          f"{' '.join(map(str, args.timesteps[:9]))}")

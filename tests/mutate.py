@@ -302,7 +302,10 @@ EDITS = [
     Edit("garments mended by the digits' weights", "load.py", "name if name in datasets else", "", "hostile"),
     Edit("one digit four times", "visualize_diffusion.py", "order[turns.argsort(stable=True)]", "order", "commands"),
     Edit("a half-done step is saved", "session.py", 'not getattr(stop, "half_done", False)', "True", "resume"),
-    Edit("flags of other figures", "command_line.py", "if name not in used and value", "if False and value", "hostile"),
+    Edit("flags of other figures", "command_line.py", "self.typed if name not in used", "self.typed if False", "hostile"),
+    Edit("a flag typed with its default", "command_line.py",
+         "if value is not ...", "if value is not ... and value != self.get_default(name)", "hostile"),
+    Edit("a cache for a named set", "train.py", '{"cache_dir", "fit"}', "set()", "hostile"),
     Edit("an average that never begins", "plan.py", "if ema_every > total", "if False", "hostile"),
 ]
 

@@ -122,7 +122,7 @@ def test_where_there_is_no_sheet_each_label_is_drawn_as_often(text, count, count
     (["--label", "purple"], "unknown class 'purple'; choose from all, none, 0 (dark), 1 (bright)"),
     (["--label", "2"], "unknown class '2'"), (["--label", ""], "--label is given, but empty"),
     (["--guidance", "2", "--label", "none"], "needs classes to guide towards"),
-    (["--guidance", "-1"], "invalid number from 0 to 100"), (["--guidance", "nan"], "invalid number")])
+    (["--guidance", "-1"], "is no number from 0 to 100"), (["--guidance", "nan"], "'nan' is no number")])
 def test_a_class_that_is_not_there_is_one_line(argv, words, two_shades, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         sample.main(["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), *argv])

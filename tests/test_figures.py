@@ -411,7 +411,7 @@ def test_the_predictors_are_printed_and_drawn(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--figure", "heads"], "invalid choice: 'heads'"),
     (["--timesteps", "1000"], "--timesteps 1000: there are 0 to 999"),
-    (["--timesteps", "5", "5"], "each once"), (["--timesteps", "-1"], "invalid whole number"),
+    (["--timesteps", "5", "5"], "each once"), (["--timesteps", "-1"], "no whole number"),
     (["--figure", "seeds", "--seeds", "1", "1"], "--seeds takes up to 20 numbers, each once; got 2: 1 1"),
     (["--num_images", "65"], "at most 64"),
     (["--figure", "solvers", "--num_timesteps", "4"], "fewest evaluations compared are 5"),

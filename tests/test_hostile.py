@@ -594,9 +594,19 @@ def test_a_name_with_a_comma_is_one_name():
     (figures.main, ["--figure", "explore", "--schedule", "cosine"], "--schedule would be of no use"),
     (figures.main, ["--figure", "predictors", "--image_size", "8"], "--image_size would be of no use"),
     (visualize_model.main, ["--figure", "time", "--label", "7"], "--label would be of no use to --figure time"),
+    (figures.main, ["--figure", "one_step", "--sampler", "ddim"], "--sampler would be of no use"),    # its default
+    (train_main, ["--dataset", "synthetic_digits", "--fit", "crop", "--cache_dir", "c"],
+     "--fit, --cache_dir would be of no use to synthetic_digits: no folder"),
     (visualize_model.main, ["--figure", "table", "--model", "simple", "--checkpoint", "x.pt"], "give one of them")])
 def test_flags_that_would_be_passed_over_are_refused(main, flags, words, tmp_path, capsys):
     assert words in fails(capsys, main, *flags, "--output_dir", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_set_of_which_only_the_weights_come_with_the_project_is_told_apart(tmp_path, capsys):
+    told = [fails(capsys, figures.main, "--dataset", name, "--output_dir", tmp_path)
+            for name in ("african_fabrics", "asian_fabrics")]
+    assert ["the pictures do not" in line for line in told] == [True, False]
 
 
 @pytest.mark.parametrize("settings, words", [

@@ -105,7 +105,7 @@ def test_the_way_back_is_cut_where_the_way_there_was(clip_loss, two_shades, tmp_
     (["--seeds", "1"], "at least two key frames"), (["--frames", "1"], "at least two"),
     (["--size", "100000"], "16 to 4096"), (["--seeds", "1", "2", "3", "--compare"], "between two"),
     (["--fps", "0.0001"], "0.1 to 50"), (["--label", "dark,bright"], "within one class"), (["--images", "no.png", "no.png"], "no.png"),
-    (["--seeds", "x", "1"], "invalid seed"), (["--label", "purple"], "unknown class")])
+    (["--seeds", "x", "1"], "'x' is no seed"), (["--label", "purple"], "unknown class")])
 def test_what_cannot_be_walked_is_one_line(argv, words, two_shades, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         interpolate.main(["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), *argv])
