@@ -114,27 +114,46 @@ def load_classifier(path):
         raise ValueError(f"{path} holds no classifier of this project") from error
 
 
-def get_classifier(name, images, labels, num_classes, folder):
+def make_classifier(path, images, labels, held, held_labels, epochs=4, seed=0, **card):
+    """Train one, write it, and measure what was written on images that it has not seen.
+
+    images, held: uint8 [N, C, H, W].  labels: [N], or None to learn how a picture was turned.  held_labels: [N], or
+    None where those images have no such classes.  Returns (Classifier, its card).
+    """
+    classes = None if labels is None else int(labels.max()) + 1
+    classifier = train_classifier(images, labels, classes, epochs, seed=seed)
+    card.update(data=Batches(images, labels).fingerprint(),
+                trained_to="tell how a picture was turned" if labels is None else "tell classes")
+    save_classifier(path, classifier, **card)
+    if labels is None:
+        held, held_labels = turned(held)
+    classifier, _ = load_classifier(path)               # in the file's half precision, as it will be used
+    if held_labels is not None:
+        card["accuracy"] = float((look(classifier, held)[0].argmax(1) == held_labels).double().mean())
+        save_classifier(path, classifier, **card)
+    return classifier, card
+
+
+def get_classifier(name, images, labels, held, held_labels, folder):
     """The classifier of a data set: the shipped one, one in `folder`, or one trained now and kept there.
 
-    name: of the data set.  images, labels: what to train on, without the test set.
+    name: of the data set.  images, labels, held, held_labels: see make_classifier.
     Returns (Classifier, a phrase that says which).
     """
-    shipped = PRETRAINED / f"classifier_{name}.pt"
-    fingerprint = Batches(images, labels).fingerprint()
-    for path in (shipped, Path(folder) / "classifier.pt"):
+    own, fingerprint = Path(folder) / "classifier.pt", Batches(images, labels).fingerprint()
+    for path in (PRETRAINED / f"classifier_{name}.pt", own):
         if path.is_file():
             classifier, card = load_classifier(path)
             if card["data"] == fingerprint:             # which tells the size and the channels, too
-                accuracy = f", test accuracy {card['accuracy']:.2%}" if card["accuracy"] else ""
-                return classifier, f"{path.name} ({card['trained_to']}{accuracy})"
-    what = "tell classes" if labels is not None else "tell how a picture was turned"
-    print(f"no classifier for these images yet: training one to {what}, a minute or two on two cores", flush=True)
-    classifier = train_classifier(images, labels, num_classes)
-    path = make_output_dir(folder) / "classifier.pt"
-    save_classifier(path, classifier, data=fingerprint, trained_to=what)
-    print(f"wrote {path}")
-    return load_classifier(path)[0], f"{path.name} ({what})"     # in the file's half precision, as next time
+                break
+    else:
+        path = make_output_dir(folder) / own.name
+        print(f"no classifier for these images yet: training one to tell "
+              f"{'how a picture was turned' if labels is None else 'classes'}, a minute or two on two cores", flush=True)
+        classifier, card = make_classifier(path, images, labels, held, held_labels)
+        print(f"wrote {path}")
+    accuracy = f", test accuracy {card['accuracy']:.2%}" if card.get("accuracy") else ""
+    return classifier, f"{path.name} ({card['trained_to']}{accuracy})"
 
 
 @command
@@ -150,16 +169,12 @@ def main(argv=None):
     images, labels = get_dataset(args.dataset, args.data_dir)
     if labels is None:
         raise ValueError(f"{args.dataset} has no classes; evaluate.py trains what it needs by itself")
-    classifier = train_classifier(images, labels, int(labels.max()) + 1, args.epochs, seed=args.seed)
-    test_images, test_labels = get_dataset(args.dataset, args.data_dir, train=False)
-    # Through the file, because that is what will be used.
+    test = get_dataset(args.dataset, args.data_dir, train=False)
     path = make_output_dir(args.output_dir) / f"classifier_{args.dataset}.pt"
-    card = dict(data=Batches(images, labels).fingerprint(), trained_to="tell classes",
-                command=f"classifier.py --dataset={args.dataset} --epochs={args.epochs} --seed={args.seed}")
-    save_classifier(path, classifier, **card)
-    accuracy = float((look(load_classifier(path)[0], test_images)[0].argmax(1) == test_labels).double().mean())
-    save_classifier(path, classifier, **card, accuracy=accuracy)
-    print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB: {accuracy:.2%} of {len(test_labels)} test images")
+    _, card = make_classifier(
+        path, images, labels, *test, args.epochs, args.seed,
+        command=f"classifier.py --dataset={args.dataset} --epochs={args.epochs} --seed={args.seed}")
+    print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB: {card['accuracy']:.2%} of {len(test[0])} test images")
 
 
 if __name__ == "__main__":

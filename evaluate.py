@@ -358,8 +358,8 @@ def main(argv=None):
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "
           f"{len(held)} {held_name}" + (f"; away from {args.weak}" if weak else ""))
     note_other_images(data, args.dataset)
-    classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
-                                      labels and int(labels[0].max()) + 1, output_dir)
+    classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0], held,
+                                      held_labels(labels), output_dir)
     print(f"features: {name}")
     calls = sum(model_calls(levels, args.guidance, args.guidance_interval) for levels in ways)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls,

@@ -347,7 +347,7 @@ def draw_features(args, path, device):
         if args.projection == "tsne":
             return tsne(features, args.seed), "t-SNE"
         points, shares = pca(features)
-        return points, f"the axes: {100 * shares[0]:.0f} and {100 * shares[1]:.0f} % of the variance"
+        return points, f"PCA; the axes: {100 * shares[0]:.0f} and {100 * shares[1]:.0f} % of the variance"
 
     features = {t: bottleneck_features(model, diffusion, images[pick], t, seed=args.seed, flatten=args.flatten)
                 for t in tqdm(timesteps, desc="noise levels")}

@@ -216,12 +216,29 @@ def test_a_classifier_of_other_data_is_not_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(classifier_module, "PRETRAINED", tmp_path / "none")
     calls = []
     monkeypatch.setattr(classifier_module, "train_classifier",
-                        lambda *args: calls.append(1) or Classifier(1, 28, 10).eval())
-    get_classifier("x", images, labels, 10, tmp_path)
-    get_classifier("x", images, labels, 10, tmp_path)
+                        lambda *args, **settings: calls.append(1) or Classifier(1, 28, 10).eval())
+    get_classifier("x", images, labels, images, labels, tmp_path)
+    get_classifier("x", images, labels, images, labels, tmp_path)
     assert len(calls) == 1
-    get_classifier("x", images[1:], labels[1:], 10, tmp_path)
+    get_classifier("x", images[1:], labels[1:], images, None, tmp_path)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("classes, right", [(True, 0.3), (False, 0.25), (None, None)])
+def test_a_classifier_is_measured_on_images_that_it_has_not_seen(classes, right, tmp_path, monkeypatch):
+    """This one answers 0 to everything; three in ten are of class 0, and a fourth of the turned ones are upright."""
+    class Zero(Classifier):
+        def forward(self, x):
+            return torch.eye(10)[torch.zeros(len(x), dtype=torch.long)], torch.zeros(len(x), 128)
+
+    images, labels = digits(20, seed=0)
+    monkeypatch.setattr(classifier_module, "Classifier", Zero)
+    monkeypatch.setattr(classifier_module, "train_classifier", lambda *args, **settings: Zero(1, 28, 10).eval())
+    held_labels = torch.tensor([0, 0, 0, 1, 2, 3, 4, 5, 6, 7]) if classes else None
+    phrases = [get_classifier("x", images, None if classes is False else labels, images[:10], held_labels, tmp_path)[1]
+               for _ in range(2)]
+    assert phrases[0] == phrases[1]
+    assert (f"test accuracy {right:.2%}" in phrases[0]) if right else "accuracy" not in phrases[0]
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
@@ -230,7 +247,7 @@ def test_shipped_files_know_the_real_images(name, data_dir, tmp_path, monkeypatc
     its own, in whose features no distance of README is told, and nothing failed."""
     images, labels = get_dataset(name, data_dir)
     monkeypatch.delattr(classifier_module, "train_classifier")
-    assert get_classifier(name, images, labels, 10, tmp_path)[1].startswith(f"classifier_{name}.pt")
+    assert get_classifier(name, images, labels, images, labels, tmp_path)[1].startswith(f"classifier_{name}.pt")
     card = load_checkpoint(classifier_module.PRETRAINED / f"{name}.pt")["card"]
     assert card["settings"]["images"] == data.Batches(images, labels).fingerprint()
     card = load_checkpoint(classifier_module.PRETRAINED / "synthetic_digits.pt")["card"]
