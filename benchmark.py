@@ -129,7 +129,7 @@ def main(argv=None):
     add("--batch_size", "images at a time; default: 128 on a GPU, 32 elsewhere", type=positive_int)
     add("--modes", "plain: float32, and bf16 where the device has it; all: also channels_last and compiled", "plain",
         choices=("plain", "all"))
-    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--device")
     args = parser.parse_args(argv)
     for name in args.networks:
         if name in PEERS and not importlib.util.find_spec(PEERS[name]):

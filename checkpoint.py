@@ -90,7 +90,7 @@ def plain(value, name="checkpoint"):
     if value is None or isinstance(value, (bool, torch.Tensor)):
         return value
     for kind in (int, float, str):
-        if isinstance(value, kind) and not isinstance(value, np.generic):
+        if isinstance(value, kind):
             return kind.__str__(value) if kind is str else kind(value)
     raise TypeError(f"{name} is {value!r:.50}: a checkpoint holds tensors and plain values only")
 

@@ -24,7 +24,7 @@ from data import Batches, get_dataset
 from images import to_signed
 from utils import autocast, get_device, get_precision, seed_step
 
-TURNS = ("upright", "a quarter", "a half", "three quarters")
+TURNS = 4
 
 
 class Classifier(nn.Module):
@@ -50,7 +50,7 @@ class Classifier(nn.Module):
 
 def turned(x_0):
     """Every image in its four directions, and which one it is: [4B, C, H, W], [4B]."""
-    return torch.cat([x_0.rot90(k, (2, 3)) for k in range(4)]), torch.arange(4).repeat_interleave(len(x_0))
+    return torch.cat([x_0.rot90(k, (2, 3)) for k in range(TURNS)]), torch.arange(TURNS).repeat_interleave(len(x_0))
 
 
 def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size=128, seed=0):
@@ -59,7 +59,7 @@ def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size
     Returns the Classifier, in eval mode, on the CPU.
     """
     if labels is None:
-        num_classes, batch_size = len(TURNS), batch_size // 4
+        num_classes, batch_size = TURNS, batch_size // TURNS
     device = get_device()
     precision, _ = get_precision("auto", device)
     seed_step(seed, 0)
@@ -161,7 +161,7 @@ def main(argv=None):
     parser = Parser(description="Train the classifier of a data set that has classes and a test set.")
     add = parser.add
     add("--dataset", "mnist, fashion_mnist, cifar10", "mnist")
-    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--data_dir")
     add("--epochs", "passes over the data", 4, type=positive_int)
     add("--seed", "the same seed trains the same classifier", 0, type=seed_number)
     add("--output_dir", "where classifier_DATASET.pt goes", str(PRETRAINED))

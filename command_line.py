@@ -69,6 +69,11 @@ def command(main):
     return wrapped
 
 
+# Flags that are the same in all commands: help and default.
+COMMON = {"--device": ("auto, cpu, cuda, cuda:1, mps", "auto"),
+          "--data_dir": ("where the data sets of torchvision lie, or go", "data")}
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose help states every default."""
 
@@ -81,7 +86,10 @@ class Parser(argparse.ArgumentParser):
         """The flags added from here on stand under this title in the help."""
         self._place = self.add_argument_group(title)
 
-    def add(self, flag, help, default=None, **settings):
+    def add(self, flag, help=None, default=None, **settings):
+        """A flag, with its default in its help; of those in COMMON the name is enough."""
+        if help is None:
+            help, default = COMMON[flag]
         if default is not None and default is not False:
             help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
         help = help.replace("%", "%%")                                  # argparse would fill something in there
@@ -97,9 +105,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--{name} is given, but empty")
         return args
 
-    def refuse_unused(self, used, what):
-        """Raise ValueError for flags that were typed though `what` does not look at them.  used: those it looks at."""
-        idle = [f"--{name}" for name in self.typed if name not in used]
+    def refuse(self, unused, what):
+        """Raise ValueError for flags that were typed though `what` does not look at them.  unused: names of flags."""
+        idle = [f"--{name}" for name in self.typed if name in unused]
         if idle:
             raise ValueError(f"{', '.join(idle)} would be of no use to {what}")
 

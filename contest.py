@@ -179,11 +179,11 @@ def main(argv=None):
         metavar="NAME")
     add("--minutes", "of training for each", 5.0, type=positive_float)
     add("--dataset", "mnist or fashion_mnist", "mnist", choices=("mnist", "fashion_mnist"))
-    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--data_dir")
     add("--num_images", "that each draws at the end", 1000, type=positive_int)
     add("--seed", "of all of them", 0, type=seed_number)
     add("--output_dir", "where contest.json and contest.png go", "outputs")
-    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--device")
     args = parser.parse_args(argv)
     if args.num_images < 100:
         raise ValueError(f"--num_images {args.num_images}: fewer than 100 say nothing about a distribution")

@@ -25,20 +25,20 @@ from folders import (check_memory, class_folders, digest, find_duplicates, fits,
 from images import MAX_SIZE, to_signed
 
 
-class Row(NamedTuple):
+class Dataset(NamedTuple):
     source: Callable | str  # a function of synthetic.py, or what torchvision calls the set
     classes: tuple  # class names, in the order of the labels
 
 
 DIGITS = tuple("0123456789")
 DATASETS = {
-    "mnist": Row("MNIST", DIGITS),
-    "fashion_mnist": Row("FashionMNIST", (
+    "mnist": Dataset("MNIST", DIGITS),
+    "fashion_mnist": Dataset("FashionMNIST", (
         "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")),
-    "cifar10": Row("CIFAR10", (
+    "cifar10": Dataset("CIFAR10", (
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
-    "synthetic_digits": Row(synthetic.digits, DIGITS),
-    "synthetic_fabrics": Row(synthetic.fabrics, synthetic.FABRIC_FAMILIES),
+    "synthetic_digits": Dataset(synthetic.digits, DIGITS),
+    "synthetic_fabrics": Dataset(synthetic.fabrics, synthetic.FABRIC_FAMILIES),
 }
 SYNTHETIC_SIZE = 10_000
 DATASET_HELP = (f"one of {', '.join(DATASETS)}, or a folder of images; without it MNIST, or synthetic digits "
@@ -162,7 +162,8 @@ def keep_apart(name, output_dir):
 def keep_apart_from_own(data, output_dir):
     """keep_apart of the images that a model was trained on. data: what the checkpoint says of them."""
     for name in (data["name"], data.get("val_dir")):
-        keep_apart(name if name is None else str(name), output_dir)
+        if name is not None and Path(str(name)).is_absolute():      # else it is a name, as the shipped cards have it
+            keep_apart(str(name), output_dir)
 
 
 # ---- torchvision's sets

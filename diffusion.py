@@ -18,7 +18,6 @@ et al. 2022 (sigmoid schedule), Salimans & Ho 2022 (the v objective), Ho & Salim
 guidance), Lu et al. 2022 (DPM-Solver++), Zhang & Chen 2023 (iPNDM), Karras et al. 2022 (noise levels).
 """
 
-import contextlib
 import math
 import secrets
 from typing import NamedTuple
@@ -26,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from schedules import MAX_TIMESTEPS, SCHEDULES, SPACINGS, distinct, linear_alpha_bar, log_snr
+from schedules import MAX_TIMESTEPS, SCHEDULES, SPACINGS, distinct, half_log_snr, linear_alpha_bar
+from utils import evaluating
 
 OBJECTIVES = ("eps", "x0", "v")
 
@@ -52,7 +52,7 @@ SAMPLERS = {
     "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10,   "uniform"),   # Zhang & Chen 2023
 }
 
-MAX_ETA = 10  # with the "posterior" variance
+MAX_ETA = 10  # with the "posterior" variance: then nearly any step renews all of the noise
 
 # The Adams-Bashforth weights of order 1 to 4, for the newest estimate first.
 ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
@@ -76,19 +76,6 @@ def seeded_noise(seed, indices, step, shape):
     return torch.stack(rows)
 
 
-@contextlib.contextmanager
-def _evaluating(model):
-    """Switch dropout off while sampling, and back to what it was afterwards."""
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
-
-
 def _answer(model, x_t, t, y):
     """What a model says of x_t. One of another shape would be stretched to fit, without a word."""
     out = model(x_t, t, y)
@@ -97,7 +84,7 @@ def _answer(model, x_t, t, y):
     return out
 
 
-def _levels_of(x_t, t):
+def _as_batch(t, x_t):
     """t as [B] integers, one for each image, where it is a single number."""
     return t if torch.is_tensor(t) else torch.full((len(x_t),), int(t), device=x_t.device)
 
@@ -136,7 +123,7 @@ class DiffusionProcess:
         if (beta_start, beta_end) != (None, None) and not (isinstance(schedule, str) and schedule == "linear"):
             raise ValueError("beta_start and beta_end belong to the linear schedule, and to no other")
         if not isinstance(schedule, str):
-            self.alpha_bar = torch.as_tensor(schedule, dtype=torch.float64).cpu()
+            schedule = self.alpha_bar = torch.as_tensor(schedule, dtype=torch.float64).cpu().clone()
             if self.alpha_bar.ndim != 1 or not len(self.alpha_bar):
                 raise ValueError(f"alpha_bar must be a row of numbers, got shape {tuple(self.alpha_bar.shape)}")
             num_timesteps = len(self.alpha_bar)
@@ -232,18 +219,10 @@ class DiffusionProcess:
         """
         if weak is None and y is None and guidance not in (0, 1):
             raise ValueError(f"guidance={guidance} needs class labels y to guide towards")
-        dtype = torch.promote_types(x_t.dtype, torch.float32)
-        t = _levels_of(x_t, t)
+        t = _as_batch(t, x_t)
 
-        def seen_by(model, y):
-            out = _answer(model, x_t, t, y).to(dtype)
-            signal_weight, noise_weight = self._weights(t)
-            if self.objective == "eps":
-                x_0 = (x_t - noise_weight * out) / signal_weight
-            elif self.objective == "x0":
-                x_0 = out
-            else:
-                x_0 = signal_weight * x_t - noise_weight * out
+        def seen_by(network, labels):
+            x_0 = self._as_x0(_answer(network, x_t, t, labels), x_t, t)
             # After clip_loss, what lies beyond the range means its end, and must not push.
             return x_0.clamp(-1, 1) if clip and self.clip_loss else x_0
 
@@ -255,6 +234,16 @@ class DiffusionProcess:
                 x_0 = x_0 + guidance * (seen_by(model, y) - x_0)
         return x_0.clamp(-1, 1) if clip else x_0
 
+    def _as_x0(self, out, x_t, t):
+        """The clean image that a model's output means. out, x_t: [B, C, H, W].  t: [B]."""
+        out = out.to(torch.promote_types(x_t.dtype, torch.float32))
+        signal_weight, noise_weight = self._weights(t)
+        if self.objective == "eps":
+            return (x_t - noise_weight * out) / signal_weight
+        if self.objective == "x0":
+            return out
+        return signal_weight * x_t - noise_weight * out
+
     def predict_noise(self, model, x_t, t, y=None):
         """The noise that a model of any objective sees in x_t: what is left of it without the image it sees.
 
@@ -262,7 +251,7 @@ class DiffusionProcess:
 
         x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W].
         """
-        t = _levels_of(x_t, t)
+        t = _as_batch(t, x_t)
         # Not clamped: also beyond [-1, 1] x_0 tells the noise. Only after clip_loss such values mean nothing.
         x_0 = self.predict_x0(model, x_t, t, y, clip=self.clip_loss)
         signal_weight, noise_weight = self._weights(t)
@@ -285,7 +274,7 @@ class DiffusionProcess:
 
         x_t: [B, C, H, W].  t: an integer in 0..T-1, or [B] equal integers.  t_prev: an integer below
         t; default t - 1; -1 is clean.  noise: like x_t, drawn if needed.
-        Returns (x_prev, x_0 estimate).  Raises ValueError if t_prev >= t, or as step_towards does.
+        Returns (x_prev, x_0 estimate).  Raises ValueError as step_towards does.
         """
         if torch.is_tensor(t):
             if (t != t.flatten()[0]).any():
@@ -293,18 +282,16 @@ class DiffusionProcess:
             t = t.flatten()[0]
         t = int(t)
         t_prev = t - 1 if t_prev is None else int(t_prev)
-        if not -1 <= t_prev < t < self.num_timesteps:
-            raise ValueError(f"need -1 <= t_prev < t < {self.num_timesteps}, got t={t}, t_prev={t_prev}")
         x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance, clip=clip)
         return self.step_towards(x_0, x_t, t, t_prev, eta=eta, variance=variance, noise=noise), x_0
 
-    def _level(self, t):
+    def alpha_bar_at(self, t):
         """alpha_bar as a Python float: 1 - ab_t / ab_prev cancels in float32. -1 is the clean image."""
         return float(self.alpha_bar[t]) if t >= 0 else 1.0
 
     def _eps(self, x_t, x_0, t):
         """The noise that explains x_t, if x_0 is the image."""
-        ab_t = self._level(t)
+        ab_t = self.alpha_bar_at(t)
         return (x_t - math.sqrt(ab_t) * x_0) / math.sqrt(1 - ab_t)
 
     def step_towards(self, x_0, x_t, t, t_prev, *, eta=1.0, variance="posterior", noise=None):
@@ -313,10 +300,12 @@ class DiffusionProcess:
 
         x_0, x_t: [B, C, H, W].  t, t_prev: integers, -1 for the clean image.  noise: like x_t, drawn if
         needed.
-        Returns x_prev, like x_t.  Raises ValueError if eta is outside [0, MAX_ETA], of variance "beta" [0, 1], or
-        for an unknown variance.
+        Returns x_prev, like x_t.  Raises ValueError unless -1 <= t_prev < t < T, if eta is outside [0, MAX_ETA], of
+        variance "beta" [0, 1], or for an unknown variance.
         """
-        ab_t, ab_prev = self._level(t), self._level(t_prev)
+        if not -1 <= t_prev < t < self.num_timesteps:
+            raise ValueError(f"need -1 <= t_prev < t < {self.num_timesteps}, got t={t}, t_prev={t_prev}")
+        ab_t, ab_prev = self.alpha_bar_at(t), self.alpha_bar_at(t_prev)
         if variance not in ("posterior", "beta"):
             raise ValueError(f"unknown variance {variance!r}; choose from ['beta', 'posterior']")
         most = MAX_ETA if variance == "posterior" else 1
@@ -343,10 +332,10 @@ class DiffusionProcess:
             return x_0
         if extrapolates == "x0":
             before, x_0_before, _ = past[-2]
-            last, now, then = (log_snr(self._level(level)) for level in (before, t, t_prev))
+            last, now, then = (half_log_snr(self.alpha_bar_at(level)) for level in (before, t, t_prev))
             return x_0 + (then - now) / (2 * (now - last)) * (x_0 - x_0_before)
         eps = sum(w * eps for w, (*_, eps) in zip(ADAMS_BASHFORTH[len(past) - 1], reversed(past)))
-        ab_t = self._level(t)
+        ab_t = self.alpha_bar_at(t)
         return (x_t - math.sqrt(1 - ab_t) * eps) / math.sqrt(ab_t)
 
     # ---- The sampling loop
@@ -389,7 +378,7 @@ class DiffusionProcess:
         guidance_interval, weak: where guidance acts, and a model that it leads away from, see sample.
         last_steps: only the last so many; x_T is then at the level where they begin.
         """
-        ts = self.sampling_levels(sampler, steps, spacing, last_steps)
+        levels = self.sampling_levels(sampler, steps, spacing, last_steps)
         if not math.isfinite(guidance):
             raise ValueError(f"guidance must be a number, got {guidance}")
         if guidance_interval and guidance_interval[0] > guidance_interval[1]:
@@ -399,8 +388,8 @@ class DiffusionProcess:
         indices = range(first_index, first_index + len(x_T))
         x_t = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
         past = []
-        with _evaluating(model), _evaluating(weak):
-            for k, (t, t_prev) in enumerate(zip(ts, ts[1:]), start=1):
+        with evaluating(model), evaluating(weak):
+            for k, (t, t_prev) in enumerate(zip(levels, levels[1:]), start=1):
                 noise = None
                 if eta > 0 and t_prev >= 0:
                     noise = seeded_noise(seed, indices, k, x_t.shape[1:]).to(x_t)
@@ -417,17 +406,16 @@ class DiffusionProcess:
 
         A step from t to t_prev uses the model's answer at t, which is not known yet on the way back; so it is
         guessed from x at t_prev, and the guess improved by asking again, `guesses` times in all (each is a
-        call of the model). Going down again with clip=clip_loss (where a model was trained with that, what it
-        says beyond the range means nothing) then returns x_0, but for rounding and for what a guess still
-        lacks.
+        call of the model). Going down again returns x_0, but for rounding, for what a guess still lacks, and for
+        what was beyond [-1, 1] in an estimate on the way.
 
         x_0: [B, C, H, W] in [-1, 1].  Returns x_T, [B, C, H, W].
         """
         levels = self.sampling_levels("ddim", steps)
         x = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
-        with _evaluating(model):
+        with evaluating(model):
             for t, t_prev in reversed(list(zip(levels, levels[1:]))):
-                ab_t, ab_prev = self._level(t), self._level(t_prev)
+                ab_t, ab_prev = self.alpha_bar_at(t), self.alpha_bar_at(t_prev)
                 x_t = x
                 for _ in range(guesses):
                     eps = self.predict_noise(model, x_t, t, y)

@@ -36,7 +36,7 @@ from load import CHECKPOINT_HELP, open_model
 from measures import psnr
 from reference import unseen_images
 from sample import choose_labels, seconds_for, thinned
-from utils import get_device
+from utils import evaluating, get_device
 
 
 # ---- What was measured, and back
@@ -132,13 +132,14 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
     x = noise()
     for t, t_prev in zip(levels, levels[1:]):
         for again in reversed(range(travel if t_prev >= 0 else 1)):
-            x_0 = diffusion.predict_x0(model, x, t, y)
+            with evaluating(model):
+                x_0 = diffusion.predict_x0(model, x, t, y)
             # In this order known pixels come out bit for bit: what is taken away is all there was.
             x_0 = x_0 - operator.back(operator.measure(x_0)) + operator.back(given)
             x_prev = diffusion.step_towards(x_0, x, t, t_prev, eta=eta, noise=noise())
             progress()
             if again:                           # back up, by fresh noise: another draw of the same step
-                kept = float(diffusion.alpha_bar[t]) / float(diffusion.alpha_bar[t_prev])
+                kept = diffusion.alpha_bar_at(t) / diffusion.alpha_bar_at(t_prev)
                 x = math.sqrt(kept) * x_prev + math.sqrt(1 - kept) * noise()
         x = x_prev
     return x
@@ -169,7 +170,7 @@ def parse(argv):
         metavar="FILE")
     add("--dataset", "take images of this set, of its test set if it has one; default: the one the model was "
         "trained on", metavar="NAME")
-    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--data_dir")
     add("--num_images", "how many of them", 16, type=positive_int)
     add("--task", "what to undo", "inpaint", choices=TASKS)
     add("--mask", f"inpaint: what to draw anew, of {', '.join(SIDES)}, or a picture that is white where all "
@@ -184,13 +185,13 @@ def parse(argv):
         "these are depends on how many pictures are mended together", 1, type=positive_int)
     add("--seed", "another seed, another answer", 0, type=seed_number)
     add("--output_dir", "where the pictures go", "outputs")
-    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--device")
     args = parser.parse_args(argv)
     for flag, task in (("mask", "inpaint"), ("factor", "upscale")):
         if getattr(args, flag) is not None and args.task != task:
             raise ValueError(f"--{flag} belongs to --task {task}, not to {args.task}")
     if args.images:
-        parser.refuse_unused(vars(args).keys() - {"dataset", "data_dir", "num_images"}, "--images")
+        parser.refuse({"dataset", "data_dir", "num_images"}, "--images")
     count = len(args.images) if args.images else args.num_images
     if count > 1000:
         raise ValueError(f"{count} images: at most 1000, as all are mended at once")

@@ -26,13 +26,13 @@ from data import keep_apart, keep_apart_from_own
 from diffusion import model_calls
 from files import write_file
 from images import save_strip, to_signed, to_uint8
-from load import CHECKPOINT_HELP, add_drawing_flags, apply_card, find_model, load_model, load_weak
+from load import CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak, take_guidance, take_sampler
 from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance, kernel_distance, nearest,
                       nearest_images, precision_recall, single_share)
 from reference import FEWEST, held_labels, labels_like, load_reference, note_other_images, same_classes
 from sample import choose_labels, drawing_words, generate, seconds_for, thinned
 from schedules import ranges_of_t
-from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
+from utils import PRECISIONS, describe_device, evaluating, get_device, get_precision, measure, shuffled
 
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
@@ -103,7 +103,8 @@ def loss_by_timestep(model, diffusion, x_0, y=None, bins=BINS, seed=0):
         total = 0.0
         for k in torch.arange(len(x_0), device=x_0.device).split(64):
             labels = None if y is None else y[k]
-            total += len(k) * diffusion.training_loss(model, x_0[k], labels, t[k], noise[k]).item()
+            with evaluating(model):
+                total += len(k) * diffusion.training_loss(model, x_0[k], labels, t[k], noise[k]).item()
         losses.append(total / len(x_0))
     return edges, losses
 
@@ -278,11 +279,8 @@ def choose_classes(args, data, labels, known):
 
     data: what the checkpoint says.  labels: of the real images.  known: are they classes of the model's own?
     """
-    if args.stages and known and held_labels(labels) is not None:
-        args.label = "their own"
+    if args.stages and args.label == "their own":
         return labels[1][:args.num_images]
-    if args.stages:
-        args.label = "none"
     if args.label is None and known:
         args.label = "by chance"
         return labels_like(labels[0], args.num_images, args.seed)
@@ -295,7 +293,7 @@ def parse(argv):
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
     add("--dataset", "what to compare with; default: what the model was trained on", metavar="NAME")
-    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--data_dir")
     add("--num_images", "samples, and real images for the floor", 2000, type=positive_int)
     add("--race", "several samplers from the same noises, instead of one", False, action="store_true")
     add("--stages", "noise real images little or much and undo it: at which levels samples get worse", False,
@@ -306,7 +304,7 @@ def parse(argv):
     add_drawing_flags(add)
     add("--batch_size", "images at a time", 100, type=positive_int)
     add("--output_dir", "where the results go", "outputs")
-    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--device")
     add("--precision", "bf16 is faster on some devices", "float32", choices=list(PRECISIONS))
     args = parser.parse_args(argv)
     if args.num_images < 100:
@@ -333,9 +331,11 @@ def main(argv=None):
     keep_apart_from_own(data, output_dir)
     known = same_classes(data, args.dataset)
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
-    if args.stages and not (known and held_labels(labels) is not None):
-        args.label = "none"                                 # then there is nothing for guidance to follow
-    apply_card(args, data, diffusion.num_timesteps, one_sampler=not args.race)
+    if args.stages:
+        args.label = "their own" if known and held_labels(labels) is not None else "none"
+    if not args.race:
+        take_sampler(args, data)
+    take_guidance(args, data, diffusion.num_timesteps)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     if args.race:
         entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
@@ -356,7 +356,7 @@ def main(argv=None):
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "
-          f"{len(held)} {held_name}" + (f"; away from {args.weak}" if weak else ""))
+          f"{len(held)} {held_name}" + (f"; {'away from' if args.guidance else 'drawn by'} {args.weak}" if weak else ""))
     note_other_images(data, args.dataset)
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0], held,
                                       held_labels(labels), output_dir)

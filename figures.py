@@ -86,12 +86,12 @@ def step_rows(step):
     place = divmod(int((step["x_0"][0] - 0.3).abs().argmin()), step["x_0"].shape[-1])
     v = {name: float(step[name][(0, *place)]) for name in ("x_t", "eps", "x_0", "mean", "noise", "x_prev")}
     text = {name: f"{value:.4f}" if value >= 0 else f"({value:.4f})" for name, value in v.items()}
-    n = {name: f"{step[name]:.4f}" for name in ("signal", "spread", "to_x_0", "to_x_t", "sigma")}
+    n = {name: f"{step[name]:.4g}" for name in ("signal_weight", "noise_weight", "to_x_0", "to_x_t", "sigma")}
     rows = [("x_t", f"noisy image, t = {step['t']}", "$x_t$", "where the chain has come to"),
             ("eps", "predicted noise", r"$\epsilon$, from model$(x_t, t)$",
              "the model's answer" if step["objective"] == "eps" else f"from the model's answer ({step['objective']})"),
-            ("x_0", "guess of the image", rf"$x_0 = (x_t - {n['spread']}\,\epsilon)\,/\,{n['signal']}$",
-             f"({v['x_t']:.4f} - {n['spread']} * {text['eps']}) / {n['signal']}"),
+            ("x_0", "guess of the image", rf"$x_0 = (x_t - {n['noise_weight']}\,\epsilon)\,/\,{n['signal_weight']}$",
+             f"({v['x_t']:.4f} - {n['noise_weight']} * {text['eps']}) / {n['signal_weight']}"),
             ("mean", "mean of the next", rf"$\mu = {n['to_x_0']}\,x_0 + {n['to_x_t']}\,x_t$",
              f"{n['to_x_0']} * {text['x_0']} + {n['to_x_t']} * {text['x_t']}"),
             ("noise", "fresh noise", r"$z$, unit Gaussian", "drawn"),

@@ -149,6 +149,9 @@ def find_files(folder):
 
 def load_pictures(paths, image_size, channels):
     """Real pictures, cut to the model's size: [N, C, S, S] in [-1, 1]. Raises ValueError for a bad file."""
+    for path in paths:
+        if not Path(path).exists():
+            raise ValueError(f"{path}: no such file")
     found = [read_picture(Path(path), str(path), image_size, channels=channels) for path in paths]
     for picture in found:
         if picture.problem:

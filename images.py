@@ -140,7 +140,7 @@ def save_strip(rows, column_labels, path, row_labels=None, title=None):
 
     rows: a list of rows, each [K, C, H, W] in [-1, 1].  column_labels: K strings.
     """
-    count, channels, height, width = rows[0].shape
+    count, _, height, width = rows[0].shape
     pad = 2
     grid = image_grid(to_uint8(torch.cat(list(rows))), columns=count, padding=pad)
     # Inches per pixel: about 0.95 per image, and each pixel as many dots as the others.
@@ -187,9 +187,9 @@ def plot_losses(losses, path, held_out=None, window=100):
     average = moving_average(losses, window)
     figure, ((axes,),) = new_figure(8, 4.5)
     axes.plot(steps, losses, color="#b8c4d6", linewidth=0.6, label="each step")
-    axes.plot(steps, average, color="#d55e00", linewidth=1.8, label=f"mean of the last {window} steps")
+    axes.plot(steps, average, color=COLOURS[0], linewidth=1.8, label=f"mean of the last {window} steps")
     if held_out:
-        axes.plot(list(held_out), list(held_out.values()), "o-", color="#0072b2", markersize=3, linewidth=1.2,
+        axes.plot(list(held_out), list(held_out.values()), "o-", color=COLOURS[1], markersize=3, linewidth=1.2,
                   label="held-out images, averaged weights")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

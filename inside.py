@@ -277,7 +277,7 @@ class Memory(TorchDispatchMode):
         self.alive -= self.made.pop(place)[0]
 
 
-class Level(NamedTuple):
+class PartSize(NamedTuple):
     name: str
     shape: tuple  # of what it gives back, without the batch: (channels, height, width), or (values,)
     parameters: int
@@ -286,7 +286,7 @@ class Level(NamedTuple):
 
 
 def model_table(model, image_size):
-    """Measure a network with one image: (a Level for each part in the order of the calls, peak bytes in
+    """Measure a network with one image: (a PartSize for each part in the order of the calls, peak bytes in
     sampling).
 
     activation: the output of the part alone, as a forward hook sees it: channels x height x width x 4 bytes.
@@ -319,9 +319,9 @@ def model_table(model, image_size):
     for size, part in memory.made.values():
         kept[min(part, len(rows) - 1)] += size
     del answer                                              # it held all that the backward pass needs
-    levels = [Level(*row, size) for row, size in zip(rows, kept)]
+    levels = [PartSize(*row, size) for row, size in zip(rows, kept)]
     rest = sum(p.numel() for p in model.parameters() if id(p) not in seen)
-    return levels + [Level("other", (), rest, 0, 0)] * (rest > 0), peak
+    return levels + [PartSize("other", (), rest, 0, 0)] * (rest > 0), peak
 
 
 def table_lines(levels, peak):

@@ -68,14 +68,14 @@ def walk(keys, num_frames, path=slerp, loop=False):
 
 
 @torch.no_grad()
-def draw(model, diffusion, noises, y=None, steps=50, title="sampling", clip=True):
+def draw(model, diffusion, noises, y=None, steps=50, title="sampling"):
     """The pictures that DDIM makes of these noises, [N, C, H, W], with a progress bar."""
     pictures = []
     steps, parts = len(diffusion.sampling_levels("ddim", steps)) - 1, noises.split(BATCH)
     with tqdm(total=steps * len(parts), desc=title, unit="step") as bar:
         for k, x_T in enumerate(parts):
             labels = None if y is None else y[k * BATCH:][:BATCH]
-            for _, x, _ in diffusion.trajectory(model, x_T, sampler="ddim", steps=steps, y=labels, clip=clip):
+            for _, x, _ in diffusion.trajectory(model, x_T, sampler="ddim", steps=steps, y=labels):
                 bar.update()
             pictures.append(x)
     return torch.cat(pictures)
@@ -97,11 +97,10 @@ def parse(argv):
     add("--loop", "go back to the first key frame at the end", False, action="store_true")
     add("--steps", "model calls for a picture", 50, type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
-    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--device")
     args = parser.parse_args(argv)
     if args.compare:
-        parser.refuse_unused(vars(args).keys() - {"path", "loop", "fps", "size"},
-                             "--compare, which draws both ways and no GIF")
+        parser.refuse({"path", "loop", "fps", "size"}, "--compare, which draws both ways and no GIF")
     if args.images and args.seeds:
         raise ValueError("--images and --seeds: give one of them")
     args.seeds = args.seeds or SEEDS
@@ -135,15 +134,14 @@ def main(argv=None):
     count = 2 * min(args.frames, 9) if args.compare else args.frames
     there_and_back = 4 * len(args.images or [])             # to the noise each step takes three calls
     seconds = seconds_for(model, diffusion, count + there_and_back, size, 64, args.steps, device)
-    print(f"cost: {count} pictures" + f" of class {args.label}" * bool(classes) + f", {args.steps} calls of the model for each, "
+    print(f"cost: {count} pictures" + f" of class {args.label}" * (args.label != "none") + f", {args.steps} calls of the model for each, "
           + "and four times as many for each of yours, " * bool(args.images)
           + f"about {format_seconds(seconds)} here", flush=True)
     shape = (model.image_channels, size, size)
-    clip = diffusion.clip_loss if args.images else True     # what was not cut on the way up is not on the way down
     if args.images:
         real = load_pictures(args.images, size, model.image_channels).to(device)
         noises = diffusion.invert(model, real, steps=args.steps, y=None if y is None else y[:len(real)])
-        back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps, clip=clip)
+        back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps)
         likeness = psnr(back, real)
         print(f"to their noise and back: PSNR {likeness:.1f} dB; " + (
             "more --steps lose less" if likeness >= POOR else "more --steps lose less; if the walk still "
@@ -154,13 +152,13 @@ def main(argv=None):
     if args.compare:
         shares = torch.linspace(0, 1, min(args.frames, 9)).tolist()
         rows = [draw(model, diffusion, torch.stack([path(noises[0], noises[1], share) for share in shares]),
-                     None if y is None else y[:len(shares)], args.steps, name, clip) for name, path in PATHS.items()]
+                     None if y is None else y[:len(shares)], args.steps, name) for name, path in PATHS.items()]
         picture = output_dir / "lerp_slerp.png"
         save_strip(rows, [f"{share:.2f}" for share in shares], picture, row_labels=list(PATHS))
         print(f"wrote {picture}")
         return
     pictures = draw(model, diffusion, walk(noises, args.frames, PATHS[args.path], args.loop),
-                    None if y is None else y[:args.frames], args.steps, clip=clip)
+                    None if y is None else y[:args.frames], args.steps)
     frames = [Image.fromarray(picture.permute(1, 2, 0).expand(-1, -1, 3).numpy()).resize(
         (args.size, args.size), Image.NEAREST) for picture in to_uint8(pictures)]
     seconds = 1 / args.fps

@@ -165,7 +165,7 @@ def card_recipe(card, T):
 
 
 def add_drawing_flags(add):
-    """Those that apply_card fills in.  add: of a command_line.Parser."""
+    """Those that take_sampler and take_guidance fill in.  add: of a command_line.Parser."""
     add("--sampler", "how to step down; default: what shipped weights were measured with, ddim for others",
         choices=sorted(SAMPLERS))
     add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
@@ -184,50 +184,56 @@ def add_drawing_flags(add):
         "card names beside it", metavar="FILE")
 
 
-def apply_card(args, data, T, one_sampler=True):
-    """Put into `args` what the command line does not name: sampler, weak model, guidance, as the card has them.
+def take_sampler(args, data):
+    """Put the sampler, steps, spacing and eta of the model's card into `args` where the command line names no sampler.
 
-    data: what load_model tells.  one_sampler: False where several are compared; the card's is then left out.
-    ValueError for guidance towards nothing.
+    data: what load_model tells.  ValueError for an eta that the sampler does not take.
     """
-    if args.sampler is None and one_sampler:
+    if args.sampler is None:
         args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
         args.spacing = args.spacing or data["spacing"]
         args.eta = data["eta"] if args.eta is None else args.eta
-    if args.sampler and args.eta and args.eta > 1 and SAMPLERS[args.sampler].variance == "beta":
+    if args.eta and args.eta > 1 and SAMPLERS[args.sampler].variance == "beta":
         raise ValueError(f"--eta {args.eta:g}: {args.sampler} takes 0 to 1")
 
+
+def take_guidance(args, data, T):
+    """Put into `args` what the command line does not name: the guidance, the levels at which it acts (None: all) and
+    the weak model that it leads away from, as the model's card has them.
+
+    data: what load_model tells.  T: the number of timesteps.  ValueError for guidance towards nothing.
+    """
     guided, named = data["classes"] and args.label != "none", args.weak is not None
-    if data["weak"] and not named and args.guidance != 1:
+    if data["weak"] and not named and args.guidance not in (0, 1):
         beside = Path(args.checkpoint).parent / data["weak"]
         if beside.is_file():
             args.weak = str(beside)
         else:
             print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: "
                   "drawing without")
-
-    guidance, levels = 1.0, None
     if named:
         guidance, levels = WEAK_GUIDANCE, (round(WEAK_FROM * T), T - 1)
     elif args.weak or guided and not data["weak"]:          # a card's guidance is worth nothing without its --weak
         guidance, levels = data["guidance"], data["guidance_interval"]
-    if args.guidance is not None and not args.weak:     # away from "no class" it may act at all levels
-        levels = None
-    args.guidance = guidance if args.guidance is None else args.guidance
-    if named and args.guidance == 1:
-        raise ValueError("--weak says what guidance leads away from, and --guidance 1 is none")
-    if args.guidance_interval and args.guidance_interval[0] >= T:
-        raise ValueError(f"--guidance_interval {args.guidance_interval[0]},{args.guidance_interval[1]}: the levels "
-                         f"of this model go from 0 to {T - 1}")
-    if args.guidance in (0, 1):
-        if args.guidance_interval:
-            raise ValueError("--guidance_interval says where guidance acts, and --guidance "
-                             f"{args.guidance:g} is none")
-    elif not guided and not args.weak:
-        raise ValueError(f"--guidance {args.guidance:g} needs classes to guide towards, or a --weak model: "
-                         + ("--label none has none" if data["classes"] else "the model was trained without"))
     else:
-        args.guidance_interval = args.guidance_interval or levels
+        guidance, levels = 1.0, None
+    if args.guidance is not None:
+        guidance = args.guidance
+        levels = levels if args.weak else None              # away from "no class" it may act at all levels
+
+    if named and guidance == 1:
+        raise ValueError("--weak says what guidance leads away from, and --guidance 1 is none")
+    if not guided and not args.weak and (guidance not in (0, 1) or args.guidance is None and args.guidance_interval):
+        raise ValueError("guidance needs classes to guide towards, or a --weak model: "
+                         + ("--label none has none" if data["classes"] else "the model was trained without"))
+    if args.guidance_interval:
+        asked = "--guidance_interval {},{}".format(*args.guidance_interval)
+        if guidance in (0, 1):
+            raise ValueError(f"{asked} says where guidance acts, and --guidance {guidance:g} is none")
+        if args.guidance_interval[0] >= T or args.guidance_interval[1] > T:
+            raise ValueError(f"{asked}: the levels of this model go from 0 to {T - 1}")
+    args.guidance = guidance
+    args.guidance_interval = None if guidance in (0, 1) else args.guidance_interval or levels
 
 
 def load_weak(path, model, diffusion, own, device="cpu", image_size=None):

@@ -18,7 +18,7 @@ import distributed
 from command_line import speaks
 from diffusion import seeded_noise
 from muon import Muon
-from utils import autocast, get_timesteps, measure, seed_step, shuffled
+from utils import autocast, evaluating, get_timesteps, measure, seed_step, shuffled
 
 OPTIMIZERS = {"adam": functools.partial(torch.optim.Adam, fused=True),
               "adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
@@ -28,6 +28,8 @@ LR_SCHEDULES = ("constant", "cosine")
 def rate_at(step, total_steps, peak, schedule="constant", warmup=0):
     """The learning rate of step 0, 1, ...: up to `peak` on a line over `warmup` steps, then constant or
     down to zero along half a cosine (Loshchilov & Hutter 2017, eq. 5, without restarts)."""
+    if schedule not in LR_SCHEDULES:
+        raise ValueError(f"unknown learning rate schedule {schedule!r}; choose from {', '.join(LR_SCHEDULES)}")
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "cosine":
@@ -177,7 +179,7 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32, mi
         x_0, y = batches.take(batches.indices[places].to(batches.images.device))
         t = ((order[places] + 0.5) * T / images).long().to(device)
         noise = seeded_noise(0, places.tolist(), 0, x_0.shape[1:]).to(device)
-        with autocast(t.device, precision):
+        with evaluating(model), autocast(t.device, precision):
             loss = diffusion.training_loss(model, x_0.to(device), y.to(device), t, noise, min_snr)
         total += float(loss) * len(places)
     return total / images

@@ -96,13 +96,16 @@ def fine_power(images):
     uint8 images [N, C, H, W]. Blurred samples have less of it than real images, speckled ones more."""
     cycles = [torch.fft.fftfreq(size) for size in images.shape[-2:]]
     fine = torch.hypot(cycles[0][:, None], cycles[1]) > 0.25
-    power = sum(torch.fft.fft2(part.double(), norm="ortho").abs().square().sum((0, 1)) for part in images.split(5000))
+    power = sum(torch.fft.fft2(part.double(), norm="ortho").abs().square().sum((0, 1))
+                for part in images.split(max(1, 2**22 // images[0].numel())))           # 0.1 GB at a time
     return float(power[fine].mean()) / (len(images) * images.shape[1])
 
 
 def psnr(images, reference):
-    """Peak signal-to-noise ratio in dB, of images in [-1, 1]: 20 is poor, 30 good, 40 hardly visible."""
-    return float(10 * torch.log10(4 / (images - reference).square().mean()))
+    """Peak signal-to-noise ratio in dB, of images [N, C, H, W] in [-1, 1], the mean over the images: 20 is poor, 30
+    good, 40 hardly visible. Equal ones count as 100."""
+    errors = (images - reference).square().mean((1, 2, 3))
+    return float(10 * torch.log10(4 / errors.clamp(min=4e-10)).mean())
 
 
 # ---- Copies
@@ -119,10 +122,11 @@ def _shifted(images, pixels=1):
 
 def nearest(queries, references):
     """(distances [2, N], indices [2, N]) of the closest and the second closest row of references [M, D] to each
-    of queries [N, D]."""
+    of queries [N, D]; those in uint8 count as 0 to 1."""
     distances, indices = [], []
     for start in range(0, len(references), 20_000):
         block = references[start:start + 20_000]
+        block = block.float() / 255 if block.dtype == torch.uint8 else block    # not all at once: that is four times as much
         found = [torch.cdist(part, block).topk(min(2, len(block)), largest=False)
                  for part in queries.split(1000)]
         distances.append(torch.cat([values for values, _ in found]))
@@ -138,7 +142,7 @@ def nearest_images(images, training, mirrored=False):
     images, training: uint8 [N, C, H, W].  mirrored: look at the mirror images, too (training with flips).
     The distance is the root of the mean squared difference, 0 to 1.
     """
-    flat = training.flatten(1).float() / 255
+    flat = training.flatten(1)
     variants = [image for view in ([images, images.flip(-1)] if mirrored else [images])
                 for image in _shifted(view.float() / 255)]
     found = [nearest(variant.flatten(1), flat) for variant in variants]

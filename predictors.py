@@ -9,6 +9,7 @@ visualize_diffusion.py --figure predictors prints and draws them.
 import torch
 
 from schedules import ranges_of_t
+from utils import evaluating
 
 RANGES = 4
 NO_PREDICTION = "no prediction: x_t - x_0"  # how far the noisy image is from the clean one
@@ -36,9 +37,10 @@ def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, 
         answers = {"zero": torch.zeros_like(noise), "random noise": other, "the input, x_t": x_t,
                    "the noise itself": noise}
         if model is not None:
-            answers["the model"] = torch.cat([
-                diffusion.predict_noise(model, x_t[k], t[k], None if y is None else y[k])
-                for k in torch.arange(len(x_0), device=x_0.device).split(64)])
+            with evaluating(model):
+                answers["the model"] = torch.cat([
+                    diffusion.predict_noise(model, x_t[k], t[k], None if y is None else y[k])
+                    for k in torch.arange(len(x_0), device=x_0.device).split(64)])
         for name, answer in answers.items():
             errors.setdefault(name, []).append((answer - noise).square().mean().item())
         errors.setdefault(NO_PREDICTION, []).append((x_t - x_0).square().mean().item())

@@ -26,7 +26,7 @@ from diffusion import model_calls, seeded_noise
 from files import write_file
 from images import (PADDING, enlargement, image_grid, png_bytes, save_gif, save_images, save_strip,
                     to_uint8)
-from load import CHECKPOINT_HELP, add_drawing_flags, apply_card, find_model, load_model, load_weak
+from load import CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak, take_guidance, take_sampler
 from recipe import MAX_IMAGES, note_flags, compare, make_note, read_recipe
 from utils import PRECISIONS, autocast, describe_device, get_device, get_precision, measure
 
@@ -36,16 +36,17 @@ MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
 @torch.no_grad()
 def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler="ddim", steps=None,
              eta=None, spacing=None, y=None, guidance=1.0, guidance_interval=None, weak=None, first_index=0,
-             batch_size=64, device="cpu", precision=torch.float32, num_frames=0, begin=None):
+             batch_size=64, device="cpu", precision=torch.float32, keep=(), begin=None):
     """Make images first_index, first_index + 1, ... of a seed, batch by batch, with a progress bar.
 
     y: [num_images] classes, -1 for none (as without it).
     guidance: 1 follows the class, more pushes towards it at twice the cost; or away from `weak`, a worse model;
     and that at all levels or in guidance_interval (low, high).
-    begin: (x_0, last_steps) to noise these images, [num_images, C, H, W], and take only the last so many steps.
-    Returns (images [num_images, C, H, W] in [-1, 1], frames). frames is empty unless num_frames > 0:
-    then it lists at most that many moments (t, x_t, x_0 estimate made from x_t) of the first batch,
-    evenly spread from pure noise to the finished pictures, which stand last with t = -1.
+    keep: which moments of the first batch to keep, by the number of steps taken; see moments.
+    begin: (x_0, last_steps) to noise these images, [num_images, C, H, W], and take only the last so many steps
+    (SDEdit, Meng et al. 2022).
+    Returns (images [num_images, C, H, W] in [-1, 1], frames). frames lists the moments of `keep` as (t, x_t, x_0
+    estimate made from x_t); if there are any, the finished pictures stand last, with t = -1.
     """
     images, frames = [], []
     shape = (model.image_channels, image_size, image_size)
@@ -54,7 +55,6 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     settings = dict(way, eta=eta, seed=seed, guidance=guidance, guidance_interval=guidance_interval, weak=weak)
     levels = diffusion.sampling_levels(**way)
     count = len(levels) - 1
-    keep = set(torch.linspace(0, count, min(num_frames, count + 1)).round().int().tolist())
     with (tqdm(total=len(firsts) * count, desc="sampling", unit="step") as bar,
           autocast(device, precision)):
         for first in firsts:
@@ -70,10 +70,15 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
                     frames.append((t, x_t, x_0))
                 t, x_t = t_next, x_next
                 bar.update()
-            if first == first_index and num_frames:
+            if first == first_index and len(keep):
                 frames.append((t, x_t, x_t))
             images.append(x_t)
     return torch.cat(images), frames
+
+
+def moments(steps, most):
+    """The numbers of steps taken at up to `most` moments, evenly spread from 0, pure noise, to all `steps`."""
+    return torch.linspace(0, steps, min(most, steps + 1)).round().int().tolist()
 
 
 def drawing_words(guidance, interval=None, eta=None):
@@ -208,7 +213,7 @@ def parse(argv):
         metavar="PNG")
     add("--batch_size", "images at a time", 64, type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
-    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--device")
     add("--precision", "bf16 is faster on some devices and changes the pictures a little", "float32",
         choices=list(PRECISIONS))
     args = parser.parse_args(argv)
@@ -292,7 +297,8 @@ def main(argv=None):
     size = data["image_size"]
     if again and "weak" in again and not (args.weak or data["weak"]):
         raise ValueError(made_with_weak(args.recreate, again))
-    apply_card(args, data, diffusion.num_timesteps)
+    take_sampler(args, data)
+    take_guidance(args, data, diffusion.num_timesteps)
     y, columns = choose_labels(args.label, data["classes"], args.num_images, args.first_index)
     count = args.num_images if y is None else len(y)
     check_sheet(count, columns, size, args.upscale)
@@ -306,7 +312,8 @@ def main(argv=None):
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})"
-          + (f", and led away from {args.weak}, a weaker model" if weak else ""))
+          + ("" if not weak else f", and led away from {args.weak}, a weaker model" if args.guidance else
+             f"; drawn by {args.weak} alone"))
     levels = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)
     calls = model_calls(levels, args.guidance, args.guidance_interval)
     seconds = seconds_for(model, diffusion, count, size, args.batch_size, calls, device, precision)
@@ -319,7 +326,7 @@ def main(argv=None):
         eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance,
         guidance_interval=args.guidance_interval, weak=weak, first_index=args.first_index,
         batch_size=args.batch_size, device=device, precision=precision,
-        num_frames=51 if args.show_intermediate else 0)
+        keep=moments(len(levels) - 1, 51) if args.show_intermediate else ())
     if again:
         save_again(images, picture, columns, args, note, again, reference)
     else:

@@ -53,23 +53,18 @@ def sigmoid_alpha_bar(num_timesteps, start=-3.0, end=3.0):
 SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar, "sigmoid": sigmoid_alpha_bar}
 
 
-def log_snr(alpha_bar):
-    """Half the logarithm of the signal-to-noise ratio, lambda in Lu et al. 2022; infinite for a clean image."""
-    return math.inf if alpha_bar >= 1 else 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+def half_log_snr(alpha_bar):
+    """Half the logarithm of the signal-to-noise ratio, lambda in Lu et al. 2022. alpha_bar: below 1."""
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
 # ---- Spacings: a function of alpha_bar (float64 [T]) and the number of steps; it returns as many levels,
 # real numbers from T-1 down, and -1 (clean) as the last. They are rounded to distinct integers.
 
 def uniform_spacing(alpha_bar, steps):
-    """Equal strides from T-1 down to -1."""
+    """Equal strides from T-1 down to -1; "trailing" in diffusers, but for how halves are rounded (Lin et al. 2023,
+    table 2)."""
     return np.linspace(-1, len(alpha_bar) - 1, steps + 1)[::-1]
-
-
-def trailing_spacing(alpha_bar, steps):
-    """The same in the rounding of Lin et al. 2023 (table 2): levels differ, by one, where a multiple of T / steps
-    ends in .5."""
-    return np.round(np.arange(steps, -1, -1) * (len(alpha_bar) / steps)) - 1
 
 
 def _even_in(value, steps):
@@ -101,8 +96,8 @@ def tapered_spacing(alpha_bar, steps, bend=0.02):
     return _even_in(t / (bend * T) + np.log(t + 1), steps)
 
 
-SPACINGS = {"uniform": uniform_spacing, "trailing": trailing_spacing, "tapered": tapered_spacing,
-            "log_snr": log_snr_spacing, "karras": karras_spacing}
+SPACINGS = {"uniform": uniform_spacing, "tapered": tapered_spacing, "log_snr": log_snr_spacing,
+            "karras": karras_spacing}
 
 
 def distinct(levels):

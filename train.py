@@ -136,6 +136,9 @@ def check_choices(num_epochs, steps, beta2, **settings):
     for name in ("num_samples", "sample_every", "save_every", "ema_every", "accumulate", "batch_size"):
         if settings[name] is not None and settings[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+    for name in ("warmup", "weight_decay"):
+        if not 0 <= settings[name] < math.inf:
+            raise ValueError(f"{name} must be a number from 0, got {settings[name]}")
     for name in ("grad_clip", "min_snr", "learning_rate"):
         if settings[name] is not None and not 0 < settings[name] < math.inf:
             raise ValueError(f"{name} must be a number above 0, got {settings[name]}")
@@ -276,7 +279,7 @@ def main(argv=None):
         metavar="NAME")
     parser.group("data")
     add("--dataset", DATASET_HELP, metavar="NAME")
-    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--data_dir")
     add("--verify", "look at the data set (MNIST unless --dataset names one) and stop: exit code 0 if it can "
         "be trained on, else 2", False, action="store_true")
     add("--image_size", "height and width in pixels; default: a named set's own, for a folder 64 or the "
@@ -335,7 +338,7 @@ def main(argv=None):
     add("--ema_decay", "averaging of the weights for samples; 0 is off", 0.9995, type=fraction)
     add("--ema_every", "steps between two updates of the average", 1, type=positive_int)
     add("--seed", "the same seed trains the same model", 0, type=seed_number)
-    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--device")
     add("--precision", "arithmetic while training", "auto", choices=["auto", *PRECISIONS])
     add("--compile", "torch.compile: a minute or more at the start, faster steps on a GPU", False,
         action=SWITCH)
@@ -353,7 +356,7 @@ def main(argv=None):
         "them, 200 at least)", type=positive_int)
     settings = parse(parser, argv)
     if (settings["dataset"] or "mnist") in DATASETS and not settings["val_dir"]:
-        parser.refuse_unused(set(parser.typed) - {"cache_dir", "fit"}, f"{settings['dataset'] or 'mnist'}: no folder")
+        parser.refuse({"cache_dir", "fit"}, f"{settings['dataset'] or 'mnist'}: no folder")
     model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
     model_config = {flag: value for flag, value in model_config.items() if value is not None}
     if settings.pop("verify"):

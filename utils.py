@@ -1,6 +1,7 @@
 """Device and precision, seeds, the averaged copy of a model, what things cost.
 """
 
+import contextlib
 import copy
 import ctypes
 import os
@@ -92,6 +93,19 @@ def seed_step(seed, step):
 def shuffled(count, seed=0):
     """The numbers 0 to count - 1 in the random order of a seed: [count]."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Switch dropout off, and back to what it was afterwards. model: any callable, or None."""
+    was_training = getattr(model, "training", False)
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 DENSITIES = ("uniform", "logit_normal", "quadratic")

@@ -112,7 +112,7 @@ def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0,
     x_0 = to_signed(images)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     columns = [diffusion.forward_diffusion(x_0, torch.full((len(x_0),), t), noise)[0] for t in timesteps]
-    shares = [float(diffusion.alpha_bar[t]) for t in timesteps]
+    shares = [diffusion.alpha_bar_at(t) for t in timesteps]
     labels = [f"t = {t}\n" + r"$\bar\alpha$ " + (f"{share:.4f}" if share > 1e-3 else f"{share:.0e}")
               for t, share in zip(timesteps, shares)]
     save_strip(torch.stack(columns, dim=1), labels, path, title=title)
@@ -138,9 +138,8 @@ def dataset_figure(images, labels, names, path, columns=10, seed=0, title=None):
 def reverse_figure(model, diffusion, path, timesteps, count, **settings):
     """x_t and the guess of x_0 on the way, as PNG and GIF: at those levels, of all that the sampler visits,
     which are nearest to the timesteps asked for, and finished. Returns the two paths."""
-    _, frames = generate(model, diffusion, count, num_frames=diffusion.num_timesteps + 1, **settings)
-    visited = [t for t, _, _ in frames[:-1]]
-    frames = [*(frames[k] for k in nearest_levels(visited, timesteps)), frames[-1]]
+    levels = diffusion.sampling_levels(settings["sampler"], settings["steps"])
+    _, frames = generate(model, diffusion, count, keep=nearest_levels(levels[:-1], timesteps), **settings)
     save_generation_strip(frames, path, num_images=count, num_columns=len(frames))
     save_gif([draw_frame(*frame) for frame in frames], path.with_suffix(".gif"), seconds=0.5)
     return [path, path.with_suffix(".gif")]
@@ -152,17 +151,17 @@ def explain_step(model, diffusion, t, **settings):
     mean = to_x_0 x_0 + to_x_t x_t,   x_prev = mean + sigma noise          (Ho et al. 2020, eq. 6-7)
 
     Returns a dict: images [C, H, W] x_t, eps, x_0 (clamped), mean, noise, x_prev, and the numbers t, t_prev,
-    signal and spread (the weights of image and noise in x_t), to_x_0, to_x_t, sigma, and the objective.
+    signal_weight and noise_weight (of image and noise in x_t), to_x_0, to_x_t, sigma, and the objective.
     """
     settings = {**settings, "sampler": "ddpm"}
     levels = diffusion.sampling_levels("ddpm", settings.get("steps"))
     if len(levels) < 3:
         raise ValueError("a chain of one step adds no noise: --steps 2 or more")
-    _, frames = generate(model, diffusion, 1, num_frames=len(levels), **settings)
     k, = nearest_levels(levels[:-2], [t])
-    (t, x_t, x_0), (t_prev, x_prev, _) = frames[k], frames[k + 1]
-    ab, ab_prev = float(diffusion.alpha_bar[t]), float(diffusion.alpha_bar[t_prev])
-    beta, signal, spread = 1 - ab / ab_prev, math.sqrt(ab), math.sqrt(1 - ab)
+    _, frames = generate(model, diffusion, 1, keep=(k, k + 1), **settings)
+    (t, x_t, x_0), (t_prev, x_prev, _) = frames[:2]
+    ab, ab_prev = diffusion.alpha_bar_at(t), diffusion.alpha_bar_at(t_prev)
+    beta = 1 - ab / ab_prev
     to_x_0 = math.sqrt(ab_prev) * beta / (1 - ab)
     to_x_t = math.sqrt(ab / ab_prev) * (1 - ab_prev) / (1 - ab)
     sigma = math.sqrt((1 - ab_prev) / (1 - ab) * beta)
@@ -170,8 +169,9 @@ def explain_step(model, diffusion, t, **settings):
     eps = diffusion.predict_noise(model, x_t, t, None if y is None else y.to(x_t.device))
     images = dict(x_t=x_t, eps=eps, x_0=x_0, mean=to_x_0 * x_0 + to_x_t * x_t,
                   noise=seeded_noise(settings["seed"], [0], k + 1, x_t.shape[1:]), x_prev=x_prev)
-    return dict({name: image[0].cpu() for name, image in images.items()}, t=t, t_prev=t_prev, signal=signal,
-                spread=spread, to_x_0=to_x_0, to_x_t=to_x_t, sigma=sigma, objective=diffusion.objective)
+    return dict({name: image[0].cpu() for name, image in images.items()}, t=t, t_prev=t_prev,
+                signal_weight=math.sqrt(ab), noise_weight=math.sqrt(1 - ab), to_x_0=to_x_0, to_x_t=to_x_t, sigma=sigma,
+                objective=diffusion.objective)
 
 
 def rms(a, b):
@@ -237,7 +237,7 @@ def draw_from_data(name, args, path, loaded=None):
         dataset_figure(images, labels, class_names(dataset, labels is not None), path, count, args.seed,
                        title=f"{as_text(Path(dataset).name)}: {len(images):,} images of {shape}")
     else:
-        timesteps = choose_timesteps(args.timesteps, TIMESTEPS.get(args.figure, FORWARD_TIMESTEPS),
+        timesteps = choose_timesteps(args.timesteps, TIMESTEPS[args.figure],
                                      diffusion.num_timesteps)
         pick = different_ones(labels, len(images), args.seed)[:count]
         schedule = "the model's own" if loaded else args.schedule
@@ -388,7 +388,7 @@ def main(argv=None):
     add("--num_images", "how many images; default: " + ", ".join(
         f"{row.count} in {name}" for name, row in FIGURES.items() if row.count > 1), type=positive_int)
     add("--dataset", DATASET_HELP + "; with a model, the data it was trained on", metavar="NAME")
-    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--data_dir")
     add("--image_size", "resize to this many pixels", type=positive_int)
     parser.group("a process without a model, in forward, and in predictors if any of these is given")
     add("--schedule", "how alpha_bar falls, in solvers, too; default: linear", choices=sorted(SCHEDULES))
@@ -404,7 +404,7 @@ def main(argv=None):
     add("--run", "the folder of the training that epochs, loss and loss_by_timestep show", "outputs")
     add("--seed", "picks the images and the noise", 0, type=seed_number)
     add("--output_dir", "where the figure goes", "outputs")
-    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--device")
     args = parser.parse_args(argv)
     names = EXPLORE if args.figure == "explore" else [args.figure]
     without_model = args.figure == "predictors" and any(
@@ -412,7 +412,7 @@ def main(argv=None):
     used = {flag for name in names for flag in FIGURES[name].flags.split()}
     if args.figure == "explore" or args.figure == "predictors" and not without_model:   # the model has its own
         used -= {*PROCESS.split(), "image_size"}
-    parser.refuse_unused(used | {"figure", "seed", "output_dir", "device"}, f"--figure {args.figure}")
+    parser.refuse(vars(args).keys() - used - {"figure", "seed", "output_dir", "device"}, f"--figure {args.figure}")
     for flag, most in (("timesteps", 50), ("steps_list", 20), ("seeds", 20)):
         values = getattr(args, flag) or []
         if len(values) > most or len(set(values)) < len(values):
@@ -430,7 +430,7 @@ def main(argv=None):
     loaded = None
     if args.figure == "explore" or FIGURES[args.figure].needs == "model" and not without_model:
         loaded = *open_model(args, device)[1:], device
-        if args.figure != "predictors":
+        if args.figure not in ("predictors", "explore"):
             refuse_other_images(args, loaded[2])
     for name in names:
         path, needs = output_dir / FIGURES[name].file, FIGURES[name].needs

@@ -368,7 +368,7 @@ def main(argv=None):
         type=whole_number, nargs="+", metavar="t")
     add("--seed", "picks the noise and the real pictures", 0, type=seed_number)
     add("--output_dir", "where the figure goes", "outputs")
-    add("--device", "auto, cpu, cuda, cuda:1, mps", "auto")
+    add("--device")
     parser.group("activations and attention, of a picture that is sampled")
     add("--label", "its class, as a number or name; none: without a class; default: the first")
     add("--sampler", "how to step down", "ddim", choices=sorted(SAMPLERS))
@@ -378,7 +378,7 @@ def main(argv=None):
         type=whole_number, nargs=2, metavar=("ROW", "COLUMN"))
     parser.group("features, of real pictures (of the test set where there is one)")
     add("--dataset", DATASET_HELP.split(";")[0] + "; default: what the model was trained on", metavar="NAME")
-    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--data_dir")
     add("--num_images", "how many", 500, type=positive_int)
     add("--flatten", "keep the bottleneck's positions apart instead of taking their mean", False,
         action="store_true")
@@ -393,7 +393,7 @@ def main(argv=None):
     used = {"figure", "checkpoint", "dataset", "seed", "output_dir", "device", *FIGURES[args.figure].flags.split()}
     if args.channels or args.model:
         used.remove("dataset")
-    parser.refuse_unused(used, f"--figure {args.figure}")
+    parser.refuse(vars(args).keys() - used, f"--figure {args.figure}")
     if len(args.timesteps or []) > 8 or len(set(args.timesteps or [])) < len(args.timesteps or []):
         raise ValueError("--timesteps takes up to 8 numbers, each once; got "
                          f"{' '.join(map(str, args.timesteps[:9]))}")

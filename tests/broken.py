@@ -121,7 +121,7 @@ def main(argv=None):
     parser = Parser(description="Break models in eleven ways, and see whether diagnose.py finds out.")
     add = parser.add
     add("--dataset", "labelled images", "synthetic_digits")
-    add("--data_dir", "where the data sets of torchvision lie, or go", "data")
+    add("--data_dir")
     add("--colour", "images for the fourth healthy model", "synthetic_fabrics")
     add("--steps", "of each training", 700, type=positive_int)
     add("--seed", "of everything", 0, type=seed_number)

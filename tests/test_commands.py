@@ -110,12 +110,12 @@ def test_sample_shows_the_way_and_ends_with_the_sample_itself(checkpoint, tmp_pa
 
 def test_frames_carry_the_loops_own_levels_and_the_finished_sample_bit_for_bit(checkpoint):
     model, diffusion, _ = sample.load_model(checkpoint)
-    images, frames = sample.generate(model, diffusion, 4, 8, sampler="ddpm", steps=10, num_frames=51)
+    images, frames = sample.generate(model, diffusion, 4, 8, sampler="ddpm", steps=10, keep=sample.moments(10, 51))
     assert [t for t, _, _ in frames] == diffusion.timesteps(10)
     assert torch.equal(frames[-1][1], images)
     for t, x_t, x_0 in frames[:-1]:
         torch.testing.assert_close(x_0, diffusion.predict_x0(model, x_t, t), atol=1e-4, rtol=0)
-    few = sample.generate(model, diffusion, 4, 8, sampler="ddpm", num_frames=5)[1]
+    few = sample.generate(model, diffusion, 4, 8, sampler="ddpm", keep=sample.moments(diffusion.num_timesteps, 5))[1]
     assert [t for t, _, _ in few] == [39, 29, 19, 9, -1]
 
 

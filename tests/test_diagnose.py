@@ -139,6 +139,21 @@ def test_copies_and_tints_are_seen(images):
     assert "colour" in d.check_samples((held[:64] * 0.7).to(torch.uint8), training, held)[-1].what
 
 
+def test_a_channel_that_never_changes_has_no_contrast_to_miss():
+    """Perfect samples of pictures without blue had 0 % of its contrast, and those off by one grey level 392 %."""
+    images = torch.randint(256, (300, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[:, 2] = 0
+    for blue in (0, torch.arange(100).view(100, 1, 1) % 2):
+        drawn = images[200:].clone()
+        drawn[:, 2] = blue
+        assert not d.check_samples(drawn, images[:100], images[100:200])
+
+
+def test_a_process_of_one_level_has_no_wrong_level_to_be_told(images):
+    process = DiffusionProcess(1)
+    assert not d.check_time(exact(*roots(process)), process, images[:20])
+
+
 def test_a_perfect_network_is_not_accused_by_the_whole_of_it(images):
     process = DiffusionProcess()
     causes, ratios = d.diagnose(exact(*roots(process)), None, process, images[:200], images[200:])

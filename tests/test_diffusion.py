@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+import edit
+from checkpoint import load_checkpoint, save_checkpoint
+from data import Batches
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
+from evaluate import loss_by_timestep
+from images import to_signed
+from loop import held_out_loss
+from predictors import predictor_errors
+from synthetic import digits
 
 MEAN, STD = -0.2, 0.25
 
@@ -591,3 +599,43 @@ def test_sampling_switches_dropout_off_and_back_on():
     wrapped.train()
     DiffusionProcess(5).sample(wrapped, 4, 1)
     assert seen == [False] * 5 and model.training
+
+
+# ---- Calls from other code
+
+def test_a_schedule_of_ones_own_is_kept_and_can_be_saved(tmp_path):
+    """The caller's tensor was shared: written to afterwards, training and sampling no longer meant the same."""
+    mine = torch.linspace(0.99, 0.01, 20, dtype=torch.float64)
+    diffusion = DiffusionProcess(schedule=mine)
+    mine[0] = 0.5
+    assert diffusion.alpha_bar_at(0) == 0.99 and diffusion.config["schedule"][0] == 0.99
+    config = DiffusionProcess(schedule=np.linspace(0.99, 0.01, 20)).config
+    save_checkpoint(tmp_path / "c.pt", {"diffusion_config": config})
+    again = DiffusionProcess(**load_checkpoint(tmp_path / "c.pt")["diffusion_config"])
+    torch.testing.assert_close(again.alpha_bar, diffusion.alpha_bar, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("t, t_prev", [(5, 8), (5, 5), (-2, -1), (20, 3), (5, -2)])
+def test_a_step_to_no_cleaner_level_is_refused(t, t_prev):
+    x = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="need -1 <= t_prev < t < 20"):
+        DiffusionProcess(20).step_towards(x, x, t, t_prev)
+
+
+def test_models_are_compared_without_dropout():
+    """Of a model in training mode the loss of the same images was another one each time."""
+    class Dropping(torch.nn.Module):
+        def forward(self, x_t, t, y=None):
+            return torch.nn.functional.dropout(x_t, 0.5, self.training)
+
+    model, diffusion, images = Dropping().train(), DiffusionProcess(20), digits(6, seed=0)[0]
+    x_0 = to_signed(images)
+    measures = {
+        "held_out_loss": lambda: held_out_loss(model, Batches(images, batch_size=4), diffusion, "cpu"),
+        "loss_by_timestep": lambda: loss_by_timestep(model, diffusion, x_0, bins=2)[1],
+        "predictor_errors": lambda: predictor_errors(diffusion, x_0, model, ranges=2)[1]["the model"],
+        "edit.solve": lambda: edit.solve(model, diffusion, x_0, edit.inpaint(torch.zeros(28, 28, dtype=torch.bool)),
+                                         x_0.shape, steps=2).tolist()}
+    for name, measure in measures.items():
+        assert measure() == measure(), name
+    assert model.training

@@ -18,7 +18,7 @@ from diffusion import seeded_noise
 from images import to_signed, to_uint8
 from load import load_model
 from measures import (copied_by_chance, copied_share, fine_power, frechet_between, frechet_distance, kernel_distance,
-                      nearest, nearest_images, precision_recall, single_share)
+                      nearest, nearest_images, precision_recall, psnr, single_share)
 from reference import labels_like, load_reference
 from sample import generate
 from synthetic import digits
@@ -288,7 +288,7 @@ def test_the_command_writes_its_numbers_and_tells_them_again(two_shades, tmp_pat
     bright."""
     shades = torch.cat([torch.full((48, 1, 8, 8), 40), torch.full((16, 1, 8, 8), 215)]).to(torch.uint8)
     shades = (shades + torch.randint(0, 9, shades.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
-    monkeypatch.setitem(data.DATASETS, "shades", data.Row(None, ("dark", "bright")))
+    monkeypatch.setitem(data.DATASETS, "shades", data.Dataset(None, ("dark", "bright")))
     monkeypatch.setattr("reference.get_dataset", lambda *args, **settings: (shades.repeat(4, 1, 1, 1),
                                                                             (torch.arange(64) // 48).repeat(4)))
     flags = ["--checkpoint", str(two_shades), "--num_images", "100", "--steps", "5", "--output_dir", str(tmp_path),
@@ -357,6 +357,14 @@ def test_several_labels_and_more_samples_than_held_out_images(command, tmp_path,
     found = json.loads((tmp_path / "evaluation.json").read_text())
     held = found["num_held_out"]
     assert found["num_images"] == 201 and held < 201 and f"those of {held} samples" in capsys.readouterr().out
+
+
+def test_psnr_is_the_mean_of_that_of_each_image():
+    """Of the pooled error, as it was, one bad picture makes the number: 15.0 here."""
+    reference = torch.zeros(2, 1, 4, 4)
+    images = reference + torch.tensor([0.01, 0.5]).view(2, 1, 1, 1)
+    assert psnr(images, reference) == pytest.approx((10 * math.log10(4e4) + 10 * math.log10(16)) / 2, abs=1e-4)
+    assert psnr(reference, reference) == pytest.approx(100, abs=1e-3)
 
 
 def test_fine_power_tells_waves_of_three_pixels_from_waves_of_six():

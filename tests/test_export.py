@@ -135,6 +135,11 @@ def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_p
     assert drawn("--guidance", "2") == (2, "0,10", True) and drawn("--guidance", "1") == (1, None, False)
     assert drawn("--weak", str(two_shades)) == (load.WEAK_GUIDANCE, "15,49", True)
     assert drawn("--weak", str(two_shades), "--guidance", "5") == (5, "15,49", True)
+    # 0 asks for the model without a class; only where the weak model was named it means that one alone
+    assert drawn("--guidance", "0") == (0, None, False)
+    capsys.readouterr()
+    assert drawn("--guidance", "0", "--weak", str(two_shades)) == (0, None, True)
+    assert f"drawn by {two_shades} alone" in capsys.readouterr().out
 
 
 def test_an_evaluation_that_does_not_name_its_weak_model_makes_no_card(two_shades, evaluation, tmp_path, capsys):

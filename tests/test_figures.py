@@ -16,6 +16,7 @@ import visualize_diffusion as figures
 from checkpoint import save_checkpoint
 from convergence import MIXTURES, even_noise, exact_denoiser, exact_flow, solver_errors
 from diffusion import DiffusionProcess, seeded_noise
+from figures import step_rows
 from images import save_images, to_uint8
 from load import load_model
 from models import create_model
@@ -444,6 +445,18 @@ def test_explore_shows_the_folder_that_a_model_was_trained_on(tmp_path, capsys, 
     path = write_model(tmp_path / "model.pt", name="no/such/photos")
     assert "'no/such/photos'" in fails(capsys, figures.main, "--figure", "explore", "--checkpoint", path,
                                        "--output_dir", tmp_path / "o")
+    # then others will do: the noise that they sink into is the same
+    figures.main(["--figure", "explore", "--checkpoint", str(path), "--dataset", str(tmp_path / "photos"),
+                  "--output_dir", str(tmp_path / "o")])
+    assert len(shown) == 2
+
+
+def test_a_step_is_told_in_figures_that_are_not_rounded_away():
+    """Of two steps the first divides by 0.0064, and by 4e-5 with other schedules: it stood there as 0.0000."""
+    step = {name: torch.zeros(1, 2, 2) for name in ("x_t", "eps", "x_0", "mean", "noise", "x_prev")}
+    numbers = dict(signal_weight=4e-5, noise_weight=1.0, to_x_0=0.5, to_x_t=0.5, sigma=0.1)
+    rows = step_rows({**step, **numbers, "t": 999, "t_prev": 499, "objective": "v"})[1]
+    assert "/ 4e-05" in rows[2][3]
 
 
 def test_a_foreign_table_or_sheet_is_one_line(run, tmp_path, capsys):

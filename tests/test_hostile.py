@@ -547,10 +547,14 @@ def test_a_model_is_not_led_away_from_itself(tmp_path, capsys):
                                            "--output_dir", tmp_path)
 
 
-def test_guidance_at_levels_that_are_not_there_is_refused(tmp_path, capsys):
-    error = fails(capsys, sample.main, "--checkpoint", write_model(tmp_path / "m.pt"), "--guidance", 3,
-                  "--guidance_interval", "40,50", "--output_dir", tmp_path)
-    assert "go from 0 to 39" in error
+@pytest.mark.parametrize("flags, words", [
+    (["--guidance", 3, "--guidance_interval", "40,50"], "go from 0 to 39"),
+    (["--guidance", 3, "--guidance_interval", "10,41"], "go from 0 to 39"),
+    (["--label", "none", "--guidance_interval", "10,20"], "--label none has none"),
+    (["--guidance", 1, "--guidance_interval", "10,20"], "--guidance 1 is none")])
+def test_guidance_that_cannot_act_is_refused_for_what_was_typed(flags, words, tmp_path, capsys):
+    assert words in fails(capsys, sample.main, "--checkpoint", write_model(tmp_path / "m.pt"), *flags,
+                          "--output_dir", tmp_path)
 
 
 def test_export_writes_over_no_classifier(tmp_path, two_shades):
@@ -573,6 +577,20 @@ def test_a_figure_of_a_folder_is_not_written_into_it(tmp_path, capsys):
     sheets(tmp_path / "set", 8)
     assert "not apart" in fails(capsys, visualize_model.main, "--figure", "features", "--dataset", tmp_path / "set",
                                 "--output_dir", tmp_path / "set")
+
+
+def test_the_bare_name_that_a_card_has_is_no_folder(tmp_path, monkeypatch):
+    """A shipped model of african_fabrics would not draw into a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    data.keep_apart_from_own({"name": "african_fabrics"}, "african_fabrics")
+    with pytest.raises(ValueError, match="not apart"):
+        data.keep_apart_from_own({"name": str(tmp_path / "photos")}, "photos")
+
+
+def test_a_picture_that_is_not_there_is_called_so(tmp_path, capsys):
+    error = fails(capsys, edit.main, "--checkpoint", write_model(tmp_path / "m.pt"), "--images", "no.png",
+                  "--output_dir", tmp_path / "out")
+    assert error.strip().endswith("no.png: no such file")
 
 
 @pytest.mark.parametrize("name", ["none", "all"])
@@ -611,7 +629,7 @@ def test_a_set_of_which_only_the_weights_come_with_the_project_is_told_apart(tmp
 
 @pytest.mark.parametrize("settings, words", [
     (dict(sample_every=-1), "sample_every"), (dict(save_every=0), "save_every"), (dict(ema_every=0), "ema_every"),
-    (dict(grad_clip=-1.0), "grad_clip"), (dict(min_snr=-1.0), "min_snr"), (dict(label_drop=2.0), "label_drop")])
+    (dict(warmup=-5), "warmup"), (dict(weight_decay=-1.0), "weight_decay"), (dict(grad_clip=-1.0), "grad_clip"), (dict(min_snr=-1.0), "min_snr"), (dict(label_drop=2.0), "label_drop")])
 def test_settings_without_sense_are_refused_from_python_too(settings, words, tmp_path):
     """A negative grad_clip turned the gradient round, and a negative sample_every never came to an end."""
     with pytest.raises(ValueError, match=words):

@@ -154,7 +154,7 @@ def test_our_ddim_draws_the_images_of_a_pipeline_of_diffusers(tmp_path, monkeypa
     # Ours steps along the noise that the clipped x_0 explains; their pipeline does so when asked.
     expected = draws_theirs(monkeypatch, x_T, lambda: pipeline(
         batch_size=2, num_inference_steps=STEPS, use_clipped_model_output=True, output_type="np").images)
-    found = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=STEPS, spacing="trailing")
+    found = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=STEPS)
     assert (found - torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 + 1).abs().max() < 1e-4      # float32
 
 
@@ -169,7 +169,7 @@ def test_our_ddim_takes_the_steps_of_diffusers_where_nothing_is_clipped(tmp_path
     with torch.no_grad():
         for t in pipeline.scheduler.timesteps:
             x = pipeline.scheduler.step(pipeline.unet(x, t).sample, t, x).prev_sample
-    found = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=STEPS, spacing="trailing", clip=False)
+    found = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=STEPS, clip=False)
     assert (found - x).abs().max() < 1e-4                   # float32
 
 

@@ -143,7 +143,7 @@ def test_spacings_are_even_in_what_they_are_named_for():
                            ("tapered", np.arange(100_000) / 2000 + np.log(np.arange(1, 100_001)))):
         strides = np.diff(value[diffusion.timesteps(12, spacing)[:-1]])
         np.testing.assert_allclose(strides, strides.mean(), rtol=0.03)     # at t = 0 it does
-    assert DiffusionProcess(1000).timesteps(4, "trailing") == [999, 749, 499, 249, -1]
+    assert DiffusionProcess(1000).timesteps(4) == [999, 749, 499, 249, -1]
 
 
 # ---- The schedulers of diffusers, on the same outputs
@@ -167,12 +167,12 @@ def test_end_points_equal_those_of_diffusers(sampler, name, settings, steps):
     scheduler = getattr(diffusers, name)(**SETTINGS, **settings)
     scheduler.set_timesteps(steps)
     diffusion, x_T = DiffusionProcess(), noise()
-    assert scheduler.timesteps.tolist() == diffusion.timesteps(steps, "trailing")[:-1]
+    assert scheduler.timesteps.tolist() == diffusion.timesteps(steps)[:-1]
     x = x_T
     for t in scheduler.timesteps:
         x = scheduler.step(denoiser(x, int(t)), t, x).prev_sample
     got = diffusion.sample(lambda x_t, t, y: denoiser(x_t, int(t[0])), x_T=x_T, sampler=sampler, steps=steps,
-                           spacing="trailing", clip=False)
+                           clip=False)
     torch.testing.assert_close(got, x, atol=1e-4, rtol=1e-4)
 
 
