@@ -77,11 +77,11 @@ def unusable(path, what, error):
 
 # ---- denoising-diffusion-pytorch
 
-def is_trainer(entries):
-    """Are these the entries of a checkpoint that its Trainer wrote?"""
-    ema = entries.get("ema") if isinstance(entries, dict) else None
-    return isinstance(ema, dict) and "format" not in entries and any(
-        str(key).startswith("ema_model.") for key in ema)
+def averaged_of(entries):
+    """The averaged weights of a checkpoint that its Trainer wrote, or of its average alone: {} for other entries."""
+    ema = entries.get("ema", entries) if isinstance(entries, dict) and "format" not in entries else None
+    return {str(key).removeprefix("ema_model."): value for key, value in ema.items()
+            if str(key).startswith("ema_model.")} if isinstance(ema, dict) else {}
 
 
 def objective_of(loss_weight, alpha_bar):
@@ -106,8 +106,7 @@ def load_trainer(path, entries):
         from denoising_diffusion_pytorch import Unet
     except ImportError as error:
         raise missing(path, "denoising-diffusion-pytorch", "denoising_diffusion_pytorch") from error
-    averaged = {str(key).removeprefix("ema_model."): value for key, value in entries["ema"].items()
-                if str(key).startswith("ema_model.")}
+    averaged = averaged_of(entries)
     try:
         weights = {key.removeprefix("model."): value.float() for key, value in averaged.items()
                    if key.startswith("model.")}

@@ -73,7 +73,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     file.
     """
     entries = None if Path(path).is_dir() else read_container(path)
-    if entries is None or interop.is_trainer(entries):
+    if entries is None or interop.averaged_of(entries):
         model, diffusion, data = interop.load_foreign(path, entries, image_size)
         return model.to(device), diffusion, {**data, **card_recipe(None, diffusion.num_timesteps)}
     if image_size:

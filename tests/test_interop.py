@@ -59,6 +59,15 @@ def test_our_ddim_draws_the_images_of_a_trainer(tmp_path, monkeypatch, objective
     assert (found - expected).abs().max() < 1e-4            # float32
 
 
+def test_the_average_of_a_trainer_alone_draws_the_same(tmp_path):
+    """torch.save(trainer.ema.state_dict(), ...) has the same keys, on their own."""
+    trainer_checkpoint(tmp_path / "m.pt")
+    torch.save({"step": torch.zeros(1), **torch.load(tmp_path / "m.pt")["ema"]}, tmp_path / "ema.pt")
+    drawn = [diffusion.sample(model, SIZE, 2, seed=0, sampler="ddim", steps=3) for model, diffusion, _ in (
+        load_model(tmp_path / name, image_size=SIZE) for name in ("m.pt", "ema.pt"))]
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 def test_three_levels_in_colour_and_a_thousand_timesteps_are_found_from_the_weights(tmp_path, schedule):
     settings = dict(T=1000, dim_mults=(1, 2, 4), channels=3, beta_schedule=schedule)
