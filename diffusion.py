@@ -209,9 +209,9 @@ class DiffusionProcess:
         """The clean image that the model sees in x_t.
 
         guidance pushes it away from what the model sees without a class (Ho & Salimans 2022, eq. 6), or from
-        what a weak model sees, which makes the same mistakes in a larger way (Karras et al. 2024, "bad
-        version of itself"). 1 is the model itself and 0 the other answer; each costs one call. (Ho & Salimans
-        count from zero: their w is guidance - 1.)
+        what a weak model sees, which makes the same mistakes in a larger way (autoguidance, Karras et al. 2024).
+        1 is the model itself and 0 the other answer; each costs one call. (Ho & Salimans count from zero: their w
+        is guidance - 1.)
 
         x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W], in [-1, 1] if clip.
         ValueError for guidance towards nothing.

@@ -179,7 +179,7 @@ def add_drawing_flags(add):
         "the model's card says where --guidance is not given, else all, or those of --weak",
         metavar="LOW,HIGH", type=interval)
     add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
-        f"mistakes, also without classes, by {WEAK_GUIDANCE:g} unless --guidance says otherwise, at the "
+        f"mistakes (autoguidance), also without classes, by {WEAK_GUIDANCE:g} unless --guidance says otherwise, at the "
         f"noisier {1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; default: what the model's "
         "card names beside it", metavar="FILE")
 
