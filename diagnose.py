@@ -171,6 +171,7 @@ def readings(diffusion):
 # ---- The checks. Each returns a list of Causes, empty if it finds nothing.
 
 def check_schedule(diffusion):
+    """Does the chain end in noise, which is what sampling starts from?"""
     last = float(diffusion.alpha_bar[-1])
     if last < 0.005:
         return []
@@ -180,6 +181,7 @@ def check_schedule(diffusion):
 
 
 def check_divergence(weights, losses):
+    """Are the weights numbers, and did the loss stay near the lowest it had? weights: {name: tensor}."""
     if not all(value.isfinite().all() for value in weights.values()):
         return [Cause("diverged", "some weights are not finite numbers")]
     if len(losses) < 50:
@@ -193,6 +195,7 @@ def check_divergence(weights, losses):
 
 
 def check_average(ratio_average, ratio_raw):
+    """Is the averaged network much worse than that of the last step? Errors over the linear filter's, or None."""
     if ratio_raw is None or ratio_average < 1.5 * ratio_raw:
         return []
     return [Cause("cold average", f"their error is {ratio_average:.2f} times the linear filter's, that of "

@@ -154,6 +154,7 @@ def seconds_to_measure(classifier, images, num_images, sets=1, copies_too=True, 
 # ---- Tables and pictures
 
 def print_quality(found, floor, count, held_count, held_name):
+    """A table of what `quality` found of `count` samples, beside that of the held-out images, and what to beware of."""
     def line(title, value, limit):
         print(f"  {title:<38}{value:>20}{limit:>20}")
 
@@ -198,6 +199,7 @@ def to_show(y, count=10):
 
 
 def save_nearest(images, training, index, path):
+    """Samples above the training images that they are most like: uint8 [K, C, H, W], [N, C, H, W] and [K]."""
     rows = [to_signed(images), to_signed(training[index])]
     save_strip(rows, [""] * len(images), path, row_labels=["sample", "most similar\ntraining image"])
 

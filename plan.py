@@ -41,17 +41,21 @@ class Plan(NamedTuple):
         return max((step - 1) // n * n for n in self._intervals())
 
     def is_report(self, step):
+        """Is the training looked at after this step?"""
         return self.next_report(step - 1) == step
 
     def num_reports(self):
+        """How often that is: multiples of either interval, those of both once, and the last step."""
         one, other, total = self._intervals()[0], self._intervals()[-1], self.total_steps
         return (total // one + total // other - total // math.lcm(one, other)
-                + bool(total % one and total % other))                          # and the last step
+                + bool(total % one and total % other))
 
     def is_due(self, every, step):
+        """Do pictures or a checkpoint, which come `every` so many steps and at the end, come now?"""
         return step % every == 0 or step == self.total_steps
 
     def count(self, every):
+        """How many of them there will be."""
         return math.ceil(self.total_steps / every)
 
 

@@ -17,6 +17,7 @@ def linear_alpha_bar(num_timesteps, beta_start=None, beta_end=None):
 
     Unless they are given, both ends are scaled by 1000 / T, so that a chain of any length ends in
     noise: left unscaled, T = 200 would stop at alpha_bar = 0.13, with the image still visible.
+    Raises ValueError for a beta that is given and does not lie in (0, MAX_BETA].
     """
     scale = 1000 / num_timesteps
     start = 1e-4 * scale if beta_start is None else beta_start

@@ -158,6 +158,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model):
+        """Move the average towards the weights of `model`; buffers, which are no weights, are copied."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for average, value in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(value, 1 - decay)

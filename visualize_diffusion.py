@@ -217,11 +217,15 @@ def seeds_figure(model, diffusion, path, seeds, count, **settings):
 # ---- From the flags to a figure. Each of these returns the paths of what it wrote.
 
 def named_process(args):
+    """The process of the flags, where there is no model."""
     return DiffusionProcess(args.num_timesteps, args.schedule, beta_start=args.beta_start, beta_end=args.beta_end)
 
 
 def draw_from_data(name, args, path, loaded=None):
-    """loaded: a model whose process and data are to be shown; by default those of the flags."""
+    """Draw the figures `forward` and `dataset`. Returns the paths written, like the next three.
+
+    loaded: (model, diffusion, data, device) whose process and data are to be shown; by default those of the flags.
+    """
     diffusion = loaded[1] if loaded else named_process(args)
     if loaded:
         dataset, images, labels = training_images(loaded[2], args.data_dir, args.dataset)
@@ -247,6 +251,7 @@ def draw_from_data(name, args, path, loaded=None):
 
 
 def draw_from_formulas(name, args, path):
+    """Draw `schedules` and `solvers`, which need neither images nor a network, and print their tables."""
     T = args.num_timesteps
     if name == "schedules":
         curves = {schedule: DiffusionProcess(T, schedule).alpha_bar.numpy() for schedule in SCHEDULES}
@@ -267,6 +272,7 @@ def draw_from_formulas(name, args, path):
 
 
 def draw_from_model(name, args, path, loaded):
+    """Draw a figure of a model's sampling, or `predictors`. loaded: as in draw_from_data."""
     if name == "predictors":
         return draw_predictors(args, path, *loaded) if loaded else draw_simple_predictors(args, path)
     model, diffusion, data, device = loaded
@@ -345,6 +351,7 @@ def show_predictors(args, path, diffusion, x_0, which, model=None, y=None):
 
 
 def draw_from_run(name, args, path, device):
+    """Draw a figure of what a training has written: `loss`, `epochs` or `loss_by_timestep`."""
     if name == "loss":
         loss_figure(args.run, path)
         return [path]
