@@ -117,8 +117,8 @@ def load_classifier(path):
 def make_classifier(path, images, labels, held, held_labels, epochs=4, seed=0, **card):
     """Train one, write it, and measure what was written on images that it has not seen.
 
-    images, held: uint8 [N, C, H, W].  labels: [N], or None to learn how a picture was turned.  held_labels: [N], or
-    None where those images have no such classes.  Returns (Classifier, its card).
+    images, held: uint8 [N, C, H, W].  labels: [N], or None to learn how a picture was turned.
+    held_labels: [N], or None where those images have no such classes.  Returns (Classifier, its card).
     """
     classes = None if labels is None else int(labels.max()) + 1
     classifier = train_classifier(images, labels, classes, epochs, seed=seed)
@@ -147,9 +147,9 @@ def get_classifier(name, images, labels, held, held_labels, folder):
             if card["data"] == fingerprint:             # which tells the size and the channels, too
                 break
     else:
-        path = make_output_dir(folder) / own.name
-        print(f"no classifier for these images yet: training one to tell "
-              f"{'how a picture was turned' if labels is None else 'classes'}, a minute or two on two cores", flush=True)
+        path, what = make_output_dir(folder) / own.name, "how a picture was turned" if labels is None else "classes"
+        print(f"no classifier for these images yet: training one to tell {what}, a minute or two on two cores",
+              flush=True)
         classifier, card = make_classifier(path, images, labels, held, held_labels)
         print(f"wrote {path}")
     accuracy = f", test accuracy {card['accuracy']:.2%}" if card.get("accuracy") else ""
@@ -174,7 +174,8 @@ def main(argv=None):
     _, card = make_classifier(
         path, images, labels, *test, args.epochs, args.seed,
         command=f"classifier.py --dataset={args.dataset} --epochs={args.epochs} --seed={args.seed}")
-    print(f"wrote {path}, {path.stat().st_size / 1e6:.2f} MB: {card['accuracy']:.2%} of {len(test[0])} test images")
+    size, share = path.stat().st_size / 1e6, card["accuracy"]
+    print(f"wrote {path}, {size:.2f} MB: {share:.2%} of {len(test[0])} test images")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def refuse(self, unused, what):
-        """Raise ValueError for flags that were typed though `what` does not look at them.  unused: names of flags."""
+        """Raise ValueError for flags that were typed though `what` does not look at them.  unused: their names."""
         idle = [f"--{name}" for name in self.typed if name in unused]
         if idle:
             raise ValueError(f"{', '.join(idle)} would be of no use to {what}")

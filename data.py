@@ -83,9 +83,9 @@ def _check(image_size, channels):
 
 def _folder(name):
     if not name or not Path(name).is_dir():
-        only_weights = name and Path(__file__).with_name("pretrained").joinpath(f"{name}.pt").is_file()
+        shipped = name and Path(__file__).with_name("pretrained").joinpath(f"{name}.pt").is_file()
         raise ValueError(f"unknown dataset {name!r}; choose from {sorted(DATASETS)} or give a folder of images"
-                         + " (of this one the weights come with the project, the pictures do not)" * bool(only_weights))
+                         + (" (its weights come with the project, the pictures do not)" if shipped else ""))
     return Path(name)
 
 
@@ -162,7 +162,7 @@ def keep_apart(name, output_dir):
 def keep_apart_from_own(data, output_dir):
     """keep_apart of the images that a model was trained on. data: what the checkpoint says of them."""
     for name in (data["name"], data.get("val_dir")):
-        if name is not None and Path(str(name)).is_absolute():      # else it is a name, as the shipped cards have it
+        if name is not None and Path(str(name)).is_absolute():      # a bare name, as a card has it, is no path
             keep_apart(str(name), output_dir)
 
 

@@ -149,7 +149,7 @@ def load_originals(args, data, channels):
     """The pictures to spoil and to mend: those of --images, or such as the model has not seen, where there are any.
     [N, C, S, S] in [-1, 1]."""
     if args.images:
-        print(f"pictures: {len(args.images)} of yours, and the model makes of all what {data['name']!r} has taught it")
+        print(f"pictures: {len(args.images)} of yours; the model makes of all what {data['name']!r} has taught it")
         return load_pictures(args.images, data["image_size"], channels)
     try:
         dataset, images, _, kind = unseen_images(data, args.data_dir, args.dataset)
@@ -244,8 +244,8 @@ def main(argv=None):
         print(f"PSNR, likeness to the originals: {found}"
               + "; but the colours are free, and others as right" * (args.task == "colourise"))
         if psnr(ours, originals) < psnr(plain, originals):
-            print("less than of what was given: the model guesses, and a wrong guess costs more than a blank. The mean "
-                  "of several answers is nearer, and blurred: --average 8")
+            print("less than of what was given: the model guesses, and a wrong guess costs more than a blank. The "
+                  "mean of several answers is nearer, and blurred: --average 8")
 
     count = min(len(originals), 8)
     save_strip([pictures[:count].cpu() for pictures in rows.values()], [""] * count, output_dir / "edited.png",

@@ -27,8 +27,8 @@ from diffusion import model_calls
 from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak, take_guidance, take_sampler
-from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance, kernel_distance, nearest,
-                      nearest_images, precision_recall, single_share)
+from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance, kernel_distance,
+                      nearest, nearest_images, precision_recall, single_share)
 from reference import FEWEST, held_labels, labels_like, load_reference, note_other_images, same_classes
 from sample import choose_labels, drawing_words, generate, seconds_for, thinned
 from schedules import ranges_of_t
@@ -154,7 +154,7 @@ def seconds_to_measure(classifier, images, num_images, sets=1, copies_too=True, 
 # ---- Tables and pictures
 
 def print_quality(found, floor, count, held_count, held_name):
-    """A table of what `quality` found of `count` samples, beside that of the held-out images, and what to beware of."""
+    """A table of what `quality` found of `count` samples beside that of held-out images, and what to beware of."""
     def line(title, value, limit):
         print(f"  {title:<38}{value:>20}{limit:>20}")
 
@@ -357,8 +357,9 @@ def main(argv=None):
                          "of each; name more with --dataset, or train with a larger --val_fraction")
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
+    how = "; away from " if args.guidance else "; drawn by "
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "
-          f"{len(held)} {held_name}" + (f"; {'away from' if args.guidance else 'drawn by'} {args.weak}" if weak else ""))
+          f"{len(held)} {held_name}" + (how + args.weak if weak else ""))
     note_other_images(data, args.dataset)
     classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0], held,
                                       held_labels(labels), output_dir)

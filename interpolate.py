@@ -134,7 +134,8 @@ def main(argv=None):
     count = 2 * min(args.frames, 9) if args.compare else args.frames
     there_and_back = 4 * len(args.images or [])             # to the noise each step takes three calls
     seconds = seconds_for(model, diffusion, count + there_and_back, size, 64, args.steps, device)
-    print(f"cost: {count} pictures" + f" of class {args.label}" * (args.label != "none") + f", {args.steps} calls of the model for each, "
+    print(f"cost: {count} pictures" + f" of class {args.label}" * (args.label != "none")
+          + f", {args.steps} calls of the model for each, "
           + "and four times as many for each of yours, " * bool(args.images)
           + f"about {format_seconds(seconds)} here", flush=True)
     shape = (model.image_channels, size, size)

@@ -171,21 +171,21 @@ def add_drawing_flags(add):
     add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
-    add("--eta", f"fresh noise in each step: 0 none, 1 as much as DDPM, up to {MAX_ETA} more, for many steps; default: "
-        "as the model's card says, or the sampler's own", type=number_from(0, MAX_ETA))
+    add("--eta", f"fresh noise in each step: 0 none, 1 as much as DDPM, up to {MAX_ETA} more, for many steps; "
+        "default: as the model's card says, or the sampler's own", type=number_from(0, MAX_ETA))
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; "
         "default: as the model's card says, or 1", type=guidance_number)
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "
         "the model's card says where --guidance is not given, else all, or those of --weak",
         metavar="LOW,HIGH", type=interval)
     add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
-        f"mistakes (autoguidance), also without classes, by {WEAK_GUIDANCE:g} unless --guidance says otherwise, at the "
-        f"noisier {1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; default: what the model's "
+        f"mistakes (autoguidance), also without classes, by {WEAK_GUIDANCE:g} unless --guidance says otherwise, at "
+        f"the noisier {1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; default: what the model's "
         "card names beside it", metavar="FILE")
 
 
 def take_sampler(args, data):
-    """Put the sampler, steps, spacing and eta of the model's card into `args` where the command line names no sampler.
+    """Put the sampler, steps, spacing and eta of the model's card into `args` where no sampler was named.
 
     data: what load_model tells.  ValueError for an eta that the sampler does not take.
     """
@@ -198,8 +198,8 @@ def take_sampler(args, data):
 
 
 def take_guidance(args, data, T):
-    """Put into `args` what the command line does not name: the guidance, the levels at which it acts (None: all) and
-    the weak model that it leads away from, as the model's card has them.
+    """Put into `args` what was not named: the guidance, the levels at which it acts (None: all) and the weak model
+    that it leads away from, as the model's card has them.
 
     data: what load_model tells.  T: the number of timesteps.  ValueError for guidance towards nothing.
     """
@@ -223,7 +223,8 @@ def take_guidance(args, data, T):
 
     if named and guidance == 1:
         raise ValueError("--weak says what guidance leads away from, and --guidance 1 is none")
-    if not guided and not args.weak and (guidance not in (0, 1) or args.guidance is None and args.guidance_interval):
+    asked_for = guidance not in (0, 1) or args.guidance is None and args.guidance_interval
+    if asked_for and not guided and not args.weak:
         raise ValueError("guidance needs classes to guide towards, or a --weak model: "
                          + ("--label none has none" if data["classes"] else "the model was trained without"))
     if args.guidance_interval:

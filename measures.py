@@ -126,7 +126,8 @@ def nearest(queries, references):
     distances, indices = [], []
     for start in range(0, len(references), 20_000):
         block = references[start:start + 20_000]
-        block = block.float() / 255 if block.dtype == torch.uint8 else block    # not all at once: that is four times as much
+        if block.dtype == torch.uint8:          # not all at once: that is four times as much
+            block = block.float() / 255
         found = [torch.cdist(part, block).topk(min(2, len(block)), largest=False)
                  for part in queries.split(1000)]
         distances.append(torch.cat([values for values, _ in found]))

@@ -107,7 +107,7 @@ def others(data, data_dir, like, y):
 
 
 def held_labels(labels):
-    """The labels of the held-out images, of what load_reference gives; None where they have other classes, or none."""
+    """The labels of the held-out images, of what load_reference gives; None without, or if they are others."""
     return labels[1] if labels and (labels[1] >= 0).all() else None
 
 

@@ -84,7 +84,8 @@ def moments(steps, most):
 def drawing_words(guidance, interval=None, eta=None):
     """For the line that tells the cost: what is not as the sampler has it."""
     where = " at t = {} to {}".format(*interval) if interval else ""
-    return (f", eta {eta:g}" if eta is not None else "") + (f", guidance {guidance:g}{where}" if guidance != 1 else "")
+    return ((f", eta {eta:g}" if eta is not None else "")
+            + (f", guidance {guidance:g}{where}" if guidance != 1 else ""))
 
 
 def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device, precision=torch.float32):

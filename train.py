@@ -103,7 +103,8 @@ def build_model(name, config, image_size, seed, device, grad_checkpoint):
     return model
 
 
-def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_samples, optimizer, compiled, **settings):
+def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_samples, optimizer, compiled,
+              **settings):
     """Measure how fast this is here, and print what the training will cost. Returns the seconds of a step.
 
     done: the steps that a resumed run has behind it.  compiled: does the first step wait for torch.compile?

@@ -115,8 +115,8 @@ def get_timesteps(batch_size, num_timesteps, device, density="uniform"):
     """Random timesteps: [batch_size] integers in 0..num_timesteps-1, spread evenly over a batch.
 
     Low-discrepancy sampling: one comb with a random start, so that no batch has many early and few late ones, and
-    the loss jumps about less (Kingma et al. 2021, appendix I.1). Each place in the batch keeps to its own stretch of the levels: the
-    images have to be shuffled, so that all of them meet all levels.
+    the loss jumps about less (Kingma et al. 2021, appendix I.1). Each place in the batch keeps to its own stretch
+    of the levels: the images have to be shuffled, so that all of them meet all levels.
 
     density: "uniform", or "logit_normal": the logit of (t / T) is Gaussian, so that the levels in the middle,
     where the picture is decided, are met 1.6 times as often as the average, and those at both ends seldom

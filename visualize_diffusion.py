@@ -170,8 +170,8 @@ def explain_step(model, diffusion, t, **settings):
     images = dict(x_t=x_t, eps=eps, x_0=x_0, mean=to_x_0 * x_0 + to_x_t * x_t,
                   noise=seeded_noise(settings["seed"], [0], k + 1, x_t.shape[1:]), x_prev=x_prev)
     return dict({name: image[0].cpu() for name, image in images.items()}, t=t, t_prev=t_prev,
-                signal_weight=math.sqrt(ab), noise_weight=math.sqrt(1 - ab), to_x_0=to_x_0, to_x_t=to_x_t, sigma=sigma,
-                objective=diffusion.objective)
+                signal_weight=math.sqrt(ab), noise_weight=math.sqrt(1 - ab), to_x_0=to_x_0, to_x_t=to_x_t,
+                sigma=sigma, objective=diffusion.objective)
 
 
 def rms(a, b):

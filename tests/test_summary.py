@@ -23,6 +23,8 @@ import sample
 import train
 import visualize_diffusion
 from conftest import ROOT
+from convergence import MIXTURES, solver_errors
+from data import get_dataset
 from diffusion import SAMPLERS, DiffusionProcess
 from models import create_model
 
@@ -449,6 +451,7 @@ def test_a_stated_number_is_right(pattern, values):
     ("GFLOP an image, about a quarter", 0.24 < operations(32) / operations(64) < 0.26),
     ("scores 0.37 on MNIST, averaged over t, with the linear schedule (and 0.68 with the cosine)",
      abs(copying(LINEAR) - 0.37) < 0.005 and abs(copying(COSINE) - 0.68) < 0.005),
+    ("1.6 times as often as the average", abs(1 / math.sqrt(2 * math.pi) / 0.25 - 1.6) < 0.01),   # logit(t / T) = 0
     ("stays within 0.02 of the cosine", np.abs(sigmoid() - COSINE).max() < 0.02),
     ("of 1,059, in batches of 32, about 3,000", abs(100_000 * 32 / 1059 - 3000) < 50),
     ("(999, 979), (979, 959), ..., (39, 19), (19, -1)", True),
@@ -456,6 +459,23 @@ def test_a_stated_number_is_right(pattern, values):
 def test_a_rounded_statement_holds(sentence, holds):
     assert sentence in PROSE
     assert holds
+
+
+def test_the_errors_of_the_samplers_are_right():
+    """Two Gaussians, no network: what the sentence about --figure solvers says of four of its cells."""
+    mixture = MIXTURES["two Gaussians"]
+    found = [solver_errors(mixture, solvers=[sampler], spacings=[spacing], evaluations=[steps])[sampler, spacing][0]
+             for sampler, spacing, steps in (("dpmpp_2m", "log_snr", 20), ("ddim", "uniform", 50), ("ipndm", "log_snr", 20))]
+    sentence = re.search(rf"after 20 calls \({N}\) than DDIM on its own uniform levels after 50 \({N}\), "
+                         rf"and `ipndm` nearer still \({N}\)", PROSE)
+    for text, value in zip(sentence.groups(), found, strict=True):
+        assert agrees(text, value), (text, value)
+
+
+def test_what_is_said_of_the_pixels_of_mnist_holds(data_dir):
+    images = get_dataset("mnist", data_dir)[0]
+    assert "four fifths of MNIST that are background" in PROSE
+    assert 0.78 < (images == 0).double().mean() < 0.82
 
 
 def test_the_loop_visits_the_levels_of_the_diagram():
