@@ -265,6 +265,8 @@ def _with_channels(images, channels):
                       for part in images.split(1024)])
 
 
+# Each with probability 1/2: together they put an image into any of the eight positions of a square.
+MOVES = (lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-1, -2))
 FINGERPRINTED = 2_000_000_000  # bytes: a second or two
 
 
@@ -272,15 +274,16 @@ class Batches:
     """Batches of (images float [B, C, H, W] in [-1, 1], labels [B]) without end, or an epoch of them.
 
     Iterating over it is one epoch, number `epoch`, and the next time the next one; stream(k) starts at step k
-    of the run and goes on from epoch to epoch. Order and flips depend only on (seed, step). The last partial
+    of the run and goes on from epoch to epoch. Order and positions depend only on (seed, step). The last partial
     batch of an epoch is dropped (60,000 images in batches of 128 are 468 steps); a set smaller than one batch is
     one batch. Without labels, every label is -1 ("no class").
 
     images: uint8 [N, C, H, W], on the device that makes the batches.  flip: mirror each with probability
-    1/2.  indices: use only these images, without copying them.
+    1/2.  turn: put each into one of its eight positions, mirrored or not and turned by quarters.
+    indices: use only these images, without copying them.
     """
 
-    def __init__(self, images, labels=None, batch_size=128, seed=0, flip=False, indices=None):
+    def __init__(self, images, labels=None, batch_size=128, seed=0, flip=False, indices=None, turn=False):
         self.indices = torch.arange(len(images)) if indices is None else indices
         self.num_images = len(self.indices)
         if batch_size < 1 or not self.num_images:
@@ -293,17 +296,17 @@ class Batches:
         self.labels = (torch.full((len(images),), -1) if labels is None else labels).to(images.device)
         self.batch_size = min(batch_size, self.num_images)
         self.seed = seed
-        self.flip = flip
+        self.moves = MOVES if turn else MOVES[:int(flip)]
         self.epoch = 0
 
     def __len__(self):
         return self.num_images // self.batch_size
 
-    def take(self, index, mirrored=None):
-        """The images at `index` as floats, those of them that are `mirrored` flipped, and their labels."""
+    def take(self, index, moved=()):
+        """The images at `index` as floats, and their labels. moved: of each of self.moves, which it is done to."""
         x_0 = to_signed(self.images[index])
-        if mirrored is not None:
-            x_0 = torch.where(mirrored.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
+        for move, chosen in zip(self.moves, moved):
+            x_0 = torch.where(chosen.view(-1, 1, 1, 1), move(x_0), x_0)
         return x_0, self.labels[index]
 
     def fingerprint(self):
@@ -326,10 +329,10 @@ class Batches:
         random = np.random.default_rng([self.seed, epoch])
         # To the images' device once an epoch: a copy makes a GPU wait.
         order = self.indices[torch.from_numpy(random.permutation(self.num_images))].to(self.images.device)
-        mirrored = torch.from_numpy(random.random(len(order)) < 0.5).to(order.device) if self.flip else None
+        moved = [torch.from_numpy(random.random(len(order)) < 0.5).to(order.device) for _ in self.moves]
         for start in range(first * self.batch_size, len(self) * self.batch_size, self.batch_size):
             here = slice(start, start + self.batch_size)
-            yield self.take(order[here], mirrored[here] if self.flip else None)
+            yield self.take(order[here], [chosen[here] for chosen in moved])
 
     def stream(self, first_step=0):
         """Batches from step `first_step` of the run on, epoch after epoch, without end."""

@@ -29,7 +29,8 @@ from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak, take_guidance, take_sampler
 from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance, kernel_distance,
                       nearest, nearest_images, precision_recall, single_share)
-from reference import FEWEST, held_labels, labels_like, load_reference, note_other_images, same_classes
+from reference import (FEWEST, held_labels, labels_like, load_reference, note_other_images, positions_of,
+                       same_classes)
 from sample import choose_labels, drawing_words, generate, seconds_for, thinned
 from schedules import ranges_of_t
 from utils import PRECISIONS, describe_device, evaluating, get_device, get_precision, measure, shuffled
@@ -70,13 +71,13 @@ def quality(probabilities, features, reference, labels=None):
     return found
 
 
-def copies(images, features, training, reference, held, held_features, mirrored=False):
+def copies(images, features, training, reference, held, held_features, positions=1):
     """Are the samples copies of training images? In pixels (moved by up to one) and in features.
 
     Returns (a dict of plain numbers, the index of the most similar training image of each).
     """
-    pixels, index = nearest_images(images, training, mirrored)
-    pixels_held, _ = nearest_images(held, training, mirrored)
+    pixels, index = nearest_images(images, training, positions)
+    pixels_held, _ = nearest_images(held, training, positions)
     by_features, _ = nearest(features, reference)
     by_features_held, _ = nearest(held_features, reference)
     return {"searched": len(images), "held_out": len(held), "copied": copied_share(pixels[0], pixels_held[0]),
@@ -131,7 +132,7 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
         found["detail"], floor["detail"] = fine_power(drawn) / usual, fine_power(held) / usual
         bar.update()
         copied, index = copies(drawn[:SEARCHED], features[:SEARCHED], images, reference, held[:SEARCHED],
-                               held_features[:SEARCHED], mirrored=data.get("flip") is True)
+                               held_features[:SEARCHED], positions_of(data))
         bar.update()
         _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
                                      held_y[:256].to(device) if y is not None else None)
@@ -140,13 +141,13 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
             "loss_by_timestep": losses, "num_images": len(drawn), "num_held_out": len(held)}, index
 
 
-def seconds_to_measure(classifier, images, num_images, sets=1, copies_too=True, mirrored=False):
+def seconds_to_measure(classifier, images, num_images, sets=1, copies_too=True, positions=1):
     """How long it will take here to measure so many sets of num_images samples, from timing the two longest parts
     on a few of the training images."""
     some, looks = images[:100], len(images) + (sets + 1) * num_images       # the one more is the floor's
     seconds = looks * measure(lambda: look(classifier, some), torch.device("cpu"))
     if copies_too:                                                          # of samples and held-out images
-        searches = 2 * min(num_images, SEARCHED) * (2 if mirrored else 1)
+        searches = 2 * min(num_images, SEARCHED) * positions
         seconds += searches * measure(lambda: nearest_images(some, images), torch.device("cpu"))
     return seconds / len(some)
 
@@ -368,7 +369,7 @@ def main(argv=None):
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls,
                           device, precision)
     measuring = seconds_to_measure(classifier, images, args.num_images, len(ways),
-                                   copies_too=not (args.race or args.stages), mirrored=data.get("flip") is True)
+                                   copies_too=not (args.race or args.stages), positions=positions_of(data))
     print(f"cost: {args.num_images} images, {calls} calls of the model for each"
           + drawing_words(args.guidance, args.guidance_interval, args.eta)
           + f", about {format_seconds(seconds)} here, and {format_seconds(measuring)} to measure", flush=True)

@@ -136,16 +136,18 @@ def nearest(queries, references):
     return best.T, torch.cat(indices, dim=1).gather(1, pick).T
 
 
-def nearest_images(images, training, mirrored=False):
+def nearest_images(images, training, positions=1):
     """(distances [2, N], indices [2, N]) of the most similar training image, which may have been moved by one
     pixel, and of the second.
 
-    images, training: uint8 [N, C, H, W].  mirrored: look at the mirror images, too (training with flips).
+    images, training: uint8 [N, C, H, W].  positions: in how many to look at each image; 2: mirrored, too (--flip), 8:
+    and turned by quarters (--turn).
     The distance is the root of the mean squared difference, 0 to 1.
     """
     flat = training.flatten(1)
-    variants = [image for view in ([images, images.flip(-1)] if mirrored else [images])
-                for image in _shifted(view.float() / 255)]
+    views = [images, images.flip(-1)][:positions]
+    views += [view.rot90(k, (-2, -1)) for k in (1, 2, 3) for view in views if positions == 8]
+    variants = [image for view in views for image in _shifted(view.float() / 255)]
     found = [nearest(variant.flatten(1), flat) for variant in variants]
     distances, indices = (torch.cat(parts) for parts in zip(*found))            # [2 * variants, N]
     first, pick = distances.min(0)

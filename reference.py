@@ -38,6 +38,11 @@ def fit_of(data):
     return "stretch" if data.get("fit") == "stretch" else "crop"
 
 
+def positions_of(data):
+    """In how many positions the training showed each image: 1, 2 (--flip) or 8 (--turn)."""
+    return 8 if data.get("turn") is True else 2 if data.get("flip") is True else 1
+
+
 def load_reference(data, data_dir, name=None):
     """The images that a model was trained on, and others like them.
 

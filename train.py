@@ -52,7 +52,7 @@ MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "out
               "start_from")
 
 
-def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir, val_fraction, device,
+def load_batches(dataset_name, batch_size, seed, flip, turn, labels, data_dir, val_dir, val_fraction, device,
                  **settings):
     """(name, names of the classes or None, Batches to train on, Batches held out or None)
 
@@ -89,7 +89,7 @@ def load_batches(dataset_name, batch_size, seed, flip, labels, data_dir, val_dir
             print(f"note: {val_dir} has not the same classes, so the held-out loss is that without a class")
     elif len(held):
         held_out = Batches(images, y, batch_size=64, indices=held)
-    return dataset_name, classes, Batches(images, y, batch_size, seed, flip, kept), held_out
+    return dataset_name, classes, Batches(images, y, batch_size, seed, flip, kept, turn), held_out
 
 
 def build_model(name, config, image_size, seed, device, grad_checkpoint):
@@ -151,7 +151,8 @@ def check_choices(num_epochs, steps, beta2, **settings):
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None, seed=0,
           data_dir="data", output_dir="outputs", device="auto", precision="auto",
           image_size=None, channels=None, fit="crop", labels=None, label_drop=0.1, cache_dir=None, flip=False,
-          val_dir=None, val_fraction=0.0, timesteps=1000, schedule="linear", objective="eps", clip_loss=False,
+          turn=False, val_dir=None, val_fraction=0.0, timesteps=1000, schedule="linear", objective="eps",
+          clip_loss=False,
           model_name="simple", grad_checkpoint=False, compile=False,
           optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0, accumulate=1,
           grad_clip=None, min_snr=None, density="uniform", ema_decay=0.9995, ema_every=1, num_samples=64,
@@ -192,7 +193,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         elif start_from:
             spare([start_from], *run_files(output_dir))
         dataset_name, classes, batches, held_out = load_batches(
-            dataset_name, batch_size * accumulate, seed, flip, labels, data_dir, val_dir, val_fraction, device,
+            dataset_name, batch_size * accumulate, seed, flip, turn, labels, data_dir, val_dir, val_fraction, device,
             image_size=image_size, channels=channels, fit=fit, cache_dir=cache_dir)
         if world > 1 and batches.batch_size % (world * accumulate):
             raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally by {world} "
@@ -217,7 +218,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         facts = {"model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
                  "settings": settings, "data": {
                      "name": full_name(dataset_name), "image_size": image_size, "channels": channels,
-                     "classes": classes, "fit": fit, "flip": flip, "seed": seed,
+                     "classes": classes, "fit": fit, "flip": flip, "turn": turn, "seed": seed,
                      "val_fraction": 0.0 if val_dir else val_fraction,
                      "val_dir": val_dir and full_name(val_dir)}, "started_from": started}
         facts = plain(facts, "the run")         # what cannot be saved is told before the training
@@ -289,6 +290,8 @@ def main(argv=None):
     add("--fit", "of pictures that are not square: the central square, or all of it stretched", "crop",
         choices=FITS)
     add("--flip", "mirror each image with probability 1/2: not for digits or writing", False, action=SWITCH)
+    add("--turn", "show each image in one of its eight positions, turned by quarters and mirrored or not: for what "
+        "has no upright, as cloth, tissue or pictures from above", False, action=SWITCH)
     add("--labels", "train with classes, so that one can ask for a 7; default: if the data set has them; "
         "of a folder, its sub-folders are classes if this is given", action=SWITCH)
     add("--label_drop", "share of images whose class is withheld: what guidance needs", 0.1, type=fraction)

@@ -155,8 +155,16 @@ def test_plain_images_are_no_copies_of_one_image():
 
 def test_mirrored_copies_are_found_when_asked_for():
     images, _ = digits(60, seed=1)
-    assert nearest_images(images[:20].flip(-1), images, mirrored=True)[0][0].max() < 1e-3
+    assert nearest_images(images[:20].flip(-1), images, positions=2)[0][0].max() < 1e-3
     assert nearest_images(images[:20].flip(-1), images)[0][0].max() > 0.05
+
+
+def test_turned_copies_are_found_when_asked_for():
+    images, _ = digits(60, seed=1)
+    for turns in range(4):
+        for copies in (images[:9].rot90(turns, (2, 3)), images[:9].flip(-1).rot90(turns, (2, 3))):
+            assert nearest_images(copies, images, positions=8)[0][0].max() < 1e-3
+    assert nearest_images(images[:9].rot90(1, (2, 3)), images, positions=2)[0][0].max() > 0.05
 
 
 def test_classes_are_drawn_by_chance_as_the_training_images_have_them():

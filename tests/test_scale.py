@@ -5,6 +5,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -172,6 +173,24 @@ def test_flips_mirror_about_half_and_depend_on_the_step_alone():
     assert {tuple(row.flatten().tolist()) for row in runs[0]} == {(1.0, -1.0), (-1.0, 1.0)}
     plain = Batches(images, batch_size=40, seed=1)
     assert all((x[..., 0] == 1).all() for x, _ in plain)
+
+
+def test_turns_show_all_eight_positions_equally_often_and_keep_images_whole():
+    image = torch.tensor([[0, 100], [255, 50]], dtype=torch.uint8)
+    images = image.expand(4000, 1, 2, 2).contiguous()
+    shown = torch.cat([x for x, _ in Batches(images, batch_size=400, seed=1, turn=True)])
+    counts = Counter(tuple(x.flatten().tolist()) for x in (shown[:, 0] + 1) * 127.5)
+    corners = [(0, 0), (0, 1), (1, 1), (1, 0)]                      # once around the square
+    around = [int(image[corner]) for corner in corners]
+    wanted = set()
+    for ring in (around, around[::-1]):
+        for k in range(4):
+            turned = dict(zip(corners, ring[k:] + ring[:k]))
+            wanted.add(tuple(turned[corner] for corner in ((0, 0), (0, 1), (1, 0), (1, 1))))
+    assert {tuple(map(round, x)) for x in counts} == wanted and len(wanted) == 8
+    assert all(420 < count < 580 for count in counts.values())      # 500 +- 21
+    again = torch.cat([x for x, _ in Batches(images, batch_size=400, seed=1, turn=True)])
+    assert torch.equal(shown, again)
 
 
 def test_a_stream_can_be_entered_at_any_step():
