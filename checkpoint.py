@@ -38,7 +38,7 @@ SAFE_TORCH = (2, 10)  # before it, weights_only=True could be got round
 def _walk(entry, depth=0):
     """Every value in a nest of dicts and lists, with what tells its place: pairs (kind, value)."""
     if depth > MAX_DEPTH:
-        raise ValueError("nested too deep")
+        raise ValueError("values nested too deep")
     if isinstance(entry, dict):
         yield "dict", len(entry)
         for key, value in entry.items():

@@ -23,6 +23,13 @@ def speaks():
     return rank == "0" or not rank.isdecimal() or "WORLD_SIZE" not in os.environ
 
 
+def stopped(stop):
+    """Say, once, that a signal ended the command, and exit as a shell counts it. stop: a KeyboardInterrupt."""
+    if not getattr(stop, "told", False):
+        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
+    sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+
+
 def command(main):
     """Decorate main(argv=None): turn a bad value or a file that cannot be used into one clear line."""
     @functools.wraps(main)
@@ -42,6 +49,8 @@ def command(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python complains at its end
             sys.exit(141)                                           # as a shell counts it, 128 + SIGPIPE
         except (RuntimeError, MemoryError) as error:
+            if isinstance(error.__cause__, KeyboardInterrupt):          # Python 3.11 wraps what __set_name__ raises
+                stopped(error.__cause__)
             mine, text = True, str(error).strip()
             if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
                 message = f"--compile does not work here: {(text.splitlines() or ['no reason is given'])[0]}"
@@ -58,9 +67,7 @@ def command(main):
             mine = False                                # of several processes, the others meet the same
             message = str(error)
         except KeyboardInterrupt as stop:
-            if not getattr(stop, "told", False):
-                print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
-            sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+            stopped(stop)
         if not speaks() and mine:
             message = f"process {os.environ['RANK']}: {message}"
         if speaks() or mine or "TORCHELASTIC_RUN_ID" not in os.environ:     # torchrun's first process tells it

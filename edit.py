@@ -216,6 +216,8 @@ def main(argv=None):
                 "colourise": colourise}[args.task]()
     originals = load_originals(args, data, channels).to(device)
     y, _ = choose_labels(args.label, classes, len(originals))
+    if y is not None and len(y.unique()) > len(originals):
+        raise ValueError(f"--label {args.label}: {len(y.unique())} classes for {len(originals)} pictures")
     y = None if y is None else thinned(y, len(originals)).to(device)
     diffusion.timesteps(args.steps)                         # refuses too many
     calls = ((args.steps - 1) * args.travel + 1) * args.average
@@ -237,7 +239,7 @@ def main(argv=None):
     if args.task == "upscale":
         rows = {"original": originals, "given": operator.back(given), "bicubic": plain, "the model": ours}
     if args.label != "none":
-        print("no likeness to the originals is told: --label may ask for something else than they are")
+        print("no PSNR, as --label may ask for something else than the originals are")
     else:
         found = ", ".join(f"{name} {psnr(pictures, originals):.2f} dB" for name, pictures in rows.items()
                           if name != "original")

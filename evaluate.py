@@ -338,7 +338,7 @@ def main(argv=None):
         args.label = "their own" if known and held_labels(labels) is not None else "none"
     if not args.race:
         take_sampler(args, data)
-    take_guidance(args, data, diffusion.num_timesteps)
+    take_guidance(args, data, diffusion)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     if args.race:
         entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts

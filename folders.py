@@ -361,11 +361,12 @@ def find_duplicates(digests):
     return [(k, first[d]) for k, d in enumerate(digests) if first.setdefault(d, k) != k]
 
 
-def save_sheet(images, path, columns=10):
-    """A contact sheet of up to 100 images, evenly spread over the set. images: uint8 [N, C, H, W]."""
+def save_sheet(images, path, columns=10, total=None):
+    """A contact sheet of up to 100 images, evenly spread over the set. images: uint8 [N, C, H, W], of `total`."""
     picks = torch.linspace(0, len(images) - 1, min(100, len(images))).round().long().unique()
     save_images(to_signed(images[picks]), path, columns)
-    print(f"wrote {path}")
+    total = total or len(images)
+    print(f"wrote {path}" + f", {len(picks)} of the {total} images" * (len(picks) < total))
 
 
 def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, fit="crop",
@@ -412,7 +413,7 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
         _section("without a class (no sub-folder), so that --labels cannot be trained with", outside)
     print(f"other files, ignored: {others}")
     if used:
-        save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet)
+        save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet, total=len(used))
     return bool(used) and not outside and not bare and fits(image_size, multiple)
 
 

@@ -192,14 +192,19 @@ def pca(features, dim=2):
     return (centred @ directions[:dim].T).float(), (variance / variance.sum())[:dim].tolist()
 
 
-def tsne(features, seed=0):
-    """Neighbours stay neighbours, distances mean little (van der Maaten & Hinton 2008). [N, D] -> [N, 2]."""
+def find_tsne():
+    """scikit-learn's TSNE. ValueError where that is not installed."""
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
         raise ValueError("--projection tsne needs scikit-learn: pip install scikit-learn; or take pca") from error
+    return TSNE
+
+
+def tsne(features, seed=0):
+    """Neighbours stay neighbours, distances mean little (van der Maaten & Hinton 2008). [N, D] -> [N, 2]."""
     perplexity = min(30, (len(features) - 1) / 3)
-    model = TSNE(init="pca", perplexity=perplexity, random_state=seed)
+    model = find_tsne()(init="pca", perplexity=perplexity, random_state=seed)
     return torch.from_numpy(model.fit_transform(features.numpy()))
 
 

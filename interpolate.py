@@ -46,6 +46,7 @@ def slerp(a, b, share):
 SEEDS = [42, 123]
 MAX_GIF = 1_000_000_000  # pixels, three bytes each while it is made
 MAX_FRAMES = 10_000
+COMPARED = 9  # frames in a row
 POOR = 20  # dB: below it a picture that went to its noise and back is another one to the eye
 BATCH = 64  # pictures at a time
 PATHS = {"lerp": lerp, "slerp": slerp}
@@ -101,6 +102,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.compare:
         parser.refuse({"path", "loop", "fps", "size"}, "--compare, which draws both ways and no GIF")
+        if args.frames > COMPARED and "frames" in parser.typed:
+            raise ValueError(f"--frames {args.frames}: --compare draws {COMPARED} at most, side by side")
     if args.images and args.seeds:
         raise ValueError("--images and --seeds: give one of them")
     args.seeds = args.seeds or SEEDS
@@ -131,7 +134,7 @@ def main(argv=None):
     y, _ = choose_labels(args.label, classes, args.frames)
     y = None if y is None else y.to(device)
     diffusion.timesteps(args.steps)                         # refuses too many
-    count = 2 * min(args.frames, 9) if args.compare else args.frames
+    count = 2 * min(args.frames, COMPARED) if args.compare else args.frames
     there_and_back = 4 * len(args.images or [])             # to the noise each step takes three calls
     seconds = seconds_for(model, diffusion, count + there_and_back, size, 64, args.steps, device)
     print(f"cost: {count} pictures" + f" of class {args.label}" * (args.label != "none")
@@ -151,7 +154,7 @@ def main(argv=None):
         noises = torch.cat([seeded_noise(seed, [0], 0, shape) for seed in args.seeds]).to(device)
 
     if args.compare:
-        shares = torch.linspace(0, 1, min(args.frames, 9)).tolist()
+        shares = torch.linspace(0, 1, min(args.frames, COMPARED)).tolist()
         rows = [draw(model, diffusion, torch.stack([path(noises[0], noises[1], share) for share in shares]),
                      None if y is None else y[:len(shares)], args.steps, name) for name, path in PATHS.items()]
         picture = output_dir / "lerp_slerp.png"

@@ -13,7 +13,7 @@ from checkpoint import (PRETRAINED, check_weights, drawing_digest, load_checkpoi
                         whole_precision)
 from command_line import guidance_number, interval, number_from, positive_int
 from data import keep_apart_from_own
-from diffusion import MAX_ETA, SAMPLERS, DiffusionProcess
+from diffusion import MAX_ETA, SAMPLERS, DiffusionProcess, guidance_at
 from images import MAX_SIZE
 from models import create_model, model_defaults
 from running import FINAL, LATEST
@@ -98,6 +98,8 @@ def load_model(path, device="cpu", ema=True, image_size=None):
             raise ValueError("not all weights are finite numbers")
         if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_SIZE:
             raise ValueError(f"image_size {data['image_size']!r}")
+        if data["image_size"] % model.multiple:
+            raise ValueError(f"image_size {data['image_size']}, no multiple of {model.multiple}")
         data["name"] = str(data["name"])
         data["classes"] = [str(name) for name in data["classes"]] if model.num_classes else None
         if model.num_classes and len(data["classes"]) != model.num_classes:
@@ -152,12 +154,13 @@ def card_recipe(card, T):
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         sampler, steps = "ddim", None
     spacing, eta, levels = map(card.get, ("spacing", "eta", "guidance_interval"))
+    most = 1 if SAMPLERS[sampler].variance == "beta" else MAX_ETA
     known = (isinstance(levels, (list, tuple)) and [type(level) for level in levels] == [int, int]
              and 0 <= levels[0] <= levels[1] <= T)
     return {"guidance_interval": tuple(levels) if known else None,
             "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
             "spacing": spacing if isinstance(spacing, str) and spacing in SPACINGS else None,
-            "eta": float(eta) if type(eta) in (int, float) and 0 <= eta <= MAX_ETA else None,
+            "eta": float(eta) if type(eta) in (int, float) and 0 <= eta <= most else None,
             "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0,
             # Never a path: only what lies beside.
             "weak": (weak if isinstance(weak, str) and 0 < len(weak) < 200 and weak == Path(weak).name
@@ -197,18 +200,20 @@ def take_sampler(args, data):
         raise ValueError(f"--eta {args.eta:g}: {args.sampler} takes 0 to 1")
 
 
-def take_guidance(args, data, T):
+def take_guidance(args, data, diffusion):
     """Put into `args` what was not named: the guidance, the levels at which it acts (None: all) and the weak model
     that it leads away from, as the model's card has them.
 
-    data: what load_model tells.  T: the number of timesteps.  ValueError for guidance towards nothing.
+    data: what load_model tells.  args.sampler: None where several are compared.
+    ValueError for guidance towards nothing, or asked for at levels where it cannot act.
     """
+    T = diffusion.num_timesteps
     guided, named = data["classes"] and args.label != "none", args.weak is not None
     if data["weak"] and not named and args.guidance not in (0, 1):
         beside = Path(args.checkpoint).parent / data["weak"]
         if beside.is_file():
             args.weak = str(beside)
-        else:
+        elif args.guidance is None:
             print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: "
                   "drawing without")
     if named:
@@ -221,6 +226,8 @@ def take_guidance(args, data, T):
         guidance = args.guidance
         levels = levels if args.weak else None              # away from "no class" it may act at all levels
 
+    if guidance == 0 and not data["classes"] and not args.weak:
+        guidance = 1.0                                      # what it sees without a class is all that it sees
     if named and guidance == 1:
         raise ValueError("--weak says what guidance leads away from, and --guidance 1 is none")
     asked_for = guidance not in (0, 1) or args.guidance is None and args.guidance_interval
@@ -233,8 +240,16 @@ def take_guidance(args, data, T):
             raise ValueError(f"{asked} says where guidance acts, and --guidance {guidance:g} is none")
         if args.guidance_interval[0] >= T or args.guidance_interval[1] > T:
             raise ValueError(f"{asked}: the levels of this model go from 0 to {T - 1}")
-    args.guidance = guidance
+    typed, args.guidance = bool(args.guidance_interval), guidance
     args.guidance_interval = None if guidance in (0, 1) else args.guidance_interval or levels
+    if args.guidance_interval and args.sampler:
+        visited = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)[:-1]
+        if all(guidance_at(t, guidance, args.guidance_interval) == 1 for t in visited):
+            where = "--guidance_interval {},{}".format(*args.guidance_interval)
+            if typed:
+                raise ValueError(f"{where}: none of the {len(visited)} levels of this chain lies there")
+            print(f"guidance is left out: the model has it for {where}, and none of these {len(visited)} levels lies there")
+            args.guidance, args.guidance_interval, args.weak = 1.0, None, None
 
 
 def load_weak(path, model, diffusion, own, device="cpu", image_size=None):

@@ -51,5 +51,5 @@ def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, 
 def predictor_lines(edges, errors):
     """The errors as lines of text, one for each answer."""
     heads = [f"{low}-{high - 1}" for low, high in zip(edges, edges[1:])]
-    return [f"{'t':26}" + "".join(f"{head:>10}" for head in heads),
-            *(f"{name:26}" + "".join(f"{error:10.4f}" for error in row) for name, row in errors.items())]
+    return [f"{'t':26}" + "".join(f"{head:>12}" for head in heads),
+            *(f"{name:26}" + "".join(f"{error:12.4f}" for error in row) for name, row in errors.items())]

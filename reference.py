@@ -29,8 +29,8 @@ def chosen_name(data, name=None):
 def note_other_images(data, name):
     """Say so where a model is shown another data set than its own."""
     if name and name != data["name"]:
-        print(f"note: the model was trained on {data['name']!r}, and knows nothing of these images unless they "
-              "are the same")
+        print(f"note: the model was trained on {data['name']!r}, not on {name!r}: of pictures unlike its own it "
+              "knows nothing")
 
 
 def fit_of(data):

@@ -299,7 +299,7 @@ def main(argv=None):
     if again and "weak" in again and not (args.weak or data["weak"]):
         raise ValueError(made_with_weak(args.recreate, again))
     take_sampler(args, data)
-    take_guidance(args, data, diffusion.num_timesteps)
+    take_guidance(args, data, diffusion)
     y, columns = choose_labels(args.label, data["classes"], args.num_images, args.first_index)
     count = args.num_images if y is None else len(y)
     check_sheet(count, columns, size, args.upscale)

@@ -273,6 +273,19 @@ MODEL_FLAGS = ("base_channels", "multipliers", "num_blocks", "attention_levels",
 SWITCH = argparse.BooleanOptionalAction      # --flip, --no-flip: a flag can undo what a preset sets
 
 
+def refuse_idle(parser, settings):
+    """Raise ValueError for flags that were typed and would be passed over. settings: those of the command."""
+    sets = [settings["dataset"] or "mnist", *filter(None, [settings["val_dir"]])]
+    if all(name in DATASETS for name in sets):
+        parser.refuse({"cache_dir", "fit"}, f"{' and '.join(sets)}: no folder")
+    if not any(name in DATASETS and isinstance(DATASETS[name].source, str) for name in sets):
+        parser.refuse({"data_dir"}, f"{' and '.join(sets)}, which torchvision knows nothing of")
+    if settings["labels"] is False or settings["labels"] is None and sets[0] not in DATASETS:
+        parser.refuse({"label_drop"}, "a training without classes")
+    if settings["val_dir"]:
+        parser.refuse({"val_fraction"}, f"a training with --val_dir {settings['val_dir']}: give one of them")
+
+
 @command
 def main(argv=None):
     parser = Parser(description="Train a U-Net to undo noise.")
@@ -359,8 +372,7 @@ def main(argv=None):
     add("--save_every", "epochs between two checkpoints (default: 5); with --steps, steps (default: a fifth of "
         "them, 200 at least)", type=positive_int)
     settings = parse(parser, argv)
-    if (settings["dataset"] or "mnist") in DATASETS and not settings["val_dir"]:
-        parser.refuse({"cache_dir", "fit"}, f"{settings['dataset'] or 'mnist'}: no folder")
+    refuse_idle(parser, settings)
     model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
     model_config = {flag: value for flag, value in model_config.items() if value is not None}
     if settings.pop("verify"):

@@ -41,7 +41,8 @@ def describe_device(device, name="auto"):
     if device.type == "cuda":
         what = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
-        what = f"{torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        what = f"{count} thread{'s' * (count > 1)}"
     else:
         what = "Apple GPU"
     why = "as asked" if name != "auto" else {"cuda": "a CUDA GPU was found", "cpu": "no GPU was found",

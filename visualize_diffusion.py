@@ -279,6 +279,8 @@ def draw_from_model(name, args, path, loaded):
     T, size, count = diffusion.num_timesteps, data["image_size"], args.num_images or FIGURES[name].count
     y, _ = choose_labels(args.label, data["classes"], count)
     if name == "one_step":
+        if y is not None and args.label and len(y.unique()) > 1:
+            raise ValueError(f"--label {args.label}: one picture is sampled, so one class")
         count, y = 1, None if y is None else y[:1]
     count = count if y is None else len(y)                  # several labels get full rows
     sampler = "ddpm" if name == "one_step" else args.sampler
@@ -293,7 +295,7 @@ def draw_from_model(name, args, path, loaded):
     calls = {"steps": sum(map(calls_of, steps_list)), "seeds": 2 * calls_of(args.steps) * len(args.seeds)}.get(
         name, calls_of(args.steps))
     cost = format_seconds(seconds_for(model, diffusion, count, size, 64, calls, device))
-    print(f"{name}: {calls} calls of the model on {count} images" + drawing_words(guidance, interval)
+    print(f"{name}: {calls} calls of the model on {count} image{'s' * (count > 1)}" + drawing_words(guidance, interval)
           + f", about {cost} here", flush=True)
     settings = dict(image_size=size, seed=args.seed, sampler=sampler, steps=args.steps, y=y, device=device,
                     guidance=guidance, guidance_interval=interval)

@@ -28,7 +28,7 @@ from data import DATASET_HELP, class_names, keep_apart
 from diffusion import SAMPLERS
 from images import COLOURS, as_text, image_grid, new_figure, save_figure, to_uint8
 from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest, centre_accuracy,
-                    choose_layer, model_table, parts, pca, reach, sampled, table_lines, time_embeddings, tsne)
+                    choose_layer, find_tsne, model_table, parts, pca, reach, sampled, table_lines, time_embeddings, tsne)
 from load import CHECKPOINT_HELP, open_model, refuse_other_images
 from models import MODELS, create_model
 from reference import unseen_images
@@ -332,6 +332,8 @@ def draw_from_model(name, args, path, device):
 
 
 def draw_features(args, path, device):
+    if args.projection == "tsne":
+        find_tsne()                                             # better now than after the features
     _, model, diffusion, data = open_model(args, device)
     timesteps = choose_timesteps(args.timesteps, FIGURES["features"].timesteps, diffusion.num_timesteps)
     dataset, images, labels, _ = unseen_images(data, args.data_dir, args.dataset)

@@ -319,6 +319,9 @@ EDITS = [
     Edit("the contrast of a channel without any", "diagnose.py", "(drawn.std((0, 2, 3)) + 0.02)", "drawn.std((0, 2, 3))",
          "diagnose"),
     Edit("a name taken for a folder", "data.py", "and Path(str(name)).is_absolute()", "", "hostile"),
+    Edit("guidance told where none acts", "load.py", "== 1 for t in visited)", "== 2 for t in visited)",
+         "export hostile"),
+    Edit("a wrapped interrupt", "command_line.py", "isinstance(error.__cause__, KeyboardInterrupt)", "False", "hostile"),
     Edit("an average that never begins", "plan.py", "if ema_every > total", "if False", "hostile"),
 ]
 

@@ -185,6 +185,19 @@ def test_sampling_takes_the_guidance_of_the_card(named, flags, taken, two_shades
     assert read_note(tmp_path / "generated_samples.png")["guidance"] == taken
 
 
+def test_guidance_of_the_card_that_meets_no_level_is_left_out(two_shades, evaluation, tmp_path, capsys):
+    """It was told as though it acted, with pictures that were those without."""
+    small = tmp_path / "small.pt"
+    export.export(two_shades, small, evaluation)
+    entries = load_checkpoint(small)
+    entries["card"].update(guidance=1.5, guidance_interval=[1, 5])
+    save_checkpoint(small, entries)
+    sample.main(["--checkpoint", str(small), "--num_images", "2", "--output_dir", str(tmp_path), "--steps", "2",
+                 "--sampler", "ddim", "--device", "cpu"])
+    said, note = capsys.readouterr().out, read_note(tmp_path / "generated_samples.png")
+    assert "guidance is left out" in said and (note["guidance"], note.get("guidance_interval")) == (1, None)
+
+
 @pytest.mark.parametrize("named, flags, taken", [
     ([10, 30], [], (1.5, "10,30")), ([10, 30], ["--guidance", "1.5"], (1.5, None)), (None, [], (1.5, None)),
     ([10, 30], ["--guidance_interval", "5,20"], (1.5, "5,20")), ([10, 30], ["--label", "none"], (1, None)),

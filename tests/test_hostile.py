@@ -28,7 +28,7 @@ import run_figures
 import sample
 import visualize_diffusion as figures
 import visualize_model
-from command_line import Parser, speaks
+from command_line import Parser, command, speaks
 from conftest import ROOT
 from data import Batches, split_held_out
 from diffusion import DiffusionProcess
@@ -550,6 +550,7 @@ def test_a_model_is_not_led_away_from_itself(tmp_path, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--guidance", 3, "--guidance_interval", "40,50"], "go from 0 to 39"),
     (["--guidance", 3, "--guidance_interval", "10,41"], "go from 0 to 39"),
+    (["--guidance", 3, "--guidance_interval", "1,5", "--steps", 2], "none of the 2 levels"),
     (["--label", "none", "--guidance_interval", "10,20"], "--label none has none"),
     (["--guidance", 1, "--guidance_interval", "10,20"], "--guidance 1 is none")])
 def test_guidance_that_cannot_act_is_refused_for_what_was_typed(flags, words, tmp_path, capsys):
@@ -615,10 +616,41 @@ def test_a_name_with_a_comma_is_one_name():
     (figures.main, ["--figure", "one_step", "--sampler", "ddim"], "--sampler would be of no use"),    # its default
     (train_main, ["--dataset", "synthetic_digits", "--fit", "crop", "--cache_dir", "c"],
      "--fit, --cache_dir would be of no use to synthetic_digits: no folder"),
+    (train_main, ["--dataset", "synthetic_digits", "--val_dir", "mnist", "--fit", "crop"], "--fit would be of no use"),
+    (train_main, ["--dataset", "photos", "--data_dir", "d"], "--data_dir would be of no use to photos"),
+    (train_main, ["--dataset", "photos", "--label_drop", 0.5], "--label_drop would be of no use to a training without"),
+    (train_main, ["--no-labels", "--label_drop", 0.1], "--label_drop would be of no use to a training without"),
+    (train_main, ["--dataset", "photos", "--val_dir", "others", "--val_fraction", 0.2], "give one of them"),
+    (interpolate.main, ["--compare", "--frames", 10], "--compare draws 9 at most"),
     (visualize_model.main, ["--figure", "table", "--model", "simple", "--checkpoint", "x.pt"], "give one of them")])
 def test_flags_that_would_be_passed_over_are_refused(main, flags, words, tmp_path, capsys):
     assert words in fails(capsys, main, *flags, "--output_dir", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_more_classes_than_pictures_are_refused(tmp_path, capsys):
+    path = write_model(tmp_path / "m.pt")
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    assert "2 classes for 1 pictures" in fails(capsys, edit.main, "--checkpoint", path, "--images", tmp_path / "a.png",
+                                               "--label", "a,b", "--output_dir", tmp_path / "out")
+    assert "one picture is sampled" in fails(capsys, figures.main, "--figure", "one_step", "--checkpoint", path,
+                                             "--label", "a,b", "--output_dir", tmp_path / "out")
+
+
+def test_an_interrupt_that_python_has_wrapped_is_still_one(capsys):
+    """A signal within __set_name__, which late imports of torch run: Python 3.11 makes a RuntimeError of it."""
+    @command
+    def main(argv=None):
+        raise RuntimeError("Error calling __set_name__") from Stopped(signal.SIGINT)
+
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 130 and "stopped by SIGINT" in capsys.readouterr().err
+
+
+def test_a_model_whose_size_does_not_fit_its_network_is_named(tmp_path, capsys):
+    path = write_model(tmp_path / "m.pt", image_size=30)
+    assert str(path) in fails(capsys, sample.main, "--checkpoint", path, "--output_dir", tmp_path)
 
 
 def test_a_set_of_which_only_the_weights_come_with_the_project_is_told_apart(tmp_path, capsys):
