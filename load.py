@@ -207,8 +207,32 @@ def take_guidance(args, data, diffusion):
     data: what load_model tells.  args.sampler: None where several are compared.
     ValueError for guidance towards nothing, or asked for at levels where it cannot act.
     """
-    T = diffusion.num_timesteps
-    guided, named = data["classes"] and args.label != "none", args.weak is not None
+    named, guided = args.weak is not None, bool(data["classes"]) and args.label != "none"
+    guidance, levels = default_guidance(args, data, diffusion.num_timesteps, guided)
+    if args.guidance is not None:
+        guidance = args.guidance
+        levels = levels if args.weak else None              # away from "no class" it may act at all levels
+    if guidance == 0 and not data["classes"] and not args.weak:
+        guidance = 1.0                                      # what it sees without a class is all that it sees
+    check_guidance(args, data, diffusion.num_timesteps, guidance, guided, named)
+
+    interval = args.guidance_interval or levels
+    if interval and guidance not in (0, 1) and args.sampler:
+        visited = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)[:-1]
+        if all(guidance_at(t, guidance, interval) == 1 for t in visited):
+            where = "t = {} to {}".format(*interval)
+            none_there = f"none of the {len(visited)} levels of this chain lies there"
+            if args.guidance_interval:
+                raise ValueError(f"--guidance_interval: guidance at {where}, and {none_there}")
+            print(f"guidance is left out: the model has it at {where}, and {none_there}")
+            guidance, args.weak = 1.0, None
+    args.guidance, args.guidance_interval = guidance, None if guidance in (0, 1) else interval
+
+
+def default_guidance(args, data, T, guided):
+    """(guidance, levels) where the command line names none; args.weak becomes the weak model of the card, if it has
+    one that is there. guided: is there a class to follow?"""
+    named = args.weak is not None
     if data["weak"] and not named and args.guidance not in (0, 1):
         beside = Path(args.checkpoint).parent / data["weak"]
         if beside.is_file():
@@ -217,17 +241,14 @@ def take_guidance(args, data, diffusion):
             print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: "
                   "drawing without")
     if named:
-        guidance, levels = WEAK_GUIDANCE, (round(WEAK_FROM * T), T - 1)
-    elif args.weak or guided and not data["weak"]:          # a card's guidance is worth nothing without its --weak
-        guidance, levels = data["guidance"], data["guidance_interval"]
-    else:
-        guidance, levels = 1.0, None
-    if args.guidance is not None:
-        guidance = args.guidance
-        levels = levels if args.weak else None              # away from "no class" it may act at all levels
+        return WEAK_GUIDANCE, (round(WEAK_FROM * T), T - 1)
+    if args.weak or guided and not data["weak"]:            # a card's guidance is worth nothing without its --weak
+        return data["guidance"], data["guidance_interval"]
+    return 1.0, None
 
-    if guidance == 0 and not data["classes"] and not args.weak:
-        guidance = 1.0                                      # what it sees without a class is all that it sees
+
+def check_guidance(args, data, T, guidance, guided, named):
+    """Raise ValueError, for what was typed, if this guidance leads nowhere. named: was --weak typed?"""
     if named and guidance == 1:
         raise ValueError("--weak says what guidance leads away from, and --guidance 1 is none")
     asked_for = guidance not in (0, 1) or args.guidance is None and args.guidance_interval
@@ -240,16 +261,6 @@ def take_guidance(args, data, diffusion):
             raise ValueError(f"{asked} says where guidance acts, and --guidance {guidance:g} is none")
         if args.guidance_interval[0] >= T or args.guidance_interval[1] > T:
             raise ValueError(f"{asked}: the levels of this model go from 0 to {T - 1}")
-    typed, args.guidance = bool(args.guidance_interval), guidance
-    args.guidance_interval = None if guidance in (0, 1) else args.guidance_interval or levels
-    if args.guidance_interval and args.sampler:
-        visited = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)[:-1]
-        if all(guidance_at(t, guidance, args.guidance_interval) == 1 for t in visited):
-            where = "--guidance_interval {},{}".format(*args.guidance_interval)
-            if typed:
-                raise ValueError(f"{where}: none of the {len(visited)} levels of this chain lies there")
-            print(f"guidance is left out: the model has it for {where}, and none of these {len(visited)} levels lies there")
-            args.guidance, args.guidance_interval, args.weak = 1.0, None, None
 
 
 def load_weak(path, model, diffusion, own, device="cpu", image_size=None):
