@@ -28,7 +28,7 @@ def chosen_name(data, name=None):
 
 def note_other_images(data, name):
     """Say so where a model is shown another data set than its own."""
-    if name and name != data["name"]:
+    if name and Path(name).name != Path(data["name"]).name:    # of a folder, a card has the last part alone
         print(f"note: the model was trained on {data['name']!r}, not on {name!r}: of pictures unlike its own it "
               "knows nothing")
 
