@@ -304,7 +304,7 @@ def main(argv=None):
         choices=FITS)
     add("--flip", "mirror each image with probability 1/2: not for digits or writing", False, action=SWITCH)
     add("--turn", "show each image in one of its eight positions, turned by quarters and mirrored or not: for what "
-        "has no upright, as cloth, tissue or pictures from above", False, action=SWITCH)
+        "has no upright, as tissue or pictures from above", False, action=SWITCH)
     add("--labels", "train with classes, so that one can ask for a 7; default: if the data set has them; "
         "of a folder, its sub-folders are classes if this is given", action=SWITCH)
     add("--label_drop", "share of images whose class is withheld: what guidance needs", 0.1, type=fraction)
