@@ -292,6 +292,8 @@ def check_settings(path, saved, now, advice=GO_ON):
     """Raise ValueError if a run is to go on with other settings, naming each with both values."""
     if not isinstance(saved, dict):
         raise ValueError(f"{path} cannot be resumed: it was written by an earlier version, or only for sampling")
+    # It may be older than a switch that is off.
+    saved = {**{name: False for name, value in now.items() if value is False}, **saved}
     changed = [f"{FLAGS.get(name, name)}: {saved.get(name)!r:.200} then, {now.get(name)!r:.200} now"
                for name in sorted({*saved, *now}, key=str) if not _equal(saved.get(name), now.get(name))]
     if changed:

@@ -20,7 +20,7 @@ import data
 import loop
 import session
 import train as train_module
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import check_settings, load_checkpoint, save_checkpoint
 from conftest import ROOT, same
 from diffusion import SAMPLERS, DiffusionProcess
 from export import export
@@ -732,3 +732,12 @@ def test_a_checkpoint_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, note(name))
     checkpoint.save_checkpoint(tmp_path / "x.pt", {"n": 1})
     assert calls == ["fsync", "replace", "fsync folder"]
+
+
+def test_a_run_that_is_older_than_a_switch_goes_on_while_it_is_off():
+    """A run begun before --turn was refused as one with other settings."""
+    check_settings("m.pt", {"seed": 1}, {"seed": 1, "turn": False})
+    with pytest.raises(ValueError, match="turn"):
+        check_settings("m.pt", {"seed": 1}, {"seed": 1, "turn": True})
+    with pytest.raises(ValueError, match="turn"):
+        check_settings("m.pt", {"seed": 1, "turn": True}, {"seed": 1, "turn": False})
