@@ -114,6 +114,11 @@ def load_classifier(path):
         raise ValueError(f"{path} holds no classifier of this project") from error
 
 
+def task_of(labels):
+    """What a classifier learns from such labels, or from None."""
+    return "tell how a picture was turned" if labels is None else "tell classes"
+
+
 def make_classifier(path, images, labels, held, held_labels, epochs=4, seed=0, **card):
     """Train one, write it, and measure what was written on images that it has not seen.
 
@@ -122,8 +127,7 @@ def make_classifier(path, images, labels, held, held_labels, epochs=4, seed=0, *
     """
     classes = None if labels is None else int(labels.max()) + 1
     classifier = train_classifier(images, labels, classes, epochs, seed=seed)
-    card.update(data=Batches(images, labels).fingerprint(),
-                trained_to="tell how a picture was turned" if labels is None else "tell classes")
+    card.update(data=Batches(images, labels).fingerprint(), trained_to=task_of(labels))
     save_classifier(path, classifier, **card)
     if labels is None:
         held, held_labels = turned(held)
@@ -147,8 +151,8 @@ def get_classifier(name, images, labels, held, held_labels, folder):
             if card["data"] == fingerprint:             # which tells the size and the channels, too
                 break
     else:
-        path, what = make_output_dir(folder) / own.name, "how a picture was turned" if labels is None else "classes"
-        print(f"no classifier for these images yet: training one to tell {what}, a minute or two on two cores",
+        path = make_output_dir(folder) / own.name
+        print(f"no classifier for these images yet: training one to {task_of(labels)}, a minute or two on two cores",
               flush=True)
         classifier, card = make_classifier(path, images, labels, held, held_labels)
         print(f"wrote {path}")
