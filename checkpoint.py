@@ -30,7 +30,8 @@ CHECKPOINT_VERSION = 1
 MAX_DEPTH, MAX_ENTRIES = 20, 200_000  # a few bytes of pickle can stand for billions of entries
 MAX_PICKLE = 10_000_000
 NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
-INDIRECT = ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # other ways to name things; torch.save uses none
+# Other ways to name things; torch.save uses none.
+INDIRECT = ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
 ENCRYPTED = 1  # a flag in a zip file
 SAFE_TORCH = (2, 10)  # before it, weights_only=True could be got round
 
@@ -77,12 +78,13 @@ def _digest(entries, max_bytes=math.inf):
 
 
 def plain(value, name="checkpoint"):
-    """What a checkpoint may hold, tensors and plain values, as it will be read again: a number of numpy's becomes
-    one of Python's, an enum's member what it stands for. TypeError for anything else, which load_checkpoint
-    would refuse."""
+    """What a checkpoint may hold, tensors and plain values, as it will be read again: a number of
+    numpy's becomes one of Python's, an enum's member what it stands for. TypeError for anything
+    else, which load_checkpoint would refuse."""
     if isinstance(value, dict):
         kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind((plain(key, f"a key of {name}"), plain(one, f"{name}[{key!r}]")) for key, one in value.items())
+        return kind((plain(key, f"a key of {name}"), plain(one, f"{name}[{key!r}]"))
+                    for key, one in value.items())
     if isinstance(value, (list, tuple)):
         return (list if isinstance(value, list) else tuple)(plain(one, name) for one in value)
     if isinstance(value, np.generic):
@@ -100,14 +102,14 @@ def save_checkpoint(path, entries):
     entries = plain({"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, **entries})
     entries.pop("digest", None)                 # of the checkpoint that they were read from
     entries["digest"] = _digest(entries)
-    buffer = io.BytesIO()       # in memory first: a full disk is then an OSError and not torch's own error
+    buffer = io.BytesIO()       # in memory first: a full disk is then an OSError, not torch's own
     torch.save(entries, buffer)
     write_file(path, buffer.getbuffer())
 
 
 def _check_pickle(path, container, member):
-    """Refuse a pickle that names anything but tensors: weights_only=True would still make bytearrays of any
-    size, for instance."""
+    """Refuse a pickle that names anything but tensors: weights_only=True would still make
+    bytearrays of any size, for instance."""
     if member.file_size > MAX_PICKLE:
         raise ValueError(f"{path}: refused, {member.file_size / 1e6:.0f} MB of it are not tensors")
     try:
@@ -117,8 +119,9 @@ def _check_pickle(path, container, member):
         raise ValueError(f"{path}: damaged, it cannot be read ({type(error).__name__})") from error
     for opcode, argument in names:
         if opcode in INDIRECT or opcode == "GLOBAL" and not NAMES.fullmatch(argument):
-            raise ValueError(f"{path}: refused, it holds more than tensors and plain values (a foreign "
-                             f"checkpoint, or one that would run code): {str(argument)[:60]!r}")
+            raise ValueError(f"{path}: refused, it holds more than tensors and plain values "
+                             "(a foreign checkpoint, or one that would run code): "
+                             f"{str(argument)[:60]!r}")
 
 
 def read_container(path):
@@ -135,21 +138,22 @@ def read_container(path):
     if not path.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(path))
     try:
-        with open(path, "rb") as file:          # zipfile looks at the end of a file, torch at its beginning
+        with open(path, "rb") as file:  # zipfile looks at the end of a file, torch at its beginning
             if file.read(4) != b"PK\x03\x04":
                 raise zipfile.BadZipFile
         with zipfile.ZipFile(path) as container:
             members = container.infolist()
-            # torch.save stores without compression, so a member larger than the file is a bomb or a lie.
-            if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & ENCRYPTED for m in members) or (
-                    sum(m.file_size for m in members) > path.stat().st_size):
-                raise ValueError(f"{path}: not a checkpoint of this project (its container is compressed, "
-                                 "encrypted or broken)")
-            # torch finds its members in any case of letters, and one of another name may be a program.
+            # torch.save does not compress, so a member larger than the file is a bomb or a lie.
+            if (any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & ENCRYPTED
+                    for m in members)
+                    or sum(m.file_size for m in members) > path.stat().st_size):
+                raise ValueError(f"{path}: not a checkpoint of this project "
+                                 "(its container is compressed, encrypted or broken)")
+            # torch finds members in any case of letters, and one of another name may be a program.
             pickles = [m for m in members if m.filename.lower().endswith(".pkl")]
             if len(pickles) != 1 or not pickles[0].filename.endswith("/data.pkl"):
-                raise ValueError(f"{path}: not a checkpoint of this project (it holds {len(pickles)} pickles, or "
-                                 "one of another name)")
+                raise ValueError(f"{path}: not a checkpoint of this project "
+                                 f"(it holds {len(pickles)} pickles, or one of another name)")
             _check_pickle(path, container, pickles[0])
     except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
         raise ValueError(f"{path}: truncated, or not a checkpoint at all") from error
@@ -166,7 +170,7 @@ def read_container(path):
 
 
 def digest_of(path, entries):
-    """A hash over the entries of a file. Raises ValueError for more tensors than the file can hold."""
+    """A hash over the entries of a file. Raises ValueError for more tensors than it can hold."""
     try:
         return _digest(entries, Path(path).stat().st_size)
     except ValueError as error:
@@ -174,17 +178,18 @@ def digest_of(path, entries):
 
 
 def drawing_digest(entries):
-    """A hash over what decides the pictures of a checkpoint: averaged weights, network, process and size.
-    Optimizer, losses and card do not count."""
+    """A hash over what decides the pictures of a checkpoint: averaged weights, network, process
+    and size. Optimizer, losses and card do not count."""
     kept = ("ema", "model_name", "model_config", "diffusion_config")
-    return _digest({**{name: entries[name] for name in kept}, "image_size": entries["data"]["image_size"]})
+    return _digest({**{name: entries[name] for name in kept},
+                    "image_size": entries["data"]["image_size"]})
 
 
 def load_checkpoint(path, entries=None):
     """Read what save_checkpoint wrote: its entries, with their digest.
 
-    entries: what read_container found there, if it has been read already.  Raises as read_container does, and
-    ValueError for a foreign, newer or altered file.
+    entries: what read_container found there, if it has been read already.
+    Raises as read_container does, and ValueError for a foreign, newer or altered file.
     """
     entries = read_container(path) if entries is None else entries
     if not isinstance(entries, dict) or entries.get("format") != CHECKPOINT_FORMAT:
@@ -193,25 +198,29 @@ def load_checkpoint(path, entries=None):
     entries = {name: value for name, value in entries.items() if name != "digest"}
     if type(version) is not int or version != CHECKPOINT_VERSION:
         newer = type(version) is int and version > CHECKPOINT_VERSION
-        raise ValueError(f"{path}: {'written by a newer version of this project: ' * newer}format version "
-                         f"{str(version)[:40]}, this code reads {CHECKPOINT_VERSION}")
+        raise ValueError(f"{path}: {'written by a newer version of this project: ' * newer}"
+                         f"format version {str(version)[:40]}, "
+                         f"this code reads {CHECKPOINT_VERSION}")
     if digest_of(path, entries) != digest:
-        raise ValueError(f"{path}: altered or damaged since it was written (its digest does not match)")
+        raise ValueError(f"{path}: altered or damaged since it was written "
+                         "(its digest does not match)")
     return {**entries, "digest": digest}
 
 
 def half_precision(weights):
     """Weights as they are shared: half the size."""
-    return {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    return {name: value.half() if value.is_floating_point() else value
+            for name, value in weights.items()}
 
 
 def whole_precision(weights):
     """And back again, as a network has them."""
-    return {name: value.float() if value.dtype == torch.float16 else value for name, value in weights.items()}
+    return {name: value.float() if value.dtype == torch.float16 else value
+            for name, value in weights.items()}
 
 
 def check_weights(path, weights, model):
-    """Raise ValueError unless `weights` has exactly the names, shapes and dtypes of the model's own."""
+    """Raise ValueError unless `weights` has exactly the model's own names, shapes and dtypes."""
     def kinds(state):
         return {name: f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
                 for name, value in state.items()}
@@ -220,17 +229,18 @@ def check_weights(path, weights, model):
     wrong = [name for name in [*own, *(saved.keys() - own)] if saved.get(name) != own.get(name)]
     if wrong:
         name = wrong[0]
-        raise ValueError(f"{path} is for another model: {len(wrong)} of its entries differ, first {name} "
-                         f"({saved.get(name, 'missing')}, not {own.get(name, 'expected at all')})")
+        raise ValueError(f"{path} is for another model: {len(wrong)} of its entries differ, "
+                         f"first {name} ({saved.get(name, 'missing')}, "
+                         f"not {own.get(name, 'expected at all')})")
 
 
 @dataclasses.dataclass
 class State:
-    """What a training changes. With the settings, the data and the seed it decides all that follows."""
+    """What a training changes. With settings, data and seed it decides all that follows."""
     model: torch.nn.Module
     ema: EMA
     optimizer: torch.optim.Optimizer
-    losses: list = dataclasses.field(default_factory=list)  # of each step; their number counts the steps
+    losses: list = dataclasses.field(default_factory=list)  # of each step; len counts the steps
     held_out_losses: dict = dataclasses.field(default_factory=dict)  # by step
     reported: int = 0  # the last step whose pictures and tables are written
 
@@ -258,7 +268,8 @@ class State:
                 if moments != wanted or not all(value.is_contiguous() for value in entries):
                     raise ValueError("its optimizer was one of another model")
             if saved["losses"].shape != (saved["step"],):
-                raise ValueError(f"{saved['step']} steps, but losses of shape {tuple(saved['losses'].shape)}")
+                raise ValueError(f"{saved['step']} steps, "
+                                 f"but losses of shape {tuple(saved['losses'].shape)}")
             self.ema.updates, self.losses = saved["ema_updates"], saved["losses"].tolist()
             self.held_out_losses, self.reported = saved["held_out_losses"], saved["reported"]
             told = [self.ema.updates, self.reported, *self.held_out_losses]
@@ -267,7 +278,8 @@ class State:
                     type(loss) is float for loss in self.held_out_losses.values()):
                 raise ValueError("its counts or held-out losses are no numbers")
             if any(type(group.get("lr")) is not float for group in now) or any(
-                    group.get(name) != value for group in now for name, value in own.items() if name != "lr"):
+                    group.get(name) != value for group in now
+                    for name, value in own.items() if name != "lr"):
                 raise ValueError("its optimizer had other settings")
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).removeprefix(str(path)).split())[:200]
@@ -278,7 +290,8 @@ GO_ON = "give those it began with, --epochs or --steps among them, or another --
 
 
 # Settings that the command line knows by a shorter name.
-FLAGS = {"dataset_name": "dataset", "num_epochs": "epochs", "learning_rate": "lr", "model_name": "model"}
+FLAGS = {"dataset_name": "dataset", "num_epochs": "epochs", "learning_rate": "lr",
+         "model_name": "model"}
 
 
 def _equal(a, b):
@@ -291,18 +304,21 @@ def _equal(a, b):
 def check_settings(path, saved, now, advice=GO_ON):
     """Raise ValueError if a run is to go on with other settings, naming each with both values."""
     if not isinstance(saved, dict):
-        raise ValueError(f"{path} cannot be resumed: it was written by an earlier version, or only for sampling")
+        raise ValueError(f"{path} cannot be resumed: it was written by an earlier version, "
+                         "or only for sampling")
     # It may be older than a switch that is off.
     saved = {**{name: False for name, value in now.items() if value is False}, **saved}
     changed = [f"{FLAGS.get(name, name)}: {saved.get(name)!r:.200} then, {now.get(name)!r:.200} now"
-               for name in sorted({*saved, *now}, key=str) if not _equal(saved.get(name), now.get(name))]
+               for name in sorted({*saved, *now}, key=str)
+               if not _equal(saved.get(name), now.get(name))]
     if changed:
-        raise ValueError(f"{path} belongs to a run with other settings ({'; '.join(changed)}): {advice}")
+        raise ValueError(f"{path} belongs to a run with other settings "
+                         f"({'; '.join(changed)}): {advice}")
 
 
 def told_of(entries, name="settings"):
-    """What a checkpoint, or its card (export.py), tells of its training: the settings, or what it started from.
-    A dict, empty where it tells nothing."""
+    """What a checkpoint, or its card (export.py), tells of its training: the settings, or with
+    name="started_from" what it began with. A dict, empty where it tells nothing."""
     card = entries.get("card")
     told = entries.get(name, card.get(name) if isinstance(card, dict) else None)
     return told if isinstance(told, dict) else {}
@@ -311,10 +327,10 @@ def told_of(entries, name="settings"):
 def take_weights(path, model, name, config, process, classes=None):
     """Give a new model the averaged weights of a checkpoint, to learn on from there.
 
-    name, config: of the model.  process: the config of its DiffusionProcess.  They must be those of the
-    checkpoint, but for dropout, clip_loss and the classes.  classes: their names; one that the checkpoint knows
-    takes its vector from there, and the others stay random.
-    Returns what is to be remembered: the file's name, a digest, the steps behind it, the images of its training.
+    name, config: of the model.  process: the config of its DiffusionProcess.  They must be those of
+    the checkpoint, but for dropout, clip_loss and the classes.
+    classes: their names; for one that the checkpoint knows its vector is taken, others stay random.
+    Returns what is to be remembered: file name, digest, steps behind it, images of its training.
     Raises as load_checkpoint does, and ValueError for another network or process.
     """
     entries = load_checkpoint(path)
@@ -326,18 +342,21 @@ def take_weights(path, model, name, config, process, classes=None):
     try:
         # What a network could not yet be told when the file was written, it was not told.
         saved = {**model_defaults(name), **entries["model_config"]}
-        check_settings(path, what_counts({"model": entries["model_name"]}, saved, entries["diffusion_config"]),
-                       what_counts({"model": name}, config, process),
-                       "--start_from needs the flags it was trained with")
+        check_settings(
+            path, what_counts({"model": entries["model_name"]}, saved, entries["diffusion_config"]),
+            what_counts({"model": name}, config, process),
+            "--start_from needs the flags it was trained with")
         weights = whole_precision(entries["ema"])
         vectors, known = weights.pop("class_emb.weight", None), entries["data"].get("classes") or []
-        if (0 if vectors is None else len(vectors) - 1) != (saved["num_classes"] or 0) or vectors is not None and (
-                len(known) != len(vectors) - 1):
-            raise ValueError(f"{path}: its classes and the vectors that stand for them do not fit together")
+        if ((0 if vectors is None else len(vectors) - 1) != (saved["num_classes"] or 0)
+                or vectors is not None and len(known) != len(vectors) - 1):
+            raise ValueError(f"{path}: its classes and the vectors that stand for them "
+                             "do not fit together")
         if config["num_classes"]:
             weights["class_emb.weight"] = own = model.state_dict()["class_emb.weight"].clone()
-            rows = {0: 0, **{k + 1: known.index(name) + 1 for k, name in enumerate(classes or []) if name in known}}
-            if vectors is not None:                                             # row 0 is "no class"
+            rows = {0: 0, **{k + 1: known.index(name) + 1
+                             for k, name in enumerate(classes or []) if name in known}}
+            if vectors is not None:             # row 0 is "no class"
                 own[list(rows)] = vectors[list(rows.values())].to(own)
         check_weights(path, weights, model)
         if not all(value.isfinite().all() for value in weights.values()):
@@ -345,7 +364,7 @@ def take_weights(path, model, name, config, process, classes=None):
         steps = entries["step"] if "step" in entries else entries["card"]["training_steps"]
         before, images = told_of(entries, "started_from"), told_of(entries).get("images")
         if before and before.get("images") != images:
-            images = None                                   # it, too, began with weights that know others
+            images = None                       # it, too, began with weights that know others
         origin = {"file": Path(path).name, "digest": drawing_digest(entries),
                   "steps": steps + before.get("steps", 0), "images": images}
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:

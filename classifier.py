@@ -3,11 +3,11 @@
     classifier = train_classifier(images, labels, num_classes)
     probabilities, features = look(classifier, images)
 
-evaluate.py measures samples in its features, [N, 128]. Those of MNIST and Fashion-MNIST are shipped in
-pretrained/; another set's is trained when it is needed, in a minute or two. Images without classes train it
-to tell by how much a picture was turned (Gidaris et al. 2018).
+evaluate.py measures samples in its features, [N, 128]. Those of MNIST and Fashion-MNIST are shipped
+in pretrained/; another set's is trained when it is needed, in a minute or two. Images without
+classes train it to tell by how much a picture was turned (Gidaris et al. 2018).
 
-    python classifier.py --dataset mnist                  # make pretrained/classifier_mnist.pt again
+    python classifier.py --dataset mnist            # make pretrained/classifier_mnist.pt again
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ TURNS = 4
 
 
 class Classifier(nn.Module):
-    """Four convolutions, then the mean over the picture: 128 features, of which a linear layer makes logits.
+    """Four convolutions, then the mean over the picture: 128 features. A linear layer makes logits.
 
     x: [B, image_channels, H, W] in [-1, 1].  Images above 32x32 are halved once more on the way.
     """
@@ -37,8 +37,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.settings = dict(image_channels=image_channels, image_size=image_size, outputs=outputs)
         widths, strides = (image_channels, 32, 64, 128, 128), (1 + (image_size > 32), 2, 2, 1)
-        layers = [nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-                  for i, o, stride in zip(widths, widths[1:], strides)]
+        layers = [
+            nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+            for i, o, stride in zip(widths, widths[1:], strides)]
         self.layers = nn.Sequential(*layers)
         self.linear = nn.Linear(widths[-1], outputs)
 
@@ -50,7 +51,8 @@ class Classifier(nn.Module):
 
 def turned(x_0):
     """Every image in its four directions, and which one it is: [4B, C, H, W], [4B]."""
-    return torch.cat([x_0.rot90(k, (2, 3)) for k in range(TURNS)]), torch.arange(TURNS).repeat_interleave(len(x_0))
+    return (torch.cat([x_0.rot90(k, (2, 3)) for k in range(TURNS)]),
+            torch.arange(TURNS).repeat_interleave(len(x_0)))
 
 
 def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size=128, seed=0):
@@ -67,7 +69,8 @@ def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size
     batches = Batches(images, labels, batch_size, seed)
     steps = epochs * len(batches)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(2, steps), pct_start=0.1)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(2, steps),
+                                               pct_start=0.1)
     bar = tqdm(zip(range(steps), batches.stream()), total=steps, desc="classifier", unit="step",
                disable=not speaks())
     for _, (x_0, y) in bar:
@@ -86,7 +89,8 @@ def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size
 def look(classifier, images, batch_size=500):
     """(probabilities [N, outputs], features [N, 128]) of uint8 images [N, C, H, W], in float32."""
     pairs = [classifier(to_signed(part)) for part in images.split(batch_size)]
-    return torch.cat([logits for logits, _ in pairs]).softmax(1), torch.cat([features for _, features in pairs])
+    return (torch.cat([logits for logits, _ in pairs]).softmax(1),
+            torch.cat([features for _, features in pairs]))
 
 
 def save_classifier(path, classifier, **card):
@@ -123,7 +127,8 @@ def make_classifier(path, images, labels, held, held_labels, epochs=4, seed=0, *
     """Train one, write it, and measure what was written on images that it has not seen.
 
     images, held: uint8 [N, C, H, W].  labels: [N], or None to learn how a picture was turned.
-    held_labels: [N], or None where those images have no such classes.  Returns (Classifier, its card).
+    held_labels: [N], or None where those images have no such classes.
+    Returns (Classifier, its card).
     """
     classes = None if labels is None else int(labels.max()) + 1
     classifier = train_classifier(images, labels, classes, epochs, seed=seed)
@@ -131,15 +136,16 @@ def make_classifier(path, images, labels, held, held_labels, epochs=4, seed=0, *
     save_classifier(path, classifier, **card)
     if labels is None:
         held, held_labels = turned(held)
-    classifier, _ = load_classifier(path)               # in the file's half precision, as it will be used
+    classifier, _ = load_classifier(path)       # in the file's half precision, as it will be used
     if held_labels is not None:
-        card["accuracy"] = float((look(classifier, held)[0].argmax(1) == held_labels).double().mean())
+        card["accuracy"] = float(
+            (look(classifier, held)[0].argmax(1) == held_labels).double().mean())
         save_classifier(path, classifier, **card)
     return classifier, card
 
 
 def get_classifier(name, images, labels, held, held_labels, folder):
-    """The classifier of a data set: the shipped one, one in `folder`, or one trained now and kept there.
+    """The classifier of a data set: shipped, found in `folder`, or trained now and kept there.
 
     name: of the data set.  images, labels, held, held_labels: see make_classifier.
     Returns (Classifier, a phrase that says which).
@@ -152,8 +158,8 @@ def get_classifier(name, images, labels, held, held_labels, folder):
                 break
     else:
         path = make_output_dir(folder) / own.name
-        print(f"no classifier for these images yet: training one to {task_of(labels)}, a minute or two on two cores",
-              flush=True)
+        print(f"no classifier for these images yet: training one to {task_of(labels)}, "
+              "a minute or two on two cores", flush=True)
         classifier, card = make_classifier(path, images, labels, held, held_labels)
         print(f"wrote {path}")
     accuracy = f", test accuracy {card['accuracy']:.2%}" if card.get("accuracy") else ""
@@ -162,7 +168,8 @@ def get_classifier(name, images, labels, held, held_labels, folder):
 
 @command
 def main(argv=None):
-    parser = Parser(description="Train the classifier of a data set that has classes and a test set.")
+    parser = Parser(
+        description="Train the classifier of a data set that has classes and a test set.")
     add = parser.add
     add("--dataset", "mnist, fashion_mnist, cifar10", "mnist")
     add("--data_dir")
@@ -172,7 +179,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     images, labels = get_dataset(args.dataset, args.data_dir)
     if labels is None:
-        raise ValueError(f"{args.dataset} has no classes; evaluate.py trains what it needs by itself")
+        raise ValueError(f"{args.dataset} has no classes; "
+                         "evaluate.py trains what it needs by itself")
     test = get_dataset(args.dataset, args.data_dir, train=False)
     path = make_output_dir(args.output_dir) / f"classifier_{args.dataset}.pt"
     _, card = make_classifier(

@@ -1,4 +1,4 @@
-"""What every command needs: one-line errors with exit code 2, flags that explain themselves, a results folder.
+"""What every command needs: one-line errors (exit code 2), self-explaining flags, a results folder.
 """
 
 import argparse
@@ -24,14 +24,17 @@ def speaks():
 
 
 def stopped(stop):
-    """Say, once, that a signal ended the command, and exit as a shell counts it. stop: a KeyboardInterrupt."""
+    """Say, once, that a signal ended the command, and exit as a shell counts it.
+
+    stop: a KeyboardInterrupt.
+    """
     if not getattr(stop, "told", False):
         print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
     sys.exit(128 + getattr(stop, "number", signal.SIGINT))
 
 
 def command(main):
-    """Decorate main(argv=None): turn a bad value or a file that cannot be used into one clear line."""
+    """Decorate main(argv=None): turn a bad value or an unusable file into one clear line."""
     @functools.wraps(main)
     def wrapped(argv=None):
         for name in ("stdout", "stderr"):
@@ -39,24 +42,29 @@ def command(main):
                 setattr(sys, name, open(os.devnull, "w"))
             stream = getattr(sys, name)
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")   # an odd file name must not end a training
+                # an odd file name must not end a training
+                stream.reconfigure(errors="backslashreplace")
         keep_memory()
         try:
             result = main(argv)
             sys.stdout.flush()
             return result
-        except BrokenPipeError:                                     # the reader has seen enough: | head -1
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python complains at its end
-            sys.exit(141)                                           # as a shell counts it, 128 + SIGPIPE
+        except BrokenPipeError:                             # the reader has seen enough: | head -1
+            # else Python complains at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)                                   # as a shell counts it, 128 + SIGPIPE
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error.__cause__, KeyboardInterrupt):          # Python 3.11 wraps what __set_name__ raises
+            # Python 3.11 wraps what __set_name__ raises
+            if isinstance(error.__cause__, KeyboardInterrupt):
                 stopped(error.__cause__)
             mine, text = True, str(error).strip()
             if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-                message = f"--compile does not work here: {(text.splitlines() or ['no reason is given'])[0]}"
+                message = ("--compile does not work here: "
+                           f"{(text.splitlines() or ['no reason is given'])[0]}")
             elif isinstance(error, MemoryError) or re.search(FULL, text):
-                message = ("out of memory; try fewer or smaller images at a time, and in training --accumulate 2, "
-                           "fewer --num_samples, --grad_checkpoint, a smaller --base_channels or --image_size")
+                message = ("out of memory; try fewer or smaller images at a time, and in training "
+                           "--accumulate 2, fewer --num_samples, --grad_checkpoint, "
+                           "a smaller --base_channels or --image_size")
             else:
                 raise
         except OSError as error:
@@ -64,13 +72,14 @@ def command(main):
             name = f"{error.filename}: " if error.filename else ""
             message = f"{name}{error.strerror or error}"
         except (ValueError, FloatingPointError) as error:
-            mine = False                                # of several processes, the others meet the same
+            mine = False                        # of several processes, the others meet the same
             message = str(error)
         except KeyboardInterrupt as stop:
             stopped(stop)
         if not speaks() and mine:
             message = f"process {os.environ['RANK']}: {message}"
-        if speaks() or mine or "TORCHELASTIC_RUN_ID" not in os.environ:     # torchrun's first process tells it
+        # else torchrun's first process tells it
+        if speaks() or mine or "TORCHELASTIC_RUN_ID" not in os.environ:
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     return wrapped
@@ -98,22 +107,24 @@ class Parser(argparse.ArgumentParser):
         if help is None:
             help, default = COMMON[flag]
         if default is not None and default is not False:
-            help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
-        help = help.replace("%", "%%")                                  # argparse would fill something in there
+            help += (" (default: "
+                     f"{' '.join(map(str, default)) if isinstance(default, list) else default})")
+        help = help.replace("%", "%%")          # argparse would fill something in there
         (self._place or self).add_argument(flag, help=help, default=default, **settings)
 
     def parse_args(self, argv=None, namespace=None):
         args = super().parse_args(argv, namespace)
         # argparse puts in a default only where nothing stands yet
         nothing = argparse.Namespace(**{name: ... for name in vars(args)})
-        self.typed = [name for name, value in vars(super().parse_args(argv, nothing)).items() if value is not ...]
-        for name, value in vars(args).items():          # as from a variable of the shell that was never set
+        self.typed = [name for name, value in vars(super().parse_args(argv, nothing)).items()
+                      if value is not ...]
+        for name, value in vars(args).items():        # as from a shell variable that was never set
             if value == "" or isinstance(value, list) and "" in value:
                 self.error(f"--{name} is given, but empty")
         return args
 
     def refuse(self, unused, what):
-        """Raise ValueError for flags that were typed though `what` does not look at them.  unused: their names."""
+        """Raise ValueError for flags typed though `what` ignores them.  unused: their names."""
         idle = [f"--{name}" for name in self.typed if name in unused]
         if idle:
             raise ValueError(f"{', '.join(idle)} would be of no use to {what}")
@@ -150,7 +161,7 @@ def positive_float(text):
 
 
 def seed_number(text):
-    """An argparse type: 0, 1, 2, ... A seed of more than 32 bits would repeat noise of another (seeded_noise)."""
+    """An argparse type: 0, 1, 2, ... Seeds above 32 bits repeat others' noise (seeded_noise)."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise ValueError
@@ -196,8 +207,8 @@ def format_seconds(seconds):
 
 
 def make_output_dir(path, *files):
-    """Create a folder for results and check that it, and each of `files` in it, can be written: a run of
-    hours must not find out at its end that something is in the way. Returns the folder as a Path."""
+    """Create a folder for results and check that it, and each of `files` in it, can be written: a
+    run of hours must not find out at its end that something is in the way. Returns its Path."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     probe = path / f".write_test.{os.getpid()}"

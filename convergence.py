@@ -1,10 +1,10 @@
 """How far a deterministic sampler is from the exact answer, on data for which that is known.
 
-Let every pixel come from a mixture of Gaussians, independently. Then the best guess of x_0 needs no network,
-and the place to which noise flows when no noise is added needs no sampler: both are formulas. What is left
-between a sampler and the formula is the error of its steps alone.
+Let every pixel come from a mixture of Gaussians, independently. Then the best guess of x_0 needs no
+network, and the place to which noise flows when no noise is added needs no sampler: both are
+formulas. What is left between a sampler and the formula is the error of its steps alone.
 
-    errors = solver_errors(MIXTURES["two Gaussians"])        # {(sampler, spacing): an error for each count}
+    errors = solver_errors(MIXTURES["two Gaussians"])    # {(sampler, spacing): an error per count}
 
 visualize_diffusion.py --figure solvers prints and draws them.
 """
@@ -17,13 +17,14 @@ from diffusion import DiffusionProcess
 from schedules import SPACINGS
 
 # (weight, mean, standard deviation) of each Gaussian.
-MIXTURES = {"one Gaussian": [(1.0, -0.2, 0.25)], "two Gaussians": [(0.5, -0.5, 0.15), (0.5, 0.6, 0.15)]}
+MIXTURES = {"one Gaussian": [(1.0, -0.2, 0.25)],
+            "two Gaussians": [(0.5, -0.5, 0.15), (0.5, 0.6, 0.15)]}
 SOLVERS = ("ddim", "dpmpp_2m", "ipndm")  # the samplers without noise
 EVALUATIONS = (5, 10, 20, 50, 100, 200)
 
 
 def at_level(mixture, alpha_bar):
-    """The mixture that x_t has at a noise level: again (weight, mean, standard deviation) of each."""
+    """The mixture of x_t at a noise level: again (weight, mean, standard deviation) of each."""
     return [(weight, math.sqrt(alpha_bar) * mean, math.sqrt(alpha_bar * std**2 + 1 - alpha_bar))
             for weight, mean, std in mixture]
 
@@ -53,8 +54,9 @@ def distribution(mixture, x):
 def exact_flow(mixture, x_T, alpha_bar):
     """The x_0 to which the probability flow carries x_T from the level alpha_bar.
 
-    In one dimension paths cannot cross, so as many of them end below x_0 as began below x_T: x_0 is where the
-    distribution of the data has the value that the distribution of x_t has at x_T. It is found by halving.
+    In one dimension paths cannot cross, so as many of them end below x_0 as began below x_T: x_0 is
+    where the distribution of the data has the value that the distribution of x_t has at x_T. It is
+    found by halving.
     """
     share = distribution(at_level(mixture, alpha_bar), x_T)
     low = torch.full_like(x_T, min(mean - 10 * std for _, mean, std in mixture))
@@ -67,17 +69,18 @@ def exact_flow(mixture, x_T, alpha_bar):
 
 
 def even_noise(count):
-    """Noise without chance: `count` numbers, float64 [count, 1, 1, 1], each for an equal share of the normal
-    distribution."""
+    """Noise without chance: `count` numbers, float64 [count, 1, 1, 1], each for an equal share of
+    the normal distribution."""
     share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return torch.special.ndtri(share).view(-1, 1, 1, 1)
 
 
-def solver_errors(mixture, num_timesteps=1000, schedule="linear", solvers=SOLVERS, spacings=tuple(SPACINGS),
-                  evaluations=EVALUATIONS, count=1000, tick=lambda: None):
-    """The mean distance to the exact flow, clamp off: {(sampler, spacing): a list along `evaluations`}.
+def solver_errors(mixture, num_timesteps=1000, schedule="linear", solvers=SOLVERS,
+                  spacings=tuple(SPACINGS), evaluations=EVALUATIONS,
+                  count=1000, tick=lambda: None):
+    """Mean distance to the exact flow, clamp off: {(sampler, spacing): a list along `evaluations`}.
 
-    Objective "x0" keeps all in float64: from "eps", x_0 would be found by dividing by a small number.
+    Objective "x0" keeps all float64: from "eps", x_0 would be found by dividing by a small number.
     tick: called after each sampling, for a progress bar.
     """
     diffusion = DiffusionProcess(num_timesteps, schedule, objective="x0")
@@ -88,8 +91,8 @@ def solver_errors(mixture, num_timesteps=1000, schedule="linear", solvers=SOLVER
         for spacing in spacings:
             row = errors[sampler, spacing] = []
             for steps in evaluations:
-                found = diffusion.sample(model, x_T=x_T, sampler=sampler, steps=steps, spacing=spacing,
-                                         clip=False)
+                found = diffusion.sample(model, x_T=x_T, sampler=sampler, steps=steps,
+                                         spacing=spacing, clip=False)
                 row.append(float((found - want).abs().mean()))
                 tick()
     return errors

@@ -1,13 +1,13 @@
-"""Why are my samples bad? Checks a checkpoint in under a minute and names likely causes, worst first.
+"""Why are my samples bad? Checks a checkpoint in under a minute; names likely causes, worst first.
 
     python diagnose.py                                            # outputs/model_final.pt
     python diagnose.py --checkpoint my.pt --dataset path/to/photos
 
 The main instrument is a comparison. For every noise level there is a best linear denoiser, a filter
-whose error follows from the spectrum of the images alone (Wiener 1949). A trained network beats it. If
-this one does not, it is asked under other assumptions: other schedules, another meaning of its output,
-images in [0, 1]. Where one of them suits it much better, the network was trained with that one, and is
-asked for something else now.
+whose error follows from the spectrum of the images alone (Wiener 1949). A trained network beats it.
+If this one does not, it is asked under other assumptions: other schedules, another meaning of its
+output, images in [0, 1]. Where one of them suits it much better, the network was trained with that
+one, and is asked for something else now.
 Prints a table, then the causes with what to do next. Exit code 0, also if there are some.
 """
 
@@ -39,15 +39,17 @@ CAUSES = {
     "diverged": ("the training diverged", "python train.py --lr 1e-4 --grad_clip 1"),
     "cold average": (
         "the averaged weights (EMA) lag far behind the trained ones",
-        "train longer, or average over fewer steps: python train.py --ema_decay 0.99 (an average of a "
-        "fixed decay still holds the random start; utils.EMA warms up)"),
+        "train longer, or average over fewer steps: python train.py --ema_decay 0.99 "
+        "(an average of a fixed decay still holds the random start; utils.EMA warms up)"),
     "assumption": (
         "it was trained with another assumption",
-        "sample with the schedule and objective of the training, which a checkpoint of train.py holds; "
-        "images in [-1, 1] (images.to_signed); x_t from DiffusionProcess.forward_diffusion"),
+        "sample with the schedule and objective of the training, "
+        "which a checkpoint of train.py holds; images in [-1, 1] (images.to_signed); "
+        "x_t from DiffusionProcess.forward_diffusion"),
     "no noise at the end": (
         "the schedule does not end in noise",
-        "build the process without beta_start and beta_end: by default the betas are scaled with T"),
+        "build the process without beta_start and beta_end: "
+        "by default the betas are scaled with T"),
     "deaf": (
         "the network does not listen to the time",
         "pass t to the network, in training too, and see that it reaches every block "
@@ -59,15 +61,16 @@ CAUSES = {
     "rate": ("the learning rate is too high", "python train.py --lr 2e-4 --grad_clip 1"),
     "few steps": (
         "it is not trained enough",
-        "more --epochs or --steps; with a constant rate, --resume goes on with the run, and after one that fell to "
-        "zero a new run with --start_from its last checkpoint"),
+        "more --epochs or --steps; with a constant rate, --resume goes on with the run, "
+        "and after one that fell to zero a new run with --start_from its last checkpoint"),
     "copies": (
         "it has learnt training images by heart",
-        "fewer steps, more images, --flip, or --dropout 0.1 with --model attention; python evaluate.py shows "
-        "the copies"),
+        "fewer steps, more images, --flip, or --dropout 0.1 with --model attention; "
+        "python evaluate.py shows the copies"),
     "tint": (
         "brightness, colour or contrast is not that of the data",
-        "often a consequence of other causes; else train longer, or python sample.py --sampler ddpm"),
+        "often a consequence of other causes; else train longer, "
+        "or python sample.py --sampler ddpm"),
 }
 
 
@@ -86,7 +89,7 @@ class Cause(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """A way to make noisy images and to understand the answer; a network was trained with one of them."""
+    """A way to make noisy images and to understand the answer; a network was trained with one."""
     name: str
     signal: torch.Tensor  # weight of the image in x_t, float64 [T]
     noise: torch.Tensor  # weight of the noise
@@ -98,19 +101,19 @@ class Reading(NamedTuple):
 # ---- The yardstick
 
 def spectrum(images):
-    """The mean power at each frequency, [C, H, W], of uint8 [N, C, H, W] as [-1, 1] without their mean."""
+    """Mean power at each frequency, [C, H, W], of uint8 [N, C, H, W] as [-1, 1] less their mean."""
     x = to_signed(images).double()
     return torch.fft.fft2(x - x.mean(dim=0), norm="ortho").abs().square().mean(dim=0)
 
 
 def linear_error(power, signal, noise):
-    """The mean squared error in x_0 of the best linear filter: P b^2 / (a^2 P + b^2) at each frequency, where
-    P is the power of the images, a and b the weights of image and noise."""
+    """The mean squared error in x_0 of the best linear filter: P b^2 / (a^2 P + b^2) at each
+    frequency, where P is the power of the images, a and b the weights of image and noise."""
     return float((power * noise**2 / (signal**2 * power + noise**2)).mean())
 
 
 def estimate(reading, out, x_t, t):
-    """The clean image that an answer means; after --clip_loss what lies beyond its range means the end of it."""
+    """The clean image that an answer means, cut to its range after a training with --clip_loss."""
     a, b = reading.signal[t], reading.noise[t]
     if reading.objective == "eps":
         x_0 = (x_t - b * out) / a
@@ -123,7 +126,7 @@ def estimate(reading, out, x_t, t):
 
 @torch.no_grad()
 def errors(model, reading, images, power, y=None, device="cpu"):
-    """The network's squared error in x_0 over that of the best linear filter, at each of DECIBELS: a list.
+    """The network's squared error in x_0 over the best linear filter's, at all of DECIBELS: a list.
 
     images: uint8 [N, C, H, W], which it was not trained on.  power: what `spectrum` returns.
     """
@@ -138,7 +141,7 @@ def errors(model, reading, images, power, y=None, device="cpu"):
         x_t = a * x_0 + b * noise
         out = model(x_t.to(device), torch.full((len(x_t),), t, device=device), y).float().cpu()
         wrong = float((estimate(reading, out, x_t, t) - x_0).square().mean())
-        ratios.append(wrong / max(linear_error(power, a, b), 1e-12))        # 0 where all images are equal
+        ratios.append(wrong / max(linear_error(power, a, b), 1e-12))  # 0 where all images are equal
     return ratios
 
 
@@ -150,8 +153,8 @@ def typical(ratios):
 def readings(diffusion):
     """What the checkpoint says, first, and what it could have been trained with instead."""
     def reading(name, alpha_bar, objective=diffusion.objective, **settings):
-        return Reading(name, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), objective, clip=diffusion.clip_loss,
-                       **settings)
+        return Reading(name, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), objective,
+                       clip=diffusion.clip_loss, **settings)
 
     own, T = diffusion.alpha_bar, diffusion.num_timesteps
     found = [reading("as the checkpoint says", own)]
@@ -176,18 +179,19 @@ def check_schedule(diffusion):
     if last < 0.005:
         return []
     return [Cause("no noise at the end",
-                  f"alpha_bar of the last level is {last:.3f}: {math.sqrt(last):.0%} of the image's amplitude "
-                  "is still there, and sampling starts without it")]
+                  f"alpha_bar of the last level is {last:.3f}: {math.sqrt(last):.0%} of the "
+                  "image's amplitude is still there, and sampling starts without it")]
 
 
 def check_divergence(weights, losses):
-    """Are the weights numbers, and did the loss stay near the lowest it had? weights: {name: tensor}."""
+    """Are the weights numbers, and did the loss stay near its lowest? weights: {name: tensor}."""
     if not all(value.isfinite().all() for value in weights.values()):
         return [Cause("diverged", "some weights are not finite numbers")]
     if len(losses) < 50:
         return []
     tenth = max(10, len(losses) // 10)
-    means = [statistics.fmean(losses[k:k + tenth]) for k in range(0, len(losses) - tenth + 1, tenth // 2)]
+    means = [statistics.fmean(losses[k:k + tenth])
+             for k in range(0, len(losses) - tenth + 1, tenth // 2)]
     last = statistics.fmean(losses[-tenth:])
     if math.isfinite(last) and last < max(2 * min(means), 0.15):
         return []
@@ -195,11 +199,14 @@ def check_divergence(weights, losses):
 
 
 def check_average(ratio_average, ratio_raw):
-    """Is the averaged network much worse than that of the last step? Errors over the linear filter's, or None."""
+    """Is the averaged network much worse than that of the last step?
+
+    ratio_average, ratio_raw: their errors over the linear filter's; ratio_raw may be None.
+    """
     if ratio_raw is None or ratio_average < 1.5 * ratio_raw:
         return []
-    return [Cause("cold average", f"their error is {ratio_average:.2f} times the linear filter's, that of "
-                                  f"the last weights {ratio_raw:.2f}")]
+    return [Cause("cold average", f"their error is {ratio_average:.2f} times the linear filter's, "
+                                  f"that of the last weights {ratio_raw:.2f}")]
 
 
 def check_readings(ratios):
@@ -208,13 +215,14 @@ def check_readings(ratios):
     name, best = min(others, key=lambda item: typical(item[1]))
     if typical(own) < 1.3 * typical(best) or typical(own) < 0.5:
         return []
-    return [Cause("assumption", f"so understood, its error is {typical(best):.2f} times the linear filter's; "
-                                f"as the checkpoint says, {typical(own):.2f}", name)]
+    return [Cause("assumption",
+                  f"so understood, its error is {typical(best):.2f} times the linear filter's; "
+                  f"as the checkpoint says, {typical(own):.2f}", name)]
 
 
 @torch.no_grad()
 def check_time(model, diffusion, images, device="cpu"):
-    """Does the answer depend on t? Asked for the same noisy images, told the right t and wrong ones."""
+    """Does the answer depend on t? Asked for the same noisy images, told right and wrong t."""
     x_0 = to_signed(images).to(device)
     levels = [int((diffusion.alpha_bar - share).abs().argmin()) for share in (0.9, 0.5, 0.1)]
     if len(set(levels)) < 2:                                # T = 1: there is no other t
@@ -232,7 +240,7 @@ def check_time(model, diffusion, images, device="cpu"):
 
 @torch.no_grad()
 def check_labels(model, diffusion, images, labels, device="cpu"):
-    """With its own class an image should be easier to guess than with another one, if there is another."""
+    """With its own class an image should be easier to guess than with another, if there is one."""
     if model.num_classes < 2:
         return []
     x_0, y = to_signed(images).to(device), labels.to(device)
@@ -249,8 +257,8 @@ def check_labels(model, diffusion, images, labels, device="cpu"):
     gain, error = float(gains.mean()), float(gains.std() / len(gains)**0.5)
     if gain > max(0.02, 3 * error):
         return []
-    return [Cause("labels", f"told the right class instead of a wrong one, its error falls by {gain:.1%} "
-                            f"+- {error:.1%}")]
+    return [Cause("labels", "told the right class instead of a wrong one, "
+                            f"its error falls by {gain:.1%} +- {error:.1%}")]
 
 
 def check_training(ratio, losses, settings):
@@ -258,18 +266,20 @@ def check_training(ratio, losses, settings):
     if len(losses) < 4:
         return []
     if ratio < 0.75:
-        return [Cause("few steps", f"{len(losses)} steps are few: pictures take shape within the first "
-                                   "thousand")] * (len(losses) < FEW_STEPS and not settings.get("started_from"))
+        return [Cause("few steps",
+                      f"{len(losses)} steps are few: pictures take shape within the first "
+                      "thousand")] * (len(losses) < FEW_STEPS and not settings.get("started_from"))
     third, fourth = (statistics.fmean(part) for part in torch.tensor(losses).tensor_split(4)[2:])
     usual = 1e-2 if settings.get("optimizer") == "muon" else 2e-3
     rate = settings.get("learning_rate")
     rate = rate if isinstance(rate, float) else 0.0
     falling = (third - fourth) / max(third, 1e-9)
-    seen = (f"its error is {ratio:.2f} times that of the best linear filter (a trained network reaches half "
-            f"of it) after {len(losses)} steps at a rate of {rate:g}; in their last quarter the loss was "
-            f"{falling:.0%} lower than in the one before")
+    seen = (f"its error is {ratio:.2f} times that of the best linear filter (a trained network "
+            f"reaches half of it) after {len(losses)} steps at a rate of {rate:g}; "
+            f"in their last quarter the loss was {falling:.0%} lower than in the one before")
     few = [Cause("few steps", seen)]
-    return [Cause("rate", seen), *few] if rate > usual or falling < 0.02 and rate > usual / 2 else few
+    return ([Cause("rate", seen), *few]
+            if rate > usual or falling < 0.02 and rate > usual / 2 else few)
 
 
 def check_samples(samples, images, held):
@@ -279,29 +289,32 @@ def check_samples(samples, images, held):
     # Where all images are equally far from each other, the second condition is the one that tells.
     copied = copied_share(near, usual) if float(near.median() / usual.median()) < 0.8 else 0.0
     if copied > 0.15:
-        found.append(Cause("copies", f"{copied:.0%} of {len(samples)} samples are closer to a training image "
-                                     "than nearly all held-out images are"))
+        found.append(Cause("copies", f"{copied:.0%} of {len(samples)} samples are closer to "
+                                     "a training image than nearly all held-out images are"))
     drawn, real = to_signed(samples), to_signed(held)
     means = (drawn.mean((0, 2, 3)) - real.mean((0, 2, 3))).tolist()
-    # Two grey levels beside both, or a channel that is always the same would be judged by its rounding.
+    # Two grey levels beside both, or a constant channel would be judged by its rounding.
     spreads = ((drawn.std((0, 2, 3)) + 0.02) / (real.std((0, 2, 3)) + 0.02)).tolist()
     if max(map(abs, means)) > 0.15 or not 0.75 < min(spreads) <= max(spreads) < 1.3:
-        found.append(Cause("tint", "means off by " + ", ".join(f"{mean:+.2f}" for mean in means) + ", contrast "
-                           + ", ".join(f"{spread:.0%}" for spread in spreads) + " of the data's, by channel"))
+        found.append(Cause("tint", "means off by " + ", ".join(f"{mean:+.2f}" for mean in means)
+                           + ", contrast " + ", ".join(f"{spread:.0%}" for spread in spreads)
+                           + " of the data's, by channel"))
     return found
 
 
 # ---- All of them
 
-def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), settings=None, device="cpu"):
+def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), settings=None,
+             device="cpu"):
     """Everything that is wrong with a model, worst first: (list of Causes, {reading: ratios}).
 
     average: the network that pictures are drawn with.  raw: that of the last step, or None.
-    images, held: uint8 [N, C, H, W], trained on and not.  labels: of held, if the model knows classes.
-    losses: of each step.  settings: of the training, and what it started from, if not from random weights.
+    images, held: uint8 [N, C, H, W], trained on and not.
+    labels: of held, if the model knows classes.  losses: of each step.
+    settings: of the training, and what it started from, if not from random weights.
     """
     weights = average.state_dict() if hasattr(average, "state_dict") else {}
-    images = images[shuffled(len(images))[:20_000]]         # a folder begins with the first sub-folder
+    images = images[shuffled(len(images))[:20_000]]     # a folder begins with the first sub-folder
     losses, power, some = list(losses), spectrum(images[:2000]), held[:IMAGES]
     y = None if labels is None else labels[:IMAGES].to(device)
     own, *others = readings(diffusion)
@@ -318,7 +331,8 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
     # How well it has learnt what it was trained for, be that what is asked of it now or not.
     unlearnt = check_training(min(map(typical, ratios.values())), losses, settings or {})
     causes += unlearnt
-    if labels is not None and not unlearnt:     # one that has learnt little has not learnt the classes either
+    # One that has learnt little has not learnt the classes either.
+    if labels is not None and not unlearnt:
         causes += check_labels(best, diffusion, held[:8 * IMAGES], labels[:8 * IMAGES], device)
     y = torch.arange(64) % average.num_classes if getattr(average, "num_classes", None) else None
     samples, _ = generate(average, diffusion, 64, held.shape[-1], y=y, device=device)
@@ -331,13 +345,15 @@ def main(argv=None):
     parser = Parser(description="Why are my samples bad? Looks for causes, worst first.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
-    add("--dataset", "images like those it was trained on; default: those themselves", metavar="NAME")
+    add("--dataset", "images like those it was trained on; default: those themselves",
+        metavar="NAME")
     add("--data_dir")
     add("--device")
     args = parser.parse_args(argv)
     device, path = get_device(args.device), find_model(args.checkpoint, images=args.dataset)
     if Path(path).is_dir():
-        raise ValueError(f"{path} is a folder: diagnose.py reads the checkpoints that train.py writes")
+        raise ValueError(f"{path} is a folder: "
+                         "diagnose.py reads the checkpoints that train.py writes")
     entries = load_checkpoint(path)
     average, diffusion, data = load_model(path, device)
     raw = load_model(path, device, ema=False)[0] if "model" in entries else None
@@ -348,18 +364,23 @@ def main(argv=None):
     note_other_images(data, args.dataset)
     calls = len(diffusion.sampling_levels("ddim")) - 1
     drawing = seconds_for(average, diffusion, 64, held.shape[-1], 64, calls, device)
-    print(f"cost: about {format_seconds(drawing)} here to draw 64 pictures, the longest part", flush=True)
+    print(f"cost: about {format_seconds(drawing)} here to draw 64 pictures, the longest part",
+          flush=True)
     losses, settings = entries.get("losses"), entries.get("settings")
-    losses = losses.tolist() if torch.is_tensor(losses) and losses.ndim == 1 else []   # else a stranger's
-    settings = {**(settings if isinstance(settings, dict) else {}), "started_from": data.get("started_from")}
-    causes, ratios = diagnose(average, raw, diffusion, images, held, labels, losses, settings, device)
+    # Of any other form they are a stranger's.
+    losses = losses.tolist() if torch.is_tensor(losses) and losses.ndim == 1 else []
+    settings = {**(settings if isinstance(settings, dict) else {}),
+                "started_from": data.get("started_from")}
+    causes, ratios = diagnose(average, raw, diffusion, images, held, labels, losses, settings,
+                              device)
 
-    print("squared error over that of the best linear filter (of a trained network well below 1), at a "
-          "signal-to-noise ratio of")
+    print("squared error over that of the best linear filter (of a trained network well below 1), "
+          "at a signal-to-noise ratio of")
     print(" " * 47 + "".join(f"{decibel:>6} dB" for decibel in DECIBELS))
     for name, row in ratios.items():
         print(f"  {name:<45}" + "".join(f"{ratio:>9.2f}" for ratio in row))
-    print("  a way other than the checkpoint's counts where its errors are 1.3 times lower, on average")
+    print("  a way other than the checkpoint's counts where its errors are 1.3 times lower, "
+          "on average")
     if not causes:
         print("found nothing wrong: look at python evaluate.py for how good the pictures are")
     for k, cause in enumerate(causes, start=1):

@@ -13,9 +13,10 @@ Only this file knows whether that tensor means the noise ("eps"), the image ("x0
     loss = diffusion.training_loss(model, x_0)
     images = diffusion.sample(model, sampler="ddim", steps=50, seed=0)
 
-Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine schedule), Jabri
-et al. 2022 (sigmoid schedule), Salimans & Ho 2022 (the v objective), Ho & Salimans 2022 (classifier-free
-guidance), Lu et al. 2022 (DPM-Solver++), Zhang & Chen 2023 (iPNDM), Karras et al. 2022 (noise levels).
+Papers: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Nichol & Dhariwal 2021 (cosine schedule),
+Jabri et al. 2022 (sigmoid schedule), Salimans & Ho 2022 (the v objective), Ho & Salimans 2022
+(classifier-free guidance), Lu et al. 2022 (DPM-Solver++), Zhang & Chen 2023 (iPNDM),
+Karras et al. 2022 (noise levels).
 """
 
 import math
@@ -34,7 +35,7 @@ OBJECTIVES = ("eps", "x0", "v")
 # ---- Samplers: a row of numbers each. One loop (DiffusionProcess.trajectory) serves them all.
 
 class Sampler(NamedTuple):
-    eta: float  # 0: no noise is added on the way down (DDIM); 1: as much as DDPM adds; it may be more
+    eta: float  # 0: no noise is added on the way down (DDIM); 1: as much as in DDPM; it may be more
     order: int  # how many estimates, this one and those before it, a step is made from
     extrapolates: str  # what is carried on from them: "x0", or "eps"
     variance: str  # size of the added noise: "posterior" or "beta", the two choices of Ho et al.
@@ -47,7 +48,7 @@ SAMPLERS = {
     "ddpm":         Sampler(1.0, 1, "x0",  "posterior", None, "uniform"),
     "ddpm_beta":    Sampler(1.0, 1, "x0",  "beta",      None, "uniform"),
     "ddim":         Sampler(0.0, 1, "x0",  "posterior", 50,   "uniform"),
-    "dpmpp_2m":     Sampler(0.0, 2, "x0",  "posterior", 10,   "uniform"),   # Lu et al. 2022, algorithm 2
+    "dpmpp_2m":     Sampler(0.0, 2, "x0",  "posterior", 10,   "uniform"),   # Lu et al. 2022, alg. 2
     "dpmpp_2m_sde": Sampler(1.0, 2, "x0",  "posterior", 20,   "uniform"),   # the same with noise
     "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10,   "uniform"),   # Zhang & Chen 2023
 }
@@ -55,17 +56,18 @@ SAMPLERS = {
 MAX_ETA = 10  # with the "posterior" variance: then nearly any step renews all of the noise
 
 # The Adams-Bashforth weights of order 1 to 4, for the newest estimate first.
-ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+ADAMS_BASHFORTH = [[1.0], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12],
+                   [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
 
 
 # ---- Noise that belongs to an image, not to a batch.
 
 def seeded_noise(seed, indices, step, shape):
-    """Unit Gaussian noise [len(indices), *shape] in which row k depends only on (seed, indices[k], step).
+    """Unit Gaussian noise [len(indices), *shape]; row k depends only on (seed, indices[k], step).
 
     So image i of a seed is the same in any batch. Drawn on the CPU, hence the same on any device,
     and from generators of its own: the global one is never touched.
-    seed: 0 to 2**32 - 1, else ValueError: the parts of a longer one would be those of another image.
+    seed: 0 to 2**32 - 1, else ValueError: the parts of a longer one would be another image's.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"a seed must lie in 0..{2**32 - 1}, got {seed}")
@@ -90,13 +92,13 @@ def _as_batch(t, x_t):
 
 
 def guidance_at(t, guidance, interval=None):
-    """The guidance of a step at level t: outside of the interval (low, high) the model is followed plainly."""
+    """The guidance of a step at level t: outside of the interval (low, high) it is 1.0 (off)."""
     return guidance if interval is None or interval[0] <= t <= interval[1] else 1.0
 
 
 def model_calls(levels, guidance=1.0, interval=None):
-    """How often sampling asks a model (or a weak one) on its way down `levels`: twice in a step with guidance, but
-    guidance of 0 and 1 takes one of the two answers as it is."""
+    """How often sampling asks a model (or a weak one) on its way down `levels`: twice in a step
+    with guidance, but guidance of 0 and 1 takes one of the two answers as it is."""
     return sum(1 if guidance_at(t, guidance, interval) in (0, 1) else 2 for t in levels[:-1])
 
 
@@ -104,12 +106,12 @@ class DiffusionProcess:
     """A noise schedule, what the model predicts, and everything that follows from the two.
 
     num_timesteps: T, the number of noise levels (ignored where schedule is given as numbers).
-    schedule:      "linear", "cosine", "sigmoid", or the alpha_bar values themselves, [T] in (0, 1) and falling.
+    schedule:      "linear", "cosine", "sigmoid", or alpha_bar itself: [T] in (0, 1), falling.
     objective:     what the model's output means: "eps" (the noise), "x0" (the clean image) or
                    "v" = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0.
     beta_start, beta_end: ends of the linear schedule, used as they are; by default scaled with T.
-    clip_loss:     the loss asks no more of an estimate of x_0 than that it be right once sampling has cut it to
-                   [-1, 1]: where a pixel is black, all below black will do.
+    clip_loss:     the loss asks no more of an estimate of x_0 than that it be right once sampling
+                   has cut it to [-1, 1]: where a pixel is black, all below black will do.
 
     alpha_bar (in diffusers: alphas_cumprod) is the share of the image's variance left at t, the
     product of (1 - beta) up to t. `config` rebuilds the process: DiffusionProcess(**config).
@@ -120,12 +122,15 @@ class DiffusionProcess:
                  beta_start=None, beta_end=None, clip_loss=False):
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}; choose from {list(OBJECTIVES)}")
-        if (beta_start, beta_end) != (None, None) and not (isinstance(schedule, str) and schedule == "linear"):
-            raise ValueError("beta_start and beta_end belong to the linear schedule, and to no other")
+        if ((beta_start, beta_end) != (None, None)
+                and not (isinstance(schedule, str) and schedule == "linear")):
+            raise ValueError("beta_start and beta_end belong to the linear schedule, "
+                             "and to no other")
         if not isinstance(schedule, str):
             schedule = self.alpha_bar = torch.as_tensor(schedule, dtype=torch.float64).cpu().clone()
             if self.alpha_bar.ndim != 1 or not len(self.alpha_bar):
-                raise ValueError(f"alpha_bar must be a row of numbers, got shape {tuple(self.alpha_bar.shape)}")
+                raise ValueError("alpha_bar must be a row of numbers, "
+                                 f"got shape {tuple(self.alpha_bar.shape)}")
             num_timesteps = len(self.alpha_bar)
         elif schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {schedule!r}; choose from {sorted(SCHEDULES)}")
@@ -149,7 +154,7 @@ class DiffusionProcess:
         self._noise = (1 - self.alpha_bar).sqrt().float()
 
     def _weights(self, t):
-        """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)), each [B, 1, 1, 1]. t: [B] integers in 0..T-1."""
+        """(sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)), each [B, 1, 1, 1]. t: [B] integers 0..T-1."""
         if t.device.type == "cpu" and not (0 <= int(t.min()) and int(t.max()) < self.num_timesteps):
             # A negative index would silently read the table from its end.
             raise ValueError(f"t must lie in 0..{self.num_timesteps - 1}, got {t.min()}..{t.max()}")
@@ -173,13 +178,13 @@ class DiffusionProcess:
         return signal_weight * x_0 + noise_weight * noise, noise
 
     def training_loss(self, model, x_0, y=None, t=None, noise=None, min_snr=None):
-        """Mean squared error of the model's prediction at random noise levels (Ho et al. 2020, eq. 14).
+        """Mean squared error of the prediction at random noise levels (Ho et al. 2020, eq. 14).
 
         x_0: [B, C, H, W] in [-1, 1].  y: [B] class indices or None.  t, noise: drawn if not given.
-        min_snr: weigh the error of x_0 by min(SNR_t, min_snr) instead, SNR = ab / (1 - ab); the source
-        takes 5 (Hang et al. 2023, section 3.4).  Plain "eps" weighs it by SNR_t, "v" by SNR_t + 1.
-        With clip_loss the error of a pixel at -1 or 1 does not count where the estimate lies beyond it. All other
-        errors count in full, so the best clipped answer stays the mean of all images that fit x_t.
+        min_snr: weigh the error of x_0 by min(SNR_t, min_snr) instead, SNR = ab / (1 - ab); Hang et
+        al. 2023, section 3.4, take 5.  Plain "eps" weighs it by SNR_t, "v" by SNR_t + 1.
+        With clip_loss the error of a pixel at -1 or 1 does not count where the estimate lies beyond
+        it; others do in full, so the best clipped answer stays the mean of all images that fit x_t.
         Returns a scalar tensor, float32 whatever the model ran in.
         """
         if t is None:
@@ -194,7 +199,8 @@ class DiffusionProcess:
             target = signal_weight * noise - noise_weight * x_0     # Salimans & Ho 2022, section 4
         error = _answer(model, x_t, t, y).float() - target
         if self.clip_loss:
-            over = error if self.objective == "x0" else -error      # has the sign of (estimate of x_0) - x_0
+            # over has the sign of (estimate of x_0) - x_0
+            over = error if self.objective == "x0" else -error
             error = error.masked_fill((x_0.abs() >= 1) & (over * x_0 > 0), 0)
         if min_snr is None:
             return error.square().mean()
@@ -208,14 +214,14 @@ class DiffusionProcess:
     def predict_x0(self, model, x_t, t, y=None, *, guidance=1.0, weak=None, clip=True):
         """The clean image that the model sees in x_t.
 
-        guidance pushes it away from what the model sees without a class (Ho & Salimans 2022, eq. 6), or from
-        what a weak model sees, which makes the same mistakes in a larger way (autoguidance, Karras et al. 2024).
-        1 is the model itself and 0 the other answer; each costs one call. (Ho & Salimans count from zero: their w
-        is guidance - 1.)
+        guidance leads it away from what the model sees without a class (Ho & Salimans 2022, eq. 6),
+        or from what a weak model sees, which makes the same mistakes in a larger way (autoguidance,
+        Karras et al. 2024). 1 is the model itself and 0 the other answer; each costs one call.
+        (Ho & Salimans count from zero: their w is guidance - 1.)
 
-        x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W], in [-1, 1] if clip.
-        ValueError for guidance towards nothing.
-        Computed in float32 even if the model ran in bfloat16: at high t it divides by a small number.
+        x_t: [B, C, H, W].  t: an integer, or [B] integers.
+        Returns [B, C, H, W], in [-1, 1] if clip.  Raises ValueError for guidance towards nothing.
+        Computed in float32 even for a model in bfloat16: at high t it divides by a small number.
         """
         if weak is None and y is None and guidance not in (0, 1):
             raise ValueError(f"guidance={guidance} needs class labels y to guide towards")
@@ -245,14 +251,14 @@ class DiffusionProcess:
         return signal_weight * x_t - noise_weight * out
 
     def predict_noise(self, model, x_t, t, y=None):
-        """The noise that a model of any objective sees in x_t: what is left of it without the image it sees.
+        """The noise a model of any objective sees in x_t: what is left without the image it sees.
 
         eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)
 
         x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W].
         """
         t = _as_batch(t, x_t)
-        # Not clamped: also beyond [-1, 1] x_0 tells the noise. Only after clip_loss such values mean nothing.
+        # Not clamped: also beyond [-1, 1] x_0 tells the noise. Only after clip_loss it does not.
         x_0 = self.predict_x0(model, x_t, t, y, clip=self.clip_loss)
         signal_weight, noise_weight = self._weights(t)
         return (x_t - signal_weight * x_0) / noise_weight
@@ -267,13 +273,14 @@ class DiffusionProcess:
             x_prev = sqrt(ab_prev) x_0 + sqrt(1 - ab_prev - sigma^2) eps + sigma noise
             sigma^2 = eta^2 (1 - ab_prev) / (1 - ab_t) (1 - ab_t / ab_prev), at most 1 - ab_prev
 
-        eta = 1 is Ho et al. 2020, eq. 6-7 ("posterior"); eta = 0 adds nothing and is DDIM. With more than 1 more
-        of the old noise goes, and with it what earlier steps got wrong; that takes small steps, or pictures get
-        smooth. At most all of it goes. With variance "beta" the mean stays and sigma^2 = eta^2 (1 - ab_t / ab_prev),
-        the paper's other choice (section 3.2). The step to the clean image never adds noise.
+        eta = 1 is Ho et al. 2020, eq. 6-7 ("posterior"); eta = 0 adds nothing and is DDIM. With
+        more than 1 more of the old noise goes, and with it what earlier steps got wrong; that takes
+        small steps, or pictures get smooth. At most all of it goes. With variance "beta" the mean
+        stays and sigma^2 = eta^2 (1 - ab_t / ab_prev), the paper's other choice (section 3.2). The
+        step to the clean image never adds noise.
 
-        x_t: [B, C, H, W].  t: an integer in 0..T-1, or [B] equal integers.  t_prev: an integer below
-        t; default t - 1; -1 is clean.  noise: like x_t, drawn if needed.
+        x_t: [B, C, H, W].  t: an integer in 0..T-1, or [B] equal integers.  t_prev: an integer
+        below t; default t - 1; -1 is clean.  noise: like x_t, drawn if needed.
         Returns (x_prev, x_0 estimate).  Raises ValueError as step_towards does.
         """
         if torch.is_tensor(t):
@@ -286,7 +293,7 @@ class DiffusionProcess:
         return self.step_towards(x_0, x_t, t, t_prev, eta=eta, variance=variance, noise=noise), x_0
 
     def alpha_bar_at(self, t):
-        """alpha_bar as a Python float: 1 - ab_t / ab_prev cancels in float32. -1 is the clean image."""
+        """alpha_bar as a Python float: 1 - ab_t / ab_prev cancels in float32. t = -1 is clean."""
         return float(self.alpha_bar[t]) if t >= 0 else 1.0
 
     def _eps(self, x_t, x_0, t):
@@ -295,16 +302,16 @@ class DiffusionProcess:
         return (x_t - math.sqrt(ab_t) * x_0) / math.sqrt(1 - ab_t)
 
     def step_towards(self, x_0, x_t, t, t_prev, *, eta=1.0, variance="posterior", noise=None):
-        """The formula of reverse_diffusion_step, once it is settled which x_0 to step towards: the model's,
-        what several estimates of it come to, or one that was mended by hand (edit.py).
+        """The formula of reverse_diffusion_step, once it is settled which x_0 to step towards: the
+        model's, what several estimates of it come to, or one that was mended by hand (edit.py).
 
-        x_0, x_t: [B, C, H, W].  t, t_prev: integers, -1 for the clean image.  noise: like x_t, drawn if
-        needed.
-        Returns x_prev, like x_t.  Raises ValueError unless -1 <= t_prev < t < T, if eta is outside [0, MAX_ETA], of
-        variance "beta" [0, 1], or for an unknown variance.
+        x_0, x_t: [B, C, H, W].  t, t_prev: integers (-1: clean).  noise: like x_t, drawn if needed.
+        Returns x_prev, like x_t.  Raises ValueError unless -1 <= t_prev < t < T, if eta is outside
+        [0, MAX_ETA], of variance "beta" [0, 1], or for an unknown variance.
         """
         if not -1 <= t_prev < t < self.num_timesteps:
-            raise ValueError(f"need -1 <= t_prev < t < {self.num_timesteps}, got t={t}, t_prev={t_prev}")
+            raise ValueError(f"need -1 <= t_prev < t < {self.num_timesteps}, "
+                             f"got t={t}, t_prev={t_prev}")
         ab_t, ab_prev = self.alpha_bar_at(t), self.alpha_bar_at(t_prev)
         if variance not in ("posterior", "beta"):
             raise ValueError(f"unknown variance {variance!r}; choose from ['beta', 'posterior']")
@@ -313,26 +320,28 @@ class DiffusionProcess:
             raise ValueError(f"eta must lie in [0, {most}], got {eta}")
         beta = 1 - ab_t / ab_prev
         posterior = min(eta**2 * beta / (1 - ab_t), 1.0) * (1 - ab_prev)
-        x_prev = math.sqrt(ab_prev) * x_0 + math.sqrt(1 - ab_prev - posterior) * self._eps(x_t, x_0, t)
+        x_prev = (math.sqrt(ab_prev) * x_0
+                  + math.sqrt(1 - ab_prev - posterior) * self._eps(x_t, x_0, t))
         sigma = math.sqrt(posterior) if variance == "posterior" else eta * math.sqrt(beta)
         if sigma > 0 and t_prev >= 0:
             x_prev = x_prev + sigma * (torch.randn_like(x_prev) if noise is None else noise)
         return x_prev
 
     def _extrapolate(self, extrapolates, x_t, t_prev, past):
-        """The x_0 to step towards, from the last estimates: where they are heading, not where they are.
+        """The x_0 to step towards: where the last estimates are heading, not where they are.
 
-        past: triples (t, x_0, eps), the newest last.  "x0" goes on along a line in the log-SNR, to the middle
-        of the step (DPM-Solver++(2M), Lu et al. 2022, algorithm 2); "eps" by the Adams-Bashforth rule of
-        the order that `past` allows (iPNDM), as though the steps were equal.
+        past: triples (t, x_0, eps), the newest last.  "x0" goes on along a line in the log-SNR, to
+        the middle of the step (DPM-Solver++(2M), Lu et al. 2022, algorithm 2); "eps" by the
+        Adams-Bashforth rule of the order that `past` allows (iPNDM), as though steps were equal.
         """
         t, x_0 = past[-1][:2]
-        # The last step is plain DDIM: the log-SNR is infinite at the clean image, and ipndm counts on equal steps.
+        # The last step is plain DDIM: it ends at infinite log-SNR, and ipndm counts on equal steps.
         if len(past) == 1 or t_prev < 0:
             return x_0
         if extrapolates == "x0":
             before, x_0_before, _ = past[-2]
-            last, now, then = (half_log_snr(self.alpha_bar_at(level)) for level in (before, t, t_prev))
+            last, now, then = (half_log_snr(self.alpha_bar_at(level))
+                               for level in (before, t, t_prev))
             return x_0 + (then - now) / (2 * (now - last)) * (x_0 - x_0_before)
         eps = sum(w * eps for w, (*_, eps) in zip(ADAMS_BASHFORTH[len(past) - 1], reversed(past)))
         ab_t = self.alpha_bar_at(t)
@@ -341,7 +350,7 @@ class DiffusionProcess:
     # ---- The sampling loop
 
     def timesteps(self, steps=None, spacing="uniform"):
-        """The levels that sampling visits: `steps` of them, distinct, falling from T-1, then -1 (clean).
+        """The levels that sampling visits: `steps` distinct ones from T-1 down, then -1 (clean).
 
         steps: 1..T, by default all T.  Raises ValueError outside that, or for an unknown spacing.
         """
@@ -365,17 +374,17 @@ class DiffusionProcess:
 
     @torch.no_grad()
     def trajectory(self, model, x_T, *, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
-                   guidance=1.0, guidance_interval=None, weak=None, seed=0, first_index=0, clip=True,
-                   last_steps=None):
+                   guidance=1.0, guidance_interval=None, weak=None, seed=0, first_index=0,
+                   clip=True, last_steps=None):
         """The one sampling loop: a generator that yields (t, x_t, x_0) after each step.
 
         t is the level just reached, -1 in the last item, whose x_t is the finished picture; x_0 is
         the model's newest estimate. The model is called exactly `steps` times (twice as often
         with guidance other than 0 and 1: see model_calls).
 
-        x_T: [B, C, H, W] noise.  sampler: a key of SAMPLERS; steps, eta, spacing default to its row.
-        y: [B] class indices.  seed, first_index: which noise the steps add (see seeded_noise).
-        guidance_interval, weak: where guidance acts, and a model that it leads away from, see sample.
+        x_T: [B, C, H, W] noise.  seed, first_index: which noise the steps add (see seeded_noise).
+        sampler: a key of SAMPLERS; steps, eta, spacing default to its row.  y: [B] class indices.
+        guidance_interval, weak: where guidance acts, and a model it leads away from, see sample.
         last_steps: only the last so many; x_T is then at the level where they begin.
         """
         levels = self.sampling_levels(sampler, steps, spacing, last_steps)
@@ -393,21 +402,23 @@ class DiffusionProcess:
                 noise = None
                 if eta > 0 and t_prev >= 0:
                     noise = seeded_noise(seed, indices, k, x_t.shape[1:]).to(x_t)
-                x_0 = self.predict_x0(model, x_t, t, y, guidance=guidance_at(t, guidance, guidance_interval),
+                x_0 = self.predict_x0(model, x_t, t, y,
+                                      guidance=guidance_at(t, guidance, guidance_interval),
                                       weak=weak, clip=clip)
                 past = [*past, (t, x_0, self._eps(x_t, x_0, t))][-row.order:]
                 target = self._extrapolate(row.extrapolates, x_t, t_prev, past)
-                x_t = self.step_towards(target, x_t, t, t_prev, eta=eta, variance=row.variance, noise=noise)
+                x_t = self.step_towards(target, x_t, t, t_prev, eta=eta, variance=row.variance,
+                                        noise=noise)
                 yield t_prev, x_t, x_0
 
     @torch.no_grad()
     def invert(self, model, x_0, *, steps=None, y=None, guesses=3):
         """The noise that DDIM turns into these images: its steps, taken backwards.
 
-        A step from t to t_prev uses the model's answer at t, which is not known yet on the way back; so it is
-        guessed from x at t_prev, and the guess improved by asking again, `guesses` times in all (each is a
-        call of the model). Going down again returns x_0, but for rounding, for what a guess still lacks, and for
-        what was beyond [-1, 1] in an estimate on the way.
+        A step from t to t_prev uses the model's answer at t, which is not known yet on the way
+        back; so it is guessed from x at t_prev, and the guess improved by asking again, `guesses`
+        times in all (each is a call of the model). Going down again returns x_0, but for rounding,
+        for what a guess still lacks, and for what was beyond [-1, 1] in an estimate on the way.
 
         x_0: [B, C, H, W] in [-1, 1].  Returns x_T, [B, C, H, W].
         """
@@ -425,28 +436,29 @@ class DiffusionProcess:
         return x
 
     def sample(self, model, image_size=28, batch_size=64, channels=1, *, x_T=None, seed=None,
-               first_index=0, device=None, sampler="ddpm", steps=None, eta=None, spacing=None, y=None,
-               guidance=1.0, guidance_interval=None, weak=None, clip=True):
-        """Make new images from noise. Returns [batch_size, channels, image_size, image_size] in [-1, 1].
+               first_index=0, device=None, sampler="ddpm", steps=None, eta=None, spacing=None,
+               y=None, guidance=1.0, guidance_interval=None, weak=None, clip=True):
+        """Make new images from noise: [batch_size, channels, image_size, image_size] in [-1, 1].
 
         x_T:          the noise to start from, [B, C, H, W]; drawn from the seed if not given.
         seed:         the same seed gives the same images; None draws a fresh one.
         first_index:  image i of the result is image first_index + i of the seed.
         device:       by default where x_T or the model's parameters are.
-        sampler:      a key of SAMPLERS: "ddpm" is the paper's full chain, "ddim" takes strides, the others
-                      need fewer still. Each has its defaults for steps (model calls, 1..T), eta (0..MAX_ETA)
-                      and spacing (a key of SPACINGS).
+        sampler:      a key of SAMPLERS: "ddpm" is the paper's full chain, "ddim" takes strides, the
+                      others need fewer still. Each has its defaults for steps (model calls, 1..T),
+                      eta (0..MAX_ETA) and spacing (a key of SPACINGS).
         y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
-        guidance_interval: (low, high): guidance acts at these levels only, both included. At high noise it
-                      costs variety, at low noise it is of no use (Kynkaanniemi et al. 2024).
-        weak:         a worse model of the same process, an early checkpoint for instance: guidance then leads
-                      away from its mistakes, and needs no classes.
-        clip:         keep every estimate of x_0 in [-1, 1], as a model trained with clip_loss counts on.
+        guidance_interval: (low, high): guidance acts at these levels only, both included. At high
+                      noise it costs variety, at low it is of no use (Kynkaanniemi et al. 2024).
+        weak:         a worse model of the same process, an early checkpoint for instance: guidance
+                      then leads away from its mistakes, and needs no classes.
+        clip:         keep every estimate of x_0 in [-1, 1], as training with clip_loss counts on.
         """
         seed = secrets.randbits(32) if seed is None else seed
         if device is None:
             parameters = model.parameters() if hasattr(model, "parameters") else iter(())
-            device = x_T.device if x_T is not None else getattr(next(parameters, None), "device", "cpu")
+            device = (x_T.device if x_T is not None
+                      else getattr(next(parameters, None), "device", "cpu"))
         if x_T is None:
             indices = range(first_index, first_index + batch_size)
             x_T = seeded_noise(seed, indices, 0, (channels, image_size, image_size))

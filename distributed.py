@@ -18,26 +18,29 @@ from command_line import speaks
 def join(device="auto"):
     """Join the processes that torchrun has started. Returns the device of this one, as a name.
 
-    Only rank 0 goes on printing. Raises ValueError for a device that several processes cannot share, or a place
-    that there is not, and OSError where they do not find each other.
+    Only rank 0 goes on printing. Raises ValueError for a device that several processes cannot
+    share, or a place that there is not, and OSError where they do not find each other.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return device
     rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise ValueError(f"RANK={rank!r} and WORLD_SIZE={world!r} in the environment are no place among several "
-                         "processes: torchrun sets both, and one process needs neither")
+        raise ValueError(f"RANK={rank!r} and WORLD_SIZE={world!r} in the environment are no place "
+                         "among several processes: torchrun sets both, "
+                         "and one process needs neither")
     if device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"several processes run on auto, cuda (a GPU for each) or cpu, not on {device!r}")
+        raise ValueError("several processes run on auto, cuda (a GPU for each) or cpu, "
+                         f"not on {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' cannot be used: no GPU was found")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes need a GPU each, and there are "
-                         f"{torch.cuda.device_count()}: lower --nproc_per_node, or use --device cpu")
+        raise ValueError(f"{os.environ['LOCAL_WORLD_SIZE']} processes need a GPU each, "
+                         f"and there are {torch.cuda.device_count()}: "
+                         "lower --nproc_per_node, or use --device cpu")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
     if not dist.is_initialized():
-        # The others wait while rank 0 reads a folder or draws pictures: more than the usual ten minutes.
+        # The others wait while rank 0 reads a folder or draws: more than the usual ten minutes.
         patience = datetime.timedelta(hours=6)
         try:
             if on_gpu:
@@ -45,8 +48,9 @@ def join(device="auto"):
                 dist.init_process_group("nccl", timeout=patience, device_id=torch.device(device))
             else:
                 dist.init_process_group("gloo", timeout=patience)
-        except (RuntimeError, ValueError) as error:         # a port in use, or an address that is not set
-            raise OSError(f"the processes do not find each other: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, ValueError) as error:  # a port in use, or an address that is not set
+            raise OSError("the processes do not find each other: "
+                          f"{str(error).splitlines()[0]}") from error
         if not speaks():
             sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return device
@@ -74,7 +78,7 @@ def first_rank_first():
             raise SystemExit(2) from error
     try:
         yield
-    finally:                                  # also after an error, which the others will then meet, too
+    finally:                                  # also after an error, which the others then meet, too
         if rank == 0 and world > 1:
             dist.barrier()
 

@@ -1,22 +1,23 @@
-"""Fill holes, sharpen, colour: pictures completed by a model that was only ever trained to draw new ones.
+"""Fill holes, sharpen, colour: pictures completed by a model trained only to draw new ones.
 
-    python edit.py                                         # the lower half of 16 test images, drawn anew
-    python edit.py --images a.png b.png --mask hole.png    # of your own; white in the mask is what stays
+    python edit.py                                         # 16 test images, lower half drawn anew
+    python edit.py --images a.png b.png --mask hole.png    # of your own; white in the mask stays
     python edit.py --task upscale --factor 4               # 28x28 out of 7x7
     python edit.py --task deblur
 
-Something was measured of an image, A x = y: some of its pixels, the means of its blocks, a blurred version.
-Many images have that measurement. The model knows which of them look real, so it samples as always, but each
-of its estimates of x_0 is corrected where it contradicts the measurement, and nowhere else (DDNM, Wang et al.
-2023, algorithm 1):
+Something was measured of an image, A x = y: some of its pixels, the means of its blocks, a blurred
+version. Many images have that measurement. The model knows which of them look real, so it samples
+as always, but each of its estimates of x_0 is corrected where it contradicts the measurement, and
+nowhere else (DDNM, Wang et al. 2023, algorithm 1):
 
-    x_0  <-  x_0 + A+ (y - A x_0)           A+ gives back an image with the measurement that it is given
+    x_0  <-  x_0 + A+ (y - A x_0)       A+ gives back an image with the measurement that it is given
 
-Because a correction may fit badly to the rest of the picture, every step is taken `travel` times, going back
-up to its noise level in between (RePaint, Lugmayr et al. 2022, algorithm 1). No training and no gradients.
+Because a correction may fit badly to the rest of the picture, every step is taken `travel` times,
+going back up to its noise level in between (RePaint, Lugmayr et al. 2022, algorithm 1). No training
+and no gradients.
 
-Writes outputs/edited.png: the originals, what was given of them, the plain answer and ours (of the first eight);
-prints how near they are to the originals (PSNR, in dB). edited_only.png has all answers.
+Writes outputs/edited.png: the originals, what was given of them, the plain answer and ours (of the
+first eight); prints how near they are to the originals (PSNR, dB). edited_only.png has all answers.
 """
 
 import math
@@ -56,15 +57,16 @@ def inpaint(mask):
 def upscale(size, factor):
     """Known is the mean of each block of factor x factor pixels."""
     if factor < 2 or size % factor:
-        raise ValueError(f"--factor {factor} must divide the model's image size {size}, and be at least 2")
+        raise ValueError(f"--factor {factor} must divide the model's image size {size}, "
+                         "and be at least 2")
     return Operator(lambda x: F.avg_pool2d(x, factor),
                     lambda y: y.repeat_interleave(factor, -2).repeat_interleave(factor, -1),
                     lambda y: F.interpolate(y, scale_factor=factor, mode="bicubic").clamp(-1, 1))
 
 
 def deblur(size, width=1.5, keep=0.1):
-    """Known is the image blurred by a Gaussian of `width` pixels, as far as it can be told from nothing: of the
-    blur's singular values, those below `keep` times the largest count as lost."""
+    """Known is the image blurred by a Gaussian of `width` pixels, as far as it can be told from
+    nothing: of the blur's singular values, those below `keep` times the largest count as lost."""
     place = torch.arange(size, dtype=torch.float64)
     blur = torch.exp(-((place[:, None] - place[None]) / width) ** 2 / 2)
     left, values, right = torch.linalg.svd(blur / blur.sum(1, keepdim=True))
@@ -88,7 +90,7 @@ SIDES = ("lower", "upper", "left", "right", "box")
 def read_mask(text, size):
     """What --mask names: a bool [H, W], True where the picture is known.
 
-    text: the half, or the box in the middle, that is to be drawn anew; or a picture, white where it stays.
+    text: the half, or the box in the middle, to be drawn anew; or a picture, white where it stays.
     """
     mask, half, quarter = torch.ones(size, size, dtype=torch.bool), size // 2, size // 4
     whole = slice(None)
@@ -99,28 +101,30 @@ def read_mask(text, size):
         mask[holes[text]] = False
         return mask
     if not Path(text).is_file():
-        raise ValueError(f"unknown mask {text!r}; choose from {', '.join(SIDES)}, or name a picture file")
+        raise ValueError(f"unknown mask {text!r}; choose from {', '.join(SIDES)}, "
+                         "or name a picture file")
     picture = read_picture(Path(text), text, size, channels=1)           # cut as --images are
     if picture.problem:
         raise ValueError(f"--mask {text}: {picture.problem}")
     mask = torch.from_numpy(picture.pixels.copy()).view(size, size) > 127
     if mask.all() or not mask.any():
-        raise ValueError(f"{text} is {'white' if mask.all() else 'black'} all over: nothing to draw, or "
-                         "nothing to go by")
+        raise ValueError(f"{text} is {'white' if mask.all() else 'black'} all over: "
+                         "nothing to draw, or nothing to go by")
     return mask
 
 
 # ---- The rule
 
 @torch.no_grad()
-def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1.0, seed=0, first_index=0, y=None,
-          device="cpu", progress=lambda: None):
+def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1.0, seed=0,
+          first_index=0, y=None, device="cpu", progress=lambda: None):
     """Draw images that have the measurement `given` and that the model finds likely.
 
-    shape: (B, C, H, W).  travel: how often each of the steps is taken, but the last, which adds no noise to draw
-    anew.  eta: fresh noise in each step.
+    shape: (B, C, H, W).  travel: how often each of the steps is taken, but the last, which adds no
+    noise to draw anew.  eta: fresh noise in each step.
     y: [B] classes or None.  Image i depends on (seed, i) alone.
-    Returns [B, C, H, W], not cut to [-1, 1]: there it would fit an upscaled or deblurred measurement less exactly.
+    Returns [B, C, H, W], not cut to [-1, 1]: there it would fit an upscaled or deblurred
+    measurement less exactly.
     """
     indices = range(first_index, first_index + shape[0])
     noises = iter(range(10**9))                            # each draw has a number of its own
@@ -138,7 +142,7 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
             x_0 = x_0 - operator.back(operator.measure(x_0)) + operator.back(given)
             x_prev = diffusion.step_towards(x_0, x, t, t_prev, eta=eta, noise=noise())
             progress()
-            if again:                           # back up, by fresh noise: another draw of the same step
+            if again:                   # back up, by fresh noise: another draw of the same step
                 kept = diffusion.alpha_bar_at(t) / diffusion.alpha_bar_at(t_prev)
                 x = math.sqrt(kept) * x_prev + math.sqrt(1 - kept) * noise()
         x = x_prev
@@ -146,10 +150,11 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
 
 
 def load_originals(args, data, channels):
-    """The pictures to spoil and to mend: those of --images, or such as the model has not seen, where there are any.
-    [N, C, S, S] in [-1, 1]."""
+    """The pictures to spoil and to mend: those of --images, or such as the model has not seen,
+    where there are any. [N, C, S, S] in [-1, 1]."""
     if args.images:
-        print(f"pictures: {len(args.images)} of yours; the model makes of all what {data['name']!r} has taught it")
+        print(f"pictures: {len(args.images)} of yours; "
+              f"the model makes of all what {data['name']!r} has taught it")
         return load_pictures(args.images, data["image_size"], channels)
     try:
         dataset, images, _, kind = unseen_images(data, args.data_dir, args.dataset)
@@ -166,23 +171,25 @@ def parse(argv):
     parser = Parser(description="Complete pictures with a model as the judge of what looks real.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
-    add("--images", "pictures of your own, cut to the central square and to the model's size", nargs="+",
-        metavar="FILE")
-    add("--dataset", "take images of this set, of its test set if it has one; default: the one the model was "
-        "trained on", metavar="NAME")
+    add("--images", "pictures of your own, cut to the central square and to the model's size",
+        nargs="+", metavar="FILE")
+    add("--dataset", "take images of this set, of its test set if it has one; "
+        "default: the one the model was trained on", metavar="NAME")
     add("--data_dir")
     add("--num_images", "how many of them", 16, type=positive_int)
     add("--task", "what to undo", "inpaint", choices=TASKS)
-    add("--mask", f"inpaint: what to draw anew, of {', '.join(SIDES)}, or a picture that is white where all "
-        "stays and black where the hole is; default: lower")
-    add("--factor", "upscale: from blocks of so many by so many pixels; default: 4", type=positive_int)
+    add("--mask", f"inpaint: what to draw anew, of {', '.join(SIDES)}, or a picture that is "
+        "white where all stays and black where the hole is; default: lower")
+    add("--factor", "upscale: from blocks of so many by so many pixels; default: 4",
+        type=positive_int)
     add("--label", "the class to draw, as a number or name", "none")
     add("--steps", "steps from noise to picture", 50, type=positive_int)
     add("--travel", "how often each step but the last is taken; each is a call of the model", 5,
         type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1", 1.0, type=fraction)
-    add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ; which answers "
-        "these are depends on how many pictures are mended together", 1, type=positive_int)
+    add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ; "
+        "which answers these are depends on how many pictures are mended together",
+        1, type=positive_int)
     add("--seed", "another seed, another answer", 0, type=seed_number)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device")
@@ -208,8 +215,8 @@ def main(argv=None):
     _, model, diffusion, data = open_model(args, device)
     size, channels, classes = data["image_size"], model.image_channels, data["classes"]
     if args.task == "colourise" and channels != 3:
-        raise ValueError("--task colourise needs a model of colour pictures, and this one is grey: for "
-                         "instance --checkpoint pretrained/african_fabrics.pt")
+        raise ValueError("--task colourise needs a model of colour pictures, and this one is grey: "
+                         "for instance --checkpoint pretrained/african_fabrics.pt")
     operator = {"inpaint": lambda: inpaint(read_mask(args.mask or "lower", size).to(device)),
                 "upscale": lambda: upscale(size, args.factor or 4),
                 "deblur": lambda: deblur(size),
@@ -217,42 +224,46 @@ def main(argv=None):
     originals = load_originals(args, data, channels).to(device)
     y, _ = choose_labels(args.label, classes, len(originals))
     if y is not None and len(y.unique()) > len(originals):
-        raise ValueError(f"--label {args.label}: {len(y.unique())} classes for {len(originals)} pictures")
+        raise ValueError(f"--label {args.label}: {len(y.unique())} classes "
+                         f"for {len(originals)} pictures")
     y = None if y is None else thinned(y, len(originals)).to(device)
     diffusion.timesteps(args.steps)                         # refuses too many
     calls = ((args.steps - 1) * args.travel + 1) * args.average
     seconds = seconds_for(model, diffusion, len(originals), size, len(originals), calls, device)
-    print(f"cost: {len(originals)} picture{'s' * (len(originals) > 1)}, {calls} calls of the model for each, "
-          f"about {format_seconds(seconds)} here", flush=True)
+    print(f"cost: {len(originals)} picture{'s' * (len(originals) > 1)}, "
+          f"{calls} calls of the model for each, about {format_seconds(seconds)} here", flush=True)
 
     given = operator.measure(originals)
     answers = []
     with tqdm(total=calls, desc=args.task, unit="call") as bar:
         for k in range(args.average):
-            answers.append(solve(model, diffusion, given, operator, originals.shape, steps=args.steps,
-                                 travel=args.travel, eta=args.eta, seed=args.seed,
-                                 first_index=k * len(originals), y=y, device=device, progress=bar.update))
+            answers.append(solve(
+                model, diffusion, given, operator, originals.shape, steps=args.steps,
+                travel=args.travel, eta=args.eta, seed=args.seed, first_index=k * len(originals),
+                y=y, device=device, progress=bar.update))
     ours = torch.stack(answers).mean(0).clamp(-1, 1)
     plain = operator.plain(given)
     # The plain answer to most tasks is what was given; of blocks it is a bicubic enlargement.
     rows = {"original": originals, "given": plain, "the model": ours}
     if args.task == "upscale":
-        rows = {"original": originals, "given": operator.back(given), "bicubic": plain, "the model": ours}
+        rows = {"original": originals, "given": operator.back(given),
+                "bicubic": plain, "the model": ours}
     if args.label != "none":
         print("no PSNR, as --label may ask for something else than the originals are")
     else:
-        found = ", ".join(f"{name} {psnr(pictures, originals):.2f} dB" for name, pictures in rows.items()
-                          if name != "original")
+        found = ", ".join(f"{name} {psnr(pictures, originals):.2f} dB"
+                          for name, pictures in rows.items() if name != "original")
         print(f"PSNR, likeness to the originals: {found}"
               + "; but the colours are free, and others as right" * (args.task == "colourise"))
         if psnr(ours, originals) < psnr(plain, originals):
-            print("less than of what was given: the model guesses, and a wrong guess costs more than a blank. The "
-                  "mean of several answers is nearer, and blurred: --average 8")
+            print("less than of what was given: the model guesses, and a wrong guess costs more "
+                  "than a blank. The mean of several answers is nearer, and blurred: --average 8")
 
     count = min(len(originals), 8)
-    save_strip([pictures[:count].cpu() for pictures in rows.values()], [""] * count, output_dir / "edited.png",
-               row_labels=list(rows))
-    save_images(ours.cpu(), output_dir / "edited_only.png", note={"made_from": f"{args.task} of real pictures"})
+    save_strip([pictures[:count].cpu() for pictures in rows.values()], [""] * count,
+               output_dir / "edited.png", row_labels=list(rows))
+    save_images(ours.cpu(), output_dir / "edited_only.png",
+                note={"made_from": f"{args.task} of real pictures"})
     more = count < len(originals)
     print(f"wrote {output_dir / 'edited.png'}" + f", the first {count}" * more
           + f"\nwrote {output_dir / 'edited_only.png'}" + ", all of the answers" * more)

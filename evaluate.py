@@ -1,15 +1,15 @@
 """How good are a checkpoint's pictures, and are they its own?
 
-    python evaluate.py                       # outputs/model_final.pt, against what it was trained on
+    python evaluate.py                      # outputs/model_final.pt, against what it was trained on
     python evaluate.py --num_images 10000 --sampler dpmpp_2m
-    python evaluate.py --race                # the samplers beside one another: quality and seconds
-    python evaluate.py --stages              # at which noise levels the distance arises
+    python evaluate.py --race               # the samplers beside one another: quality and seconds
+    python evaluate.py --stages             # at which noise levels the distance arises
 
-The distance is the Frechet distance in the features of our own small classifier ("FD, small classifier"): it
-is not the FID of the literature, and no other project's number compares with it. What does stands beside it:
-the floor, the distance of as many real images that nobody trained on. Prints a table; writes evaluation.json
-and nearest.png (samples above the training images they are most like), or a .json and a .png named race or
-stages.
+The distance is the Frechet distance in the features of our own small classifier ("FD, small
+classifier"): it is not the FID of the literature, and no other project's number compares with it.
+What does stands beside it: the floor, the distance of as many real images that nobody trained on.
+Prints a table; writes evaluation.json and nearest.png (samples above the training images they are
+most like), or a .json and a .png named race or stages.
 """
 
 import functools
@@ -26,18 +26,21 @@ from data import keep_apart, keep_apart_from_own
 from diffusion import model_calls
 from files import write_file
 from images import save_strip, to_signed, to_uint8
-from load import CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak, take_guidance, take_sampler
-from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance, kernel_distance,
-                      nearest, nearest_images, precision_recall, single_share)
-from reference import (FEWEST, held_labels, labels_like, load_reference, note_other_images, positions_of,
-                       same_classes)
+from load import (CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak,
+                  take_guidance, take_sampler)
+from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance,
+                      kernel_distance, nearest, nearest_images, precision_recall, single_share)
+from reference import (FEWEST, held_labels, labels_like, load_reference, note_other_images,
+                       positions_of, same_classes)
 from sample import choose_labels, drawing_words, generate, seconds_for, thinned
 from schedules import ranges_of_t
-from utils import PRECISIONS, describe_device, evaluating, get_device, get_precision, measure, shuffled
+from utils import (PRECISIONS, describe_device, evaluating, get_device, get_precision, measure,
+                   shuffled)
 
 SURE = 0.9  # a classifier that gives so much to one class is called confident
 BINS = 10
-OF_EQUAL_NUMBERS = ("fd", "fd_error", "kid", "kid_error", "precision", "recall")  # only so do they compare
+# These compare only between equally many images.
+OF_EQUAL_NUMBERS = ("fd", "fd_error", "kid", "kid_error", "precision", "recall")
 MAX_MEASURED = 200_000
 SEARCHED = 2000  # so many samples at most are looked for among the training images
 RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
@@ -54,7 +57,8 @@ def share_sure(probabilities):
 def quality(probabilities, features, reference, labels=None):
     """What the classifier makes of some images, as a dict of plain numbers.
 
-    probabilities [N, K], features [N, D]: of the images.  reference [M, D]: features of the training images.
+    probabilities [N, K], features [N, D]: of the images.
+    reference [M, D]: features of the training images.
     labels: [N] the classes that were asked for, -1 for none.
     """
     classes = probabilities.argmax(1)
@@ -62,12 +66,14 @@ def quality(probabilities, features, reference, labels=None):
     distance, error = frechet_distance(features, reference)
     kid, kid_error = kernel_distance(features, reference)
     precision, recall = precision_recall(features, reference)
-    found = {"fd": distance, "fd_error": error, "kid": kid, "kid_error": kid_error, "precision": precision,
-             "recall": recall, "confident": share_sure(probabilities), "classes": shares.tolist()}
+    found = {"fd": distance, "fd_error": error, "kid": kid, "kid_error": kid_error,
+             "precision": precision, "recall": recall, "confident": share_sure(probabilities),
+             "classes": shares.tolist()}
     if labels is not None and (labels >= 0).all():
         agrees = (classes == labels).double()
         found["agreement"] = float(agrees.mean())
-        found["agreement_by_class"] = [float(agrees[labels == k].mean()) for k in labels.unique().tolist()]
+        found["agreement_by_class"] = [float(agrees[labels == k].mean())
+                                       for k in labels.unique().tolist()]
     return found
 
 
@@ -80,7 +86,8 @@ def copies(images, features, training, reference, held, held_features, positions
     pixels_held, _ = nearest_images(held, training, positions)
     by_features, _ = nearest(features, reference)
     by_features_held, _ = nearest(held_features, reference)
-    return {"searched": len(images), "held_out": len(held), "copied": copied_share(pixels[0], pixels_held[0]),
+    return {"searched": len(images), "held_out": len(held),
+            "copied": copied_share(pixels[0], pixels_held[0]),
             "copied_by_chance": copied_by_chance(len(held)),
             "copied_in_features": copied_share(by_features[0], by_features_held[0]),
             "single": single_share(pixels), "single_held_out": single_share(pixels_held),
@@ -90,7 +97,7 @@ def copies(images, features, training, reference, held, held_features, positions
 
 @torch.no_grad()
 def loss_by_timestep(model, diffusion, x_0, y=None, bins=BINS, seed=0):
-    """The mean loss in each of `bins` equal ranges of t, for every model at the same noise and the same t.
+    """The mean loss in each of `bins` equal ranges of t, for every model at the same noise and t.
 
     Only losses of one objective and one clip_loss compare.  x_0: [N, C, H, W] in [-1, 1].
     Returns (the edges of the ranges, from 0 to T, and a loss for each range).
@@ -105,7 +112,8 @@ def loss_by_timestep(model, diffusion, x_0, y=None, bins=BINS, seed=0):
         for k in torch.arange(len(x_0), device=x_0.device).split(64):
             labels = None if y is None else y[k]
             with evaluating(model):
-                total += len(k) * diffusion.training_loss(model, x_0[k], labels, t[k], noise[k]).item()
+                total += len(k) * diffusion.training_loss(
+                    model, x_0[k], labels, t[k], noise[k]).item()
         losses.append(total / len(x_0))
     return edges, losses
 
@@ -128,11 +136,11 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
             equal = quality(probabilities[:count], features[:count], reference)
             found.update({key: equal[key] for key in OF_EQUAL_NUMBERS})
         floor = quality(held_probabilities, held_features, reference, held_y)
-        usual = fine_power(images) or 1.0                               # 0 where all images are plain
+        usual = fine_power(images) or 1.0       # 0 where all images are plain
         found["detail"], floor["detail"] = fine_power(drawn) / usual, fine_power(held) / usual
         bar.update()
-        copied, index = copies(drawn[:SEARCHED], features[:SEARCHED], images, reference, held[:SEARCHED],
-                               held_features[:SEARCHED], positions_of(data))
+        copied, index = copies(drawn[:SEARCHED], features[:SEARCHED], images, reference,
+                               held[:SEARCHED], held_features[:SEARCHED], positions_of(data))
         bar.update()
         _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
                                      held_y[:256].to(device) if y is not None else None)
@@ -142,12 +150,12 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
 
 
 def seconds_to_measure(classifier, images, num_images, sets=1, copies_too=True, positions=1):
-    """How long it will take here to measure so many sets of num_images samples, from timing the two longest parts
-    on a few of the training images."""
-    some, looks = images[:100], len(images) + (sets + 1) * num_images       # the one more is the floor's
+    """How long it will take here to measure so many sets of num_images samples, from timing the two
+    longest parts on a few of the training images."""
+    some, looks = images[:100], len(images) + (sets + 1) * num_images  # the one more is the floor's
     seconds = looks * measure(lambda: look(classifier, some), torch.device("cpu"))
-    if copies_too:                                                          # of samples and held-out images
-        searches = 2 * min(num_images, SEARCHED) * positions
+    if copies_too:
+        searches = 2 * min(num_images, SEARCHED) * positions    # of samples and held-out images
         seconds += searches * measure(lambda: nearest_images(some, images), torch.device("cpu"))
     return seconds / len(some)
 
@@ -155,60 +163,70 @@ def seconds_to_measure(classifier, images, num_images, sets=1, copies_too=True, 
 # ---- Tables and pictures
 
 def print_quality(found, floor, count, held_count, held_name):
-    """A table of what `quality` found of `count` samples beside that of held-out images, and what to beware of."""
+    """Print what `quality` found of `count` samples and held-out images, and what to beware of."""
     def line(title, value, limit):
         print(f"  {title:<38}{value:>20}{limit:>20}")
 
     print(f"{count} samples".rjust(60) + "floor".rjust(20))
     line("FD, small classifier", f"{found['fd']:.3f} +- {found['fd_error']:.3f}",
          f"{floor['fd']:.3f} +- {floor['fd_error']:.3f}")
-    line("  in units of the floor", f"{found['fd'] / floor['fd']:.2f}" if floor["fd"] > 0 else "-", "1")
-    line("KID, small classifier, x 1000", f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
+    line("  in units of the floor",
+         f"{found['fd'] / floor['fd']:.2f}" if floor["fd"] > 0 else "-", "1")
+    line("KID, small classifier, x 1000",
+         f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
          f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
-    tells_classes = "agreement" in floor        # else they are quarter turns, and all images upright
-    for key, title in (("precision", "precision: looks real"), ("recall", "recall: has the variety"),
+    tells_classes = "agreement" in floor    # else they are quarter turns, and all images upright
+    for key, title in (("precision", "precision: looks real"),
+                       ("recall", "recall: has the variety"),
                        ("detail", "fine detail, of the training images'"),
                        ("confident", f"classifier surer than {SURE}"),
                        ("agreement", "classifier sees what was asked")):
         if key in found and (tells_classes or key != "confident"):
             line(title, f"{found[key]:.1%}", f"{floor[key]:.1%}" if key in floor else "")
     if tells_classes:
-        line("smallest share of a class", f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
+        line("smallest share of a class",
+             f"{min(found['classes']):.1%}", f"{min(floor['classes']):.1%}")
     if found["recall"] < 0.1 * floor["recall"]:
-        print("  where recall is so low the samples lie at one place of the features: precision then says nothing")
+        print("  where recall is so low the samples lie at one place of the features: "
+              "precision then says nothing")
     if abs(found["fd"] - floor["fd"]) < found["fd_error"] + floor["fd_error"]:
         print("  the two distances lie within their errors: only more images can tell them apart")
     print(f"  floor: {held_count} {held_name}, measured in the same way"
-          + f"; distances, precision and recall are those of {held_count} samples" * (held_count < count))
+          + f"; distances, precision and recall are those of {held_count} samples"
+            * (held_count < count))
 
 
 def print_copies(copied, num_images, held_name):
     """num_images: among how many they were looked for, those that the model was trained on."""
-    than = (f"any of the {copied['held_out']} {held_name} is" if copy_limit(copied["held_out"]) == 1 else
-            f"99.5 % of the {held_name} are")
-    print(f"  copies: of {copied['searched']} samples {copied['copied']:.1%} are closer to one of the "
-          f"{num_images} images than {than} ({copied['copied_in_features']:.1%} in features); by chance "
-          f"{copied['copied_by_chance']:.1%} would be\n"
-          f"          {copied['single']:.1%} are less than a third as far from one of them as from any other "
-          f"({copied['single_held_out']:.1%} of the {held_name})")
+    than = (f"any of the {copied['held_out']} {held_name} is"
+            if copy_limit(copied["held_out"]) == 1 else f"99.5 % of the {held_name} are")
+    print(f"  copies: of {copied['searched']} samples {copied['copied']:.1%} are closer to one "
+          f"of the {num_images} images than {than} ({copied['copied_in_features']:.1%} "
+          f"in features); by chance {copied['copied_by_chance']:.1%} would be\n"
+          f"          {copied['single']:.1%} are less than a third as far from one of them "
+          f"as from any other ({copied['single_held_out']:.1%} of the {held_name})")
 
 
 def to_show(y, count=10):
-    """Which images to show: the first of each class, in order, or where the classes are too few the first."""
+    """Which images to show: the first of each class, in order, or if they are too few the first."""
     firsts = [] if y is None else [(y == k).nonzero()[0, 0] for k in y.unique()][:count]
     return torch.stack(firsts) if len(firsts) == count else torch.arange(count)
 
 
 def save_nearest(images, training, index, path):
-    """Samples above the training images that they are most like: uint8 [K, C, H, W], [N, C, H, W] and [K]."""
+    """Samples above their nearest training images: uint8 [K, C, H, W], [N, C, H, W] and [K]."""
     rows = [to_signed(images), to_signed(training[index])]
-    save_strip(rows, [""] * len(images), path, row_labels=["sample", "most similar\ntraining image"])
+    save_strip(rows, [""] * len(images), path,
+               row_labels=["sample", "most similar\ntraining image"])
 
 
 # ---- Several sets of samples beside one another: a row of numbers and a row of pictures for each
 
 def distance_row(drawn, classifier, reference):
-    """What tells uint8 images [N, C, H, W] from real ones.  reference: features of the training images."""
+    """What tells uint8 images [N, C, H, W] from real ones.
+
+    reference: features of the training images.
+    """
     probabilities, features = look(classifier, drawn)
     distance, error = frechet_distance(features, reference)
     return {"fd": distance, "fd_error": error, "confident": share_sure(probabilities)}
@@ -230,21 +248,22 @@ def race(draw, held, held_name, images, classifier, entrants, shown):
         row = distance_row(to_uint8(drawn), classifier, reference)
         rows.append({"sampler": sampler, "steps": steps, **row, "seconds": seconds})
         pictures.append(drawn[shown].cpu())
-        tqdm.write(f"  {sampler:<14}{steps:>5} steps   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
-                   f"{seconds:8.1f} s")
+        tqdm.write(f"  {sampler:<14}{steps:>5} steps   "
+                   f"FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   {seconds:8.1f} s")
     floor = distance_row(held, classifier, reference)
     print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} ({len(held)} {held_name})")
-    titles = [f"{row['sampler']} {row['steps']}\nFD {row['fd']:.3f}, {format_seconds(row['seconds'])}"
-              for row in rows]
+    titles = [f"{row['sampler']} {row['steps']}\n"
+              f"FD {row['fd']:.3f}, {format_seconds(row['seconds'])}" for row in rows]
     return {"rows": rows, "floor": floor["fd"]}, pictures, titles
 
 
 def stages(draw, x_0, images, classifier, levels, shown):
-    """Real images, noised so far that the last 1, 2, 4, ... and all of the steps have to undo it: at which
-    noise levels do samples get worse than real images?
+    """Real images, noised so far that the last 1, 2, 4, ... and all of the steps have to undo it:
+    at which noise levels do samples get worse than real images?
 
-    draw: generate, with all else decided.  x_0: uint8 [N, C, H, W], not trained on.  images: the training
-    images.  levels: of all steps, from T - 1 to -1.  shown: the indices of the pictures to keep.
+    draw: generate, with all else decided.  x_0: uint8 [N, C, H, W], not trained on.
+    images: the training images.  levels: of all steps, from T - 1 to -1.
+    shown: the indices of the pictures to keep.
     Returns (facts, a row of pictures each, their labels); the first row is x_0 itself.
     """
     _, reference = look(classifier, images)
@@ -252,13 +271,15 @@ def stages(draw, x_0, images, classifier, levels, shown):
     for count in [0, *stage_lengths(len(levels) - 1)]:
         drawn = to_uint8(draw(begin=(x_0_signed, count))[0]) if count else x_0
         row = distance_row(drawn, classifier, reference)
-        rows.append({"steps": count, "t": levels[-1 - count], **row, "detail": fine_power(drawn) / usual})
+        rows.append({"steps": count, "t": levels[-1 - count], **row,
+                     "detail": fine_power(drawn) / usual})
         pictures.append(to_signed(drawn[shown]))
         where = f"t = {levels[-1 - count]:>4}, {count:>4} steps" if count else "real images"
         tqdm.write(f"  {where:<20}   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
                    f"fine detail {rows[-1]['detail']:6.1%}")
     print("  differences smaller than the errors say nothing: more --num_images make them smaller")
-    return {"rows": rows}, pictures, ["real", *(f"t = {row['t']}\nsteps: {row['steps']}" for row in rows[1:])]
+    return ({"rows": rows}, pictures,
+            ["real", *(f"t = {row['t']}\nsteps: {row['steps']}" for row in rows[1:])])
 
 
 def stage_lengths(steps):
@@ -277,10 +298,11 @@ def write_comparison(path, facts, pictures, row_labels, title):
 # ---- The command
 
 def choose_classes(args, data, labels, known):
-    """The classes of the samples, [num_images], or None for a model without; args.label becomes what
-    evaluation.json tells of them.
+    """The classes of the samples, [num_images], or None for a model without; args.label becomes
+    what evaluation.json tells of them.
 
-    data: what the checkpoint says.  labels: of the real images.  known: are they classes of the model's own?
+    data: what the checkpoint says.  labels: of the real images.
+    known: are they classes of the model's own?
     """
     if args.stages and args.label == "their own":
         return labels[1][:args.num_images]
@@ -288,7 +310,8 @@ def choose_classes(args, data, labels, known):
         args.label = "by chance"
         return labels_like(labels[0], args.num_images, args.seed)
     y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
-    return None if y is None else y[shuffled(len(y))]       # what looks at the first of them sees all classes
+    # In random order: what looks at the first of them sees all classes.
+    return None if y is None else y[shuffled(len(y))]
 
 
 def parse(argv):
@@ -298,12 +321,13 @@ def parse(argv):
     add("--dataset", "what to compare with; default: what the model was trained on", metavar="NAME")
     add("--data_dir")
     add("--num_images", "samples, and real images for the floor", 2000, type=positive_int)
-    add("--race", "several samplers from the same noises, instead of one", False, action="store_true")
-    add("--stages", "noise real images little or much and undo it: at which levels samples get worse", False,
+    add("--race", "several samplers from the same noises, instead of one", False,
         action="store_true")
+    add("--stages", "noise real images little or much and undo it: "
+        "at which levels samples get worse", False, action="store_true")
     add("--seed", "of the samples", 0, type=seed_number)
-    add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset (in turn "
-        "where that has no labels)")
+    add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset "
+        "(in turn where that has no labels)")
     add_drawing_flags(add)
     add("--batch_size", "images at a time", 100, type=positive_int)
     add("--output_dir", "where the results go", "outputs")
@@ -311,12 +335,14 @@ def parse(argv):
     add("--precision", "bf16 is faster on some devices", "float32", choices=list(PRECISIONS))
     args = parser.parse_args(argv)
     if args.num_images < 100:
-        raise ValueError(f"--num_images {args.num_images}: fewer than 100 say nothing about a distribution")
+        raise ValueError(f"--num_images {args.num_images}: "
+                         "fewer than 100 say nothing about a distribution")
     if args.race and (args.sampler or args.steps or args.spacing or args.eta is not None):
-        raise ValueError("--race takes each sampler as it is: leave out --sampler, --steps, --eta and "
-                         "--spacing")
+        raise ValueError("--race takes each sampler as it is: "
+                         "leave out --sampler, --steps, --eta and --spacing")
     if args.stages and (args.race or args.label is not None):
-        raise ValueError("--stages takes real images, and their classes: leave out --race and --label")
+        raise ValueError("--stages takes real images, and their classes: "
+                         "leave out --race and --label")
     if args.num_images > MAX_MEASURED:
         raise ValueError(f"--num_images {args.num_images}: at most {MAX_MEASURED}")
     return args
@@ -344,44 +370,51 @@ def main(argv=None):
         entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
                     if steps <= diffusion.num_timesteps]
         if not entrants:
-            raise ValueError(f"--race begins with 5 steps, and this model has {diffusion.num_timesteps}")
+            raise ValueError("--race begins with 5 steps, "
+                             f"and this model has {diffusion.num_timesteps}")
     else:
         args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
         entrants = [(args.sampler, args.steps)]
-    ways = [diffusion.sampling_levels(sampler, steps, args.spacing, last_steps) for sampler, steps in entrants
+    ways = [diffusion.sampling_levels(sampler, steps, args.spacing, last_steps)
+            for sampler, steps in entrants
             for last_steps in (stage_lengths(steps) if args.stages else [None])]
     if args.stages or args.race:                            # the floor has to be of as many
         args.num_images = min(args.num_images, len(held))
     y = choose_classes(args, data, labels, known)
     if min(len(images), len(held)) < FEWEST:
-        raise ValueError(f"{len(images)} images and {len(held)} to hold them against: distances need {FEWEST} "
-                         "of each; name more with --dataset, or train with a larger --val_fraction")
+        raise ValueError(f"{len(images)} images and {len(held)} to hold them against: "
+                         f"distances need {FEWEST} of each; name more with --dataset, "
+                         "or train with a larger --val_fraction")
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     how = "; away from " if args.guidance else "; drawn by "
-    print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, {len(images)} images and "
-          f"{len(held)} {held_name}" + (how + args.weak if weak else ""))
+    print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, "
+          f"{len(images)} images and {len(held)} {held_name}" + (how + args.weak if weak else ""))
     note_other_images(data, args.dataset)
-    classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0], held,
-                                      held_labels(labels), output_dir)
+    classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
+                                      held, held_labels(labels), output_dir)
     print(f"features: {name}")
     calls = sum(model_calls(levels, args.guidance, args.guidance_interval) for levels in ways)
-    seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size, calls,
-                          device, precision)
+    seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size,
+                          calls, device, precision)
     measuring = seconds_to_measure(classifier, images, args.num_images, len(ways),
-                                   copies_too=not (args.race or args.stages), positions=positions_of(data))
+                                   copies_too=not (args.race or args.stages),
+                                   positions=positions_of(data))
     print(f"cost: {args.num_images} images, {calls} calls of the model for each"
           + drawing_words(args.guidance, args.guidance_interval, args.eta)
-          + f", about {format_seconds(seconds)} here, and {format_seconds(measuring)} to measure", flush=True)
+          + f", about {format_seconds(seconds)} here, and {format_seconds(measuring)} to measure",
+          flush=True)
 
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("output_dir", "data_dir", "weak")}
-    settings.update(digest=data["digest"], checkpoint=Path(args.checkpoint).name, torch=torch.__version__,
-                    weak=weak_digest, weak_file=Path(args.weak).name if weak else None)
-    draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"], seed=args.seed,
-                             eta=args.eta, spacing=args.spacing, y=y, guidance=args.guidance,
-                             guidance_interval=args.guidance_interval, weak=weak,
-                             batch_size=args.batch_size, device=device, precision=precision)
+    settings.update(digest=data["digest"], checkpoint=Path(args.checkpoint).name,
+                    torch=torch.__version__, weak=weak_digest,
+                    weak_file=Path(args.weak).name if weak else None)
+    draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"],
+                             seed=args.seed, eta=args.eta, spacing=args.spacing, y=y,
+                             guidance=args.guidance, guidance_interval=args.guidance_interval,
+                             weak=weak, batch_size=args.batch_size, device=device,
+                             precision=precision)
     shown = to_show(y, min(10, args.num_images))
     if args.race:
         found = race(draw, held[:args.num_images], held_name, images, classifier, entrants, shown)
@@ -395,8 +428,8 @@ def main(argv=None):
                          title="real images, noised to a level and drawn on from there")
         return
     drawn = to_uint8(draw()[0])
-    found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held, labels,
-                            held_name, classifier, device)
+    found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held,
+                            labels, held_name, classifier, device)
     print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
     print_copies(found["copies"], len(images), held_name)
     losses = [f"{loss:.4f}" for loss in found["loss_by_timestep"]]

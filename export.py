@@ -1,11 +1,11 @@
-"""Make a small file to share out of a checkpoint: the averaged weights in half precision, and a card.
+"""Make a small file to share from a checkpoint: the averaged weights in half precision, and a card.
 
-    python export.py --checkpoint outputs/model_final.pt --evaluation outputs/evaluation.json --output my_model.pt
+    python export.py --evaluation outputs/evaluation.json --output my_model.pt
 
-sample.py and all that draws reads it like any checkpoint; a new training can start from it, but its own cannot
-be resumed. The card says how the model was trained and what evaluate.py found: print it with
-python export.py --card pretrained/mnist.pt. If it was measured with --weak, the card names that file, and
-sample.py takes it where it lies beside the small one.
+sample.py and all that draws reads it like any checkpoint; a new training can start from it, but its
+own cannot be resumed. The card says how the model was trained and what evaluate.py found: print it
+with python export.py --card pretrained/mnist.pt. If it was measured with --weak, the card names
+that file, and sample.py takes it where it lies beside the small one.
 """
 
 import json
@@ -21,33 +21,37 @@ KEPT = ("model_name", "model_config", "diffusion_config", "data")
 
 
 def without_path(name):
-    """Of a folder the last part, for a file that is shared, and not as if it were a named data set."""
+    """A folder's last part, for a shared file, and not as if it were a named data set."""
     last = Path(name).resolve().name
     return name if name in DATASETS else f"folder {last}" if last in DATASETS else last
 
 
 def export(checkpoint, output, evaluation=None, **card):
-    """Write the small file. evaluation: what evaluate.py wrote, for this very checkpoint.  card: plain values.
+    """Write the small file.
 
+    evaluation: what evaluate.py wrote, for this very checkpoint.  card: plain values.
     A checkpoint that is small already keeps its weights and gets a newer card. Returns the card.
     Raises ValueError for a checkpoint that nothing can draw from, and another one's evaluation.
     """
     spare([checkpoint, *([evaluation] if evaluation else [])], output, flag="--output")
     if Path(output).exists() and not {"card", "ema"} <= load_checkpoint(output).keys():
-        raise ValueError(f"{output} is the checkpoint of a training, or a classifier: give another --output")
+        raise ValueError(f"{output} is the checkpoint of a training, or a classifier: "
+                         "give another --output")
     entries, digest = load_checkpoint(checkpoint), load_model(checkpoint)[2]["digest"]
     try:
         if "card" in entries:
             card = {**entries["card"], **card}
         else:
-            settings = {name: value for name, value in entries["settings"].items() if value is not None}
+            settings = {name: value for name, value in entries["settings"].items()
+                        if value is not None}
             card = {**card, "settings": settings, "training_steps": entries["step"]}
             if told_of(entries, "started_from"):
                 card["started_from"] = entries["started_from"]
         weights = half_precision(entries["ema"])
         kept = {name: entries[name] for name in KEPT}
-        kept["data"] = {**kept["data"], **{key: without_path(kept["data"][key]) for key in ("name", "val_dir")
-                                           if kept["data"].get(key)}}
+        kept["data"] = {**kept["data"],
+                        **{key: without_path(kept["data"][key]) for key in ("name", "val_dir")
+                           if kept["data"].get(key)}}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint} is not what train.py or export.py writes") from error
     if not all(value.isfinite().all() for value in weights.values()):
@@ -59,29 +63,33 @@ def export(checkpoint, output, evaluation=None, **card):
 
 
 def read_evaluation(path, checkpoint, digest):
-    """What a card tells of evaluate.py's results. ValueError for another checkpoint's, or another file."""
+    """What a card says of evaluate.py's results. ValueError for another model's or another file."""
     if not Path(path).is_file():
         raise FileNotFoundError(2, "No such file", str(path))
     try:
         found = json.loads(Path(path).read_text())
         measured, samples, dataset = found["digest"], found["samples"], found.get("dataset")
-        facts = {"fd": samples["fd"], "fd_error": samples["fd_error"], "fd_floor": found["floor"]["fd"],
+        facts = {"fd": samples["fd"], "fd_error": samples["fd_error"],
+                 "fd_floor": found["floor"]["fd"],
                  "agreement": samples.get("agreement"), "copied": found["copies"]["copied"],
                  **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance",
                                                    "label", "seed")},
-                 **{name: found.get(name) for name in ("num_held_out", "precision", "guidance_interval", "spacing",
-                                                       "eta")},
+                 **{name: found.get(name) for name in ("num_held_out", "precision",
+                                                       "guidance_interval", "spacing", "eta")},
                  "sampler_steps": found["steps"], "weak": found.get("weak_file"),
                  "dataset": dataset and without_path(str(dataset))}
-        numbers = [facts["fd"], facts["fd_error"], facts["fd_floor"], facts["copied"], facts["guidance"]]
+        numbers = [facts["fd"], facts["fd_error"], facts["fd_floor"],
+                   facts["copied"], facts["guidance"]]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise ValueError("not all of its numbers are numbers")
         if len(repr(facts)) > 10_000:
             raise ValueError("its words are too many")
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError,
+            RecursionError) as error:
         raise ValueError(f"{path} is no evaluation.json of evaluate.py") from error
     if found.get("weak") and not isinstance(facts["weak"], str):
-        raise ValueError(f"{path} was measured with --weak and does not name its file: measure anew")
+        raise ValueError(f"{path} was measured with --weak and does not name its file: "
+                         "measure anew")
     if measured != digest:
         raise ValueError(f"{path} measures another checkpoint than {checkpoint}")
     return facts
@@ -91,8 +99,8 @@ def read_evaluation(path, checkpoint, digest):
 def main(argv=None):
     parser = Parser(description="Make a small file to share out of a checkpoint.")
     add = parser.add
-    add("--checkpoint", "a file written by train.py, or by this command: that one gets a newer card",
-        OWN)
+    add("--checkpoint",
+        "a file written by train.py, or by this command: that one gets a newer card", OWN)
     add("--evaluation", "the evaluation.json of evaluate.py for it", metavar="FILE")
     add("--training", "how long it took and where, in words, for the card", metavar="TEXT")
     add("--output", "the file to write", "outputs/exported.pt")
@@ -103,7 +111,7 @@ def main(argv=None):
         card = entries.get("card")
         if not isinstance(card, dict):
             raise ValueError(f"{args.card} has no card: export.py did not write it")
-        card = {**card, "network": entries.get("model_config")}         # what --start_from has to be told
+        card = {**card, "network": entries.get("model_config")}  # what --start_from has to be told
         print(json.dumps(card, indent=1, default=str, skipkeys=True))
         return
     output = Path(args.output)

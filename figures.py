@@ -1,4 +1,4 @@
-"""Plots out of given numbers: schedules, solvers, one step, losses. visualize_diffusion.py finds the numbers."""
+"""Plots of the numbers visualize_diffusion.py finds: schedules, solvers, one step, losses."""
 
 import textwrap
 
@@ -26,13 +26,14 @@ def schedule_table(curves, timesteps):
     """
     lines = ["     t" + "".join(f"{name + ' alpha_bar':>20}{'dB':>8}" for name in curves)]
     for t in timesteps:
-        lines.append(f"{t:>6}" + "".join(f"{ab[t]:>20.6g}{decibels(ab[t]):>8.2f}" for ab in curves.values()))
+        lines.append(f"{t:>6}" + "".join(f"{ab[t]:>20.6g}{decibels(ab[t]):>8.2f}"
+                                         for ab in curves.values()))
     crossings = [f"{name} t = {int(np.argmax(ab < 0.5))}" for name, ab in curves.items()]
     return [*lines, "first below 0 dB: " + ", ".join(crossings)]
 
 
 def schedules_figure(curves, path):
-    """Betas, alpha_bar, the weights of image and noise, and signal over noise, of each schedule along t."""
+    """Betas, alpha_bar, weights of image and noise, signal over noise, of each schedule along t."""
     figure, axes = new_figure(9, 6.4, 2, 2)
     for (name, ab), colour, line in zip(curves.items(), COLOURS, LINES):
         t, style = np.arange(len(ab)), dict(color=colour, linestyle=line, label=name)
@@ -43,8 +44,10 @@ def schedules_figure(curves, path):
         axes[1, 1].plot(t, decibels(ab), **style)
     axes[0, 0].set_yscale("log")
     axes[1, 1].axhline(0, color="black", linewidth=0.8)
-    titles = (r"noise added in a step, $\beta_t$", r"signal left, $\bar\alpha_t$ (share of the variance)",
-              r"weights of image $\sqrt{\bar\alpha_t}$ (falling), noise $\sqrt{1-\bar\alpha_t}$ (rising)",
+    titles = (r"noise added in a step, $\beta_t$",
+              r"signal left, $\bar\alpha_t$ (share of the variance)",
+              r"weights of image $\sqrt{\bar\alpha_t}$ (falling), "
+              r"noise $\sqrt{1-\bar\alpha_t}$ (rising)",
               "signal over noise in dB")
     for one, title in zip(axes.flat, titles):
         one.set_title(title, fontsize=10.5)
@@ -58,16 +61,17 @@ def solvers_figure(tables, evaluations, path):
 
     tables: {name of the data: what solver_errors returns}.
     """
-    figure, axes = new_figure(9, 3.2 * len(tables), len(tables), len(SOLVERS), sharex=True, sharey=True)
+    figure, axes = new_figure(9, 3.2 * len(tables), len(tables), len(SOLVERS),
+                              sharex=True, sharey=True)
     counts = np.array(evaluations)
     for panels, (data, errors) in zip(axes, tables.items()):
         for axis, sampler in zip(panels, SOLVERS):
             for spacing, colour, line in zip(SPACINGS, COLOURS, LINES):
-                axis.loglog(counts, errors[sampler, spacing], color=colour, linestyle=line, marker="o",
-                            markersize=3, label=spacing)
+                axis.loglog(counts, errors[sampler, spacing], color=colour, linestyle=line,
+                            marker="o", markersize=3, label=spacing)
             for order, line in ((1, "-"), (2, "--")):
-                axis.loglog(counts, 0.3 * (counts[0] / counts)**order, line, color="#999999", linewidth=0.9,
-                            label=f"slope of order {order}")
+                axis.loglog(counts, 0.3 * (counts[0] / counts)**order, line, color="#999999",
+                            linewidth=0.9, label=f"slope of order {order}")
             axis.set_title(f"{sampler}, {data}", fontsize=10.5)
             axis.xaxis.set_major_locator(FixedLocator(evaluations))
             axis.xaxis.set_minor_locator(NullLocator())
@@ -81,16 +85,20 @@ def solvers_figure(tables, evaluations, path):
 
 
 def step_rows(step):
-    """What explain_step found at one pixel, on an edge, where no clamp acts: (row, column) of it, and
-    rows (image, what it is, formula, the formula with this pixel's numbers, the pixel's value)."""
+    """What explain_step found at one pixel, on an edge, where no clamp acts: (row, column) of it,
+    and rows (image, what it is, formula, the same with this pixel's numbers, the pixel's value)."""
     place = divmod(int((step["x_0"][0] - 0.3).abs().argmin()), step["x_0"].shape[-1])
-    v = {name: float(step[name][(0, *place)]) for name in ("x_t", "eps", "x_0", "mean", "noise", "x_prev")}
+    v = {name: float(step[name][(0, *place)])
+         for name in ("x_t", "eps", "x_0", "mean", "noise", "x_prev")}
     text = {name: f"{value:.4f}" if value >= 0 else f"({value:.4f})" for name, value in v.items()}
-    n = {name: f"{step[name]:.4g}" for name in ("signal_weight", "noise_weight", "to_x_0", "to_x_t", "sigma")}
+    n = {name: f"{step[name]:.4g}"
+         for name in ("signal_weight", "noise_weight", "to_x_0", "to_x_t", "sigma")}
     rows = [("x_t", f"noisy image, t = {step['t']}", "$x_t$", "where the chain has come to"),
             ("eps", "predicted noise", r"$\epsilon$, from model$(x_t, t)$",
-             "the model's answer" if step["objective"] == "eps" else f"from the model's answer ({step['objective']})"),
-            ("x_0", "guess of the image", rf"$x_0 = (x_t - {n['noise_weight']}\,\epsilon)\,/\,{n['signal_weight']}$",
+             "the model's answer" if step["objective"] == "eps"
+             else f"from the model's answer ({step['objective']})"),
+            ("x_0", "guess of the image",
+             rf"$x_0 = (x_t - {n['noise_weight']}\,\epsilon)\,/\,{n['signal_weight']}$",
              f"({v['x_t']:.4f} - {n['noise_weight']} * {text['eps']}) / {n['signal_weight']}"),
             ("mean", "mean of the next", rf"$\mu = {n['to_x_0']}\,x_0 + {n['to_x_t']}\,x_t$",
              f"{n['to_x_0']} * {text['x_0']} + {n['to_x_t']} * {text['x_t']}"),
@@ -101,7 +109,7 @@ def step_rows(step):
 
 
 def one_step_figure(step, path):
-    """Six panels, each with its formula; one pixel is marked in all, and the table below has its numbers."""
+    """Six panels with formulas; one pixel is marked in all, and the table below has its numbers."""
     (y, x), rows = step_rows(step)
     figure = Figure(figsize=(8, 8.4))
     wide = "\nshown from -3 to 3"
@@ -110,15 +118,16 @@ def one_step_figure(step, path):
         axes = figure.add_axes((0.02 + k % 3 * 0.335, 0.665 - k // 3 * 0.375, 0.29, 0.283))
         image = step[name] / (3 if remarks.get(name) == wide else 1)
         axes.imshow(image_grid(to_uint8(image[None]), padding=0).numpy(), interpolation="nearest")
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=COLOURS[0], linewidth=2))
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False,
+                                 edgecolor=COLOURS[0], linewidth=2))
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(formula + remarks.get(name, ""), fontsize=10)
         axes.set_xticks([], [])
         axes.set_yticks([], [])
     axes = figure.add_axes((0.02, 0.0, 0.96, 0.21))
     axes.axis("off")
-    cells = [["at the marked pixel", "how", "value"], *([title, how.replace("*", "×"), f"{value:.4f}"]
-                                                        for _, title, _, how, value in rows)]
+    cells = [["at the marked pixel", "how", "value"],
+             *([title, how.replace("*", "×"), f"{value:.4f}"] for _, title, _, how, value in rows)]
     table = axes.table(cells, cellLoc="left", colWidths=[0.3, 0.55, 0.15], bbox=(0, 0, 1, 1))
     table.auto_set_font_size(False)
     table.set_fontsize(9.5)
@@ -141,14 +150,16 @@ def timestep_loss_figure(edges, losses, names, path, title=None):
     axes.grid(False)
     axes.set_ylabel("timestep t")
     axes.set_title(title, fontsize=10.5)
-    bar = figure.colorbar(mesh, label="loss (mean squared error)", format=StrMethodFormatter("{x:g}"))
+    bar = figure.colorbar(mesh, label="loss (mean squared error)",
+                          format=StrMethodFormatter("{x:g}"))
     lowest, highest = mesh.get_clim()
-    bar.ax.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if highest < 10 * lowest else NullFormatter())
+    bar.ax.yaxis.set_minor_formatter(
+        StrMethodFormatter("{x:g}") if highest < 10 * lowest else NullFormatter())
     save_figure(figure, path)
 
 
 def predictors_figure(edges, errors, path, title=None):
-    """Bars in groups, one group for each range of t and in it a bar for each answer (predictors.py).
+    """Bars in groups, one for each range of t and in it a bar for each answer (predictors.py).
 
     errors: {answer: an error for each range}.
     """
@@ -159,8 +170,10 @@ def predictors_figure(edges, errors, path, title=None):
         bars = axes.bar(places, row, 0.9 * width, color=colour, label=name,
                         **({"hatch": "//", "edgecolor": "white"} if name == NO_PREDICTION else {}))
         axes.bar_label(bars, [f"{value:.2f}" for value in row], fontsize=7, padding=1)
-    axes.set_xticks(range(len(edges) - 1), [f"t = {low} to {high - 1}" for low, high in zip(edges, edges[1:])])
+    axes.set_xticks(range(len(edges) - 1),
+                    [f"t = {low} to {high - 1}" for low, high in zip(edges, edges[1:])])
     axes.set_ylabel("mean squared error")
     axes.set_title("\n".join(textwrap.wrap(title or "", 100)), fontsize=10.5)
-    axes.legend(frameon=False, ncols=len(errors), loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=9)
+    axes.legend(frameon=False, ncols=len(errors), loc="upper center",
+                bbox_to_anchor=(0.5, -0.1), fontsize=9)
     save_figure(figure, path)

@@ -36,8 +36,9 @@ DEFAULT_SIZE = 64
 
 DECODER = 1  # to be raised when the same file gives other pixels: old caches are then left alone
 EXIF_ORIENTATION = 0x0112
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}
 
 
@@ -60,14 +61,14 @@ def _open(path):
 
 @contextlib.contextmanager
 def _own_limit():
-    """Silence PIL's warnings of huge sizes, which read_picture refuses; around threads, not within them."""
+    """Silence PIL's warnings of sizes that read_picture refuses; around threads, not in them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
 
 
 def _upright(picture):
-    """Phones store the pixels as the sensor saw them, and note in the EXIF data which side was up."""
+    """Phones store the pixels as the sensor saw them, and note in EXIF data which side was up."""
     try:
         turn = UPRIGHT.get(picture.getexif().get(EXIF_ORIENTATION))
     except (ValueError, OSError, SyntaxError, KeyError, TypeError, struct.error):
@@ -76,7 +77,7 @@ def _upright(picture):
 
 
 def _cut(picture, image_size, fit, channels):
-    """A PIL picture -> uint8 [C, S, S]: upright, transparency on white, to one size with antialiasing."""
+    """A PIL picture -> uint8 [C, S, S]: upright, transparency on white, resized, antialiased."""
     if picture.format == "JPEG":
         picture.draft(None, (2 * image_size, 2 * image_size))     # decode no finer than needed
     picture = _upright(picture)
@@ -98,7 +99,7 @@ def _cut(picture, image_size, fit, channels):
 
 
 def read_picture(path, name, image_size, fit="crop", channels=None):
-    """Decode one file. Returns a Picture; a file that cannot be used is one with a problem, not an error.
+    """Decode one file. Returns a Picture; an unusable file is one with a problem, not an error.
 
     Only the named formats are decoded, and the size in the header is checked first: a few bytes can
     claim a picture of many gigabytes.
@@ -131,11 +132,11 @@ def _refuse(error):
 
 
 def find_files(folder):
-    """(image files below a folder, in the order of their names; how many files are none by their name).
-    Hidden files and folders are left out, and links to folders, which are named. OSError for a folder that cannot
-    be read."""
+    """(image files below a folder, in the order of names; how many files are none by their name).
+    Hidden files and folders are left out, and links to folders, which are named. OSError for a
+    folder that cannot be read."""
     files, linked = [], []
-    for above, below, names in os.walk(folder, onerror=_refuse):    # rglob passes over what is forbidden
+    for above, below, names in os.walk(folder, onerror=_refuse):    # rglob skips what is forbidden
         below[:] = [name for name in below if not name.startswith(".")]
         linked += [path for path in (Path(above, name) for name in below) if path.is_symlink()]
         files += [path for path in (Path(above, name) for name in names if not name.startswith("."))
@@ -148,7 +149,7 @@ def find_files(folder):
 
 
 def load_pictures(paths, image_size, channels):
-    """Real pictures, cut to the model's size: [N, C, S, S] in [-1, 1]. Raises ValueError for a bad file."""
+    """Real pictures, cut to size: [N, C, S, S] in [-1, 1]. Raises ValueError for a bad file."""
     for path in paths:
         if not Path(path).exists():
             raise ValueError(f"{path}: no such file")
@@ -164,10 +165,10 @@ def read_folder(folder, files, image_size, fit="crop", channels=None):
     def read(path):
         return read_picture(path, str(path.relative_to(folder)), image_size, fit, channels)
 
-    with (_own_limit(), ThreadPoolExecutor(os.cpu_count()) as pool,    # PIL decodes outside Python's lock
+    with (_own_limit(), ThreadPoolExecutor(os.cpu_count()) as pool,    # PIL frees Python's lock
           tqdm(total=len(files), desc=f"reading {folder}", unit="file", delay=2,
                disable=not speaks()) as bar):
-        for first in range(0, len(files), 256):                        # not all at once: they are large
+        for first in range(0, len(files), 256):                        # in parts: they are large
             for picture in pool.map(read, files[first:first + 256]):
                 yield picture
                 bar.update()
@@ -185,7 +186,8 @@ def common_size(files):
         except Exception:
             continue                          # read_picture names it
     (width, height), count = sizes.most_common(1)[0] if sizes else ((0, 1), 0)
-    return width if width == height <= DEFAULT_SIZE and count > 0.9 * sizes.total() else DEFAULT_SIZE
+    return (width if width == height <= DEFAULT_SIZE and count > 0.9 * sizes.total()
+            else DEFAULT_SIZE)
 
 
 def class_folders(folder):
@@ -197,26 +199,30 @@ def class_folders(folder):
 def sorted_into_classes(folder, most=20):
     """Does every image of a folder lie in one of a few sub-folders, as if each were a class?"""
     folder = Path(folder)
-    if not folder.is_dir() or any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir()):
+    if not folder.is_dir() or any(path.suffix.lower() in IMAGE_SUFFIXES
+                                  for path in folder.iterdir()):
         return False
     return 2 <= len(class_folders(folder)) <= most
 
 
-def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labels=False, cache_dir=None):
+def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labels=False,
+                cache_dir=None):
     """Every usable image below a folder, in the order of their names. Says which files it skipped.
 
     image_size:  height and width; by default the images' common square size up to 64, else 64.
-    channels:    1 or 3; by default 1 if all pictures are grey, also where they are stored as colour.
+    channels:    1 or 3; by default 1 if all pictures are grey, also where stored as colour.
     fit:         "crop" takes the central square, "stretch" the whole picture.
     with_labels: the name of the sub-folder is the class.
-    cache_dir:   keep the decoded images there in a file and map it into memory, for a set larger than
-                 the memory or slow to read; made once.
-    Returns (images uint8 [N, C, H, W], labels int64 [N] or None). Raises ValueError if nothing is usable.
+    cache_dir:   keep the decoded images there in a file and map it into memory, for a set larger
+                 than the memory or slow to read; made once.
+    Returns (images uint8 [N, C, H, W], labels int64 [N] or None).
+    Raises ValueError if nothing is usable.
     """
     folder = Path(folder)
     files, _ = find_files(folder)
     if not files:
-        raise ValueError(f"{folder}: no images found (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ValueError(f"{folder}: no images found "
+                         f"(looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
     image_size = image_size or common_size(files)
     if cache_dir is None:
         images, names, problems = _decode(folder, files, image_size, fit, channels)
@@ -235,8 +241,8 @@ def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labe
         classes = class_folders(folder)
         outside = next((name for name in names if len(Path(name).parts) < 2), None)
         if outside:
-            raise ValueError(f"{folder}: with labels every image lies in a sub-folder named like its class; "
-                             f"{outside} does not")
+            raise ValueError(f"{folder}: with labels every image lies in a sub-folder "
+                             f"named like its class; {outside} does not")
         labels = torch.tensor([classes.index(Path(name).parts[0]) for name in names])
     return images, labels
 
@@ -247,14 +253,16 @@ def _listing(lines, limit=20):
 
 
 def check_memory(name, shape, advice=""):
-    """Raise ValueError where uint8 images of this shape, [N, C, H, W], are too many for the memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+    """Raise ValueError if uint8 images of this shape, [N, C, H, W], are too many for the memory."""
+    memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+              if hasattr(os, "sysconf") else 2**63)
     world = os.environ.get("WORLD_SIZE", "")
-    processes = max(1, int(world)) if world.isdecimal() else 1          # each of torchrun's reads for itself
+    # Each of torchrun's processes reads for itself.
+    processes = max(1, int(world)) if world.isdecimal() else 1
     size = np.prod(shape, dtype=float)
     if size > memory / 2 / processes:
-        raise ValueError(f"{name}: {shape[0]} images of {shape[-1]}x{shape[-1]} need {size / 1e9:.0f} GB, more than "
-                         f"half of the memory{advice}")
+        raise ValueError(f"{name}: {shape[0]} images of {shape[-1]}x{shape[-1]} need "
+                         f"{size / 1e9:.0f} GB, more than half of the memory{advice}")
 
 
 def _decode(folder, files, image_size, fit, channels, out=None):
@@ -278,38 +286,41 @@ def _decode(folder, files, image_size, fit, channels, out=None):
 
 
 def _array_on_disk(path, shape):
-    """A new uint8 array in a file, mapped into memory. Its place on the disk is taken at once: on a full one that is
-    an OSError, while a page that finds no place later would end the process."""
+    """A new uint8 array in a file, mapped into memory. Its place on the disk is taken at once: on a
+    full one that is an OSError, while a page that finds no place later would end the process."""
     try:
         array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         if hasattr(os, "posix_fallocate"):
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        error.filename = error.filename or str(path)            # else nobody knows whose disk is full
+        error.filename = error.filename or str(path)        # else nobody knows whose disk is full
         raise
     return array
 
 
 def _cached(cache_dir, folder, files, image_size, fit, channels):
-    """What _decode returns, with the images mapped from a file in cache_dir, which is made if need be.
+    """What _decode returns, with the images mapped from a file in cache_dir, made if need be.
 
     Its name tells the settings and the state of the folder: a changed folder gets another file.
     """
-    state = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p in files for s in [p.lstat()]]
+    state = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns)
+             for p in files for s in [p.lstat()]]
     # With its place: another folder may have files of the same names, sizes and times.
-    key = hashlib.sha256(repr((DECODER, str(folder.resolve()), state, image_size, fit, channels)).encode())
+    key = hashlib.sha256(
+        repr((DECODER, str(folder.resolve()), state, image_size, fit, channels)).encode())
     key = key.hexdigest()[:16]
     cache_dir.mkdir(parents=True, exist_ok=True)
     pixels = cache_dir / f"{folder.resolve().name}_{image_size}_{key}.npy"
     notes = pixels.with_suffix(".json")
-    if not (notes.exists() and pixels.exists()):         # notes come last: a sign that the pixels are whole
+    # The notes come last: a sign that the pixels are whole.
+    if not (notes.exists() and pixels.exists()):
         part = cache_dir / f".{pixels.name}.{os.getpid()}.tmp"
         try:
             shape = (len(files), 1 if channels == 1 else 3, image_size, image_size)
             out = _array_on_disk(part, shape)
             images, names, problems = _decode(folder, files, image_size, fit, channels, out)
-            if images.shape != shape:         # grey after all, or some files skipped: the array is smaller
+            if images.shape != shape:  # grey after all, or some files skipped: the array is smaller
                 smaller = _array_on_disk(f"{part}2", tuple(images.shape))
                 for first in range(0, len(images), 1024):
                     smaller[first:first + 1024] = images[first:first + 1024].numpy()
@@ -320,18 +331,21 @@ def _cached(cache_dir, folder, files, image_size, fit, channels):
         finally:
             for leftover in (part, Path(f"{part}2")):
                 leftover.unlink(missing_ok=True)
-        if any(f": {UNREAD}" in problem for problem in problems):       # next time the disk may be well again
+        # Next time the disk may be well again.
+        if any(f": {UNREAD}" in problem for problem in problems):
             return torch.from_numpy(np.load(pixels, mmap_mode="c")), names, problems
         write_file(notes, json.dumps(dict(names=names, problems=problems)).encode())
         print(f"wrote {pixels} ({pixels.stat().st_size / 1e6:.0f} MB)")
     try:
         told = json.loads(notes.read_text())
         # "c": a private copy on write, because torch wants arrays that it could write to.
-        images, names, problems = np.load(pixels, mmap_mode="c"), list(told["names"]), list(told["problems"])
+        images, names, problems = (np.load(pixels, mmap_mode="c"), list(told["names"]),
+                                   list(told["problems"]))
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(names):
             raise ValueError("an array of another kind")
     except Exception as error:                # numpy and json raise nearly anything, too
-        raise ValueError(f"{pixels} or its .json is damaged ({error}): delete both, they are made anew") from error
+        raise ValueError(f"{pixels} or its .json is damaged ({error}): "
+                         "delete both, they are made anew") from error
     return torch.from_numpy(images), names, problems
 
 
@@ -362,7 +376,10 @@ def find_duplicates(digests):
 
 
 def save_sheet(images, path, columns=10, total=None):
-    """A contact sheet of up to 100 images, evenly spread over the set. images: uint8 [N, C, H, W], of `total`."""
+    """A contact sheet of up to 100 images, evenly spread over the set.
+
+    images: uint8 [N, C, H, W], of `total`.
+    """
     picks = torch.linspace(0, len(images) - 1, min(100, len(images))).round().long().unique()
     save_images(to_signed(images[picks]), path, columns)
     total = total or len(images)
@@ -373,10 +390,10 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
                   with_labels=False):
     """Read a folder without training and print what is in it; draw a contact sheet.
 
-    Counts and names the unreadable files, the tiny ones (a side under 8 pixels: not used), the small
-    ones (enlarged to image_size) and the duplicates (equal once they are cut to size).
-    multiple: the network takes images whose sides are multiples of this.  with_labels: every image has to lie
-    in a sub-folder, its class.
+    Counts and names the unreadable files, the tiny ones (a side under 8 pixels: not used), the
+    small ones (enlarged to image_size) and the duplicates (equal once they are cut to size).
+    multiple: the network takes images whose sides are multiples of this.
+    with_labels: every image has to lie in a sub-folder, its class.
     Returns whether it can be trained on.
     """
     folder = Path(folder)
@@ -389,7 +406,7 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
             digests.append(digest(picture.pixels))
             if k % every == 0 or not sheet_pixels:
                 sheet_pixels.append(picture.pixels)
-        pictures.append(picture._replace(pixels=None))                 # the set may be larger than memory
+        pictures.append(picture._replace(pixels=None))      # the set may be larger than memory
     used = [p for p in pictures if not p.problem]
     print(f"Found {len(used)} images in dataset {folder}, cut to {image_size}x{image_size} ({fit})")
     if used:
@@ -410,7 +427,8 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
         bare = [name for name in class_folders(folder) if not counts[name]]
         _section("classes without a usable image, so that --labels cannot be trained with", bare)
     elif outside:
-        _section("without a class (no sub-folder), so that --labels cannot be trained with", outside)
+        _section("without a class (no sub-folder), so that --labels cannot be trained with",
+                 outside)
     print(f"other files, ignored: {others}")
     if used:
         save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet, total=len(used))

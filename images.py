@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401: else at the first plot, where a signal may break it
+import matplotlib.backends.backend_agg  # noqa: F401: else at a plot, where a signal may break it
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -42,9 +42,10 @@ def enlargement(size):
 
 
 def image_grid(images, columns=None, padding=PADDING):
-    """Lay images side by side, as square as possible; one alone has no border. uint8 [N, C, H, W] -> [H', W', 3].
+    """Lay images side by side, as square as possible: uint8 [N, C, H, W] -> [H', W', 3].
 
-    As torchvision's make_grid does it, whose import alone would take two seconds of every command.
+    One alone has no border. As torchvision's make_grid does it, whose import alone would take two
+    seconds of every command.
     """
     count, _, height, width = images.shape
     images = images.expand(-1, 3, -1, -1)
@@ -52,8 +53,8 @@ def image_grid(images, columns=None, padding=PADDING):
         return images[0].permute(1, 2, 0)
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     down, across = height + padding, width + padding
-    grid = torch.full((3, math.ceil(count / columns) * down + padding, columns * across + padding), 255,
-                      dtype=torch.uint8)
+    grid = torch.full((3, math.ceil(count / columns) * down + padding, columns * across + padding),
+                      255, dtype=torch.uint8)
     for k, image in enumerate(images):
         top, left = padding + k // columns * down, padding + k % columns * across
         grid[:, top:top + height, left:left + width] = image
@@ -78,7 +79,7 @@ def png_bytes(pixels, upscale=1, note=None):
 
 
 def read_note(path):
-    """The note in a PNG that we wrote. Raises ValueError if there is none, FileNotFoundError without a file."""
+    """Our note in a PNG. Raises ValueError if it has none, FileNotFoundError without a file."""
     if not Path(path).is_file():                # a pipe would let one wait for ever
         raise FileNotFoundError(2, "No such file", str(path))
     try:
@@ -91,8 +92,8 @@ def read_note(path):
     except Exception as error:                  # PIL raises nearly anything for a damaged file
         if isinstance(error, OSError) and error.errno:
             raise                               # that is no fault of what the file says
-        raise ValueError(f"{path} does not tell how it was made: of our pictures only the sheets and "
-                         "single images of sample.py do") from error
+        raise ValueError(f"{path} does not tell how it was made: of our pictures only the sheets "
+                         "and single images of sample.py do") from error
     raise ValueError(f"{path}: what it tells of how it was made is damaged")
 
 
@@ -111,17 +112,18 @@ def save_gif(pictures, path, seconds=0.12, last_seconds=2.0):
     buffer = io.BytesIO()
     # A GIF counts in hundredths of a second: each frame ends at the hundredth nearest to its time.
     ends = [round(100 * seconds * k) for k in range(len(pictures))]
-    durations = [10 * (end - start) for start, end in zip(ends, ends[1:])] + [int(1000 * last_seconds)]
+    durations = ([10 * (end - start) for start, end in zip(ends, ends[1:])]
+                 + [int(1000 * last_seconds)])
     try:
-        pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=durations,
-                         loop=0)
+        pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:],
+                         duration=durations, loop=0)
     except OverflowError as error:              # equal ones are made one, and their times added
         raise ValueError(f"{path}: a GIF cannot rest on one picture for so long") from error
     write_file(path, buffer.getvalue())
 
 
 def as_text(name):
-    """A name from outside (a folder, a class) for a figure: no formula, and no byte that is not a character."""
+    """A name from outside (a folder, a class) for a figure: no formula, no stray bytes."""
     return str(name).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
@@ -151,7 +153,8 @@ def save_strip(rows, column_labels, path, row_labels=None, title=None):
     axes.set_xticks([pad + width / 2 + k * (width + pad) for k in range(count)], column_labels)
     axes.set_yticks([pad + height / 2 + k * (height + pad) for k in range(len(rows))],
                     row_labels or [""] * len(rows))
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, labelsize=10.5)
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False,
+                     labelsize=10.5)
     axes.spines[:].set_visible(False)
     if title:
         axes.set_title(title, fontsize=13, pad=14)
@@ -159,7 +162,7 @@ def save_strip(rows, column_labels, path, row_labels=None, title=None):
 
 
 def new_figure(width, height, rows=1, columns=1, **settings):
-    """An empty figure in the style of this project, sizes in inches: (figure, axes [rows, columns])."""
+    """An empty figure in this project's style, sizes in inches: (figure, axes [rows, columns])."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **settings)
     for one in axes.flat:
@@ -169,7 +172,7 @@ def new_figure(width, height, rows=1, columns=1, **settings):
 
 
 def moving_average(values, window):
-    """The mean of the last `window` values at each point; at the start, of the later half of all so far."""
+    """The mean of the last `window` values at each point; at first, of the later half so far."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, ends // 2)
@@ -187,19 +190,20 @@ def plot_losses(losses, path, held_out=None, window=100):
     average = moving_average(losses, window)
     figure, ((axes,),) = new_figure(8, 4.5)
     axes.plot(steps, losses, color="#b8c4d6", linewidth=0.6, label="each step")
-    axes.plot(steps, average, color=COLOURS[0], linewidth=1.8, label=f"mean of the last {window} steps")
+    axes.plot(steps, average, color=COLOURS[0], linewidth=1.8,
+              label=f"mean of the last {window} steps")
     if held_out:
-        axes.plot(list(held_out), list(held_out.values()), "o-", color=COLOURS[1], markersize=3, linewidth=1.2,
-                  label="held-out images, averaged weights")
+        axes.plot(list(held_out), list(held_out.values()), "o-", color=COLOURS[1], markersize=3,
+                  linewidth=1.2, label="held-out images, averaged weights")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))         # 0.02, not 2e-02
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))  # 0.02, not 2e-02
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (mean squared error)")
-    axes.set_title(f"Training loss after {len(losses)} steps: {average[-1]:.4f} in the mean of the last "
-                   f"{window}")
+    axes.set_title(f"Training loss after {len(losses)} steps: {average[-1]:.4f} "
+                   f"in the mean of the last {window}")
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
     save_figure(figure, path)

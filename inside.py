@@ -23,7 +23,7 @@ from schedules import nearest_levels
 # ---- A forward hook on each part
 
 def parts(model):
-    """{name: module}: the boxes that one would draw, in the order of the file; lists of modules are opened."""
+    """{name: module}: the boxes one would draw, in the file's order; module lists are opened."""
     def walk(module, prefix):
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList):
@@ -40,9 +40,10 @@ def parts(model):
 
 @contextlib.contextmanager
 def watching(model, look):
-    """Inside the `with`, look(name, module, output) is called after each part of the model has run."""
+    """Inside the `with`, look(name, module, output) is called after each part of the model."""
     def hook(name):
-        return lambda module, inputs, output: look(name, module, output) if torch.is_tensor(output) else None
+        return lambda module, inputs, output: (
+            look(name, module, output) if torch.is_tensor(output) else None)
     handles = [module.register_forward_hook(hook(name)) for name, module in parts(model).items()]
     try:
         yield
@@ -55,7 +56,7 @@ def watching(model, look):
 def activations(model, x_t, t, y=None):
     """What each part of the model gives back, in the order of the calls: [(name, tensor)].
 
-    x_t: [B, C, H, W].  t: an integer.  Tensors are [B, C', H', W'], those of the embeddings [B, dim].
+    x_t: [B, C, H, W].  t: an integer.  Tensors are [B, C', H', W'], those of embeddings [B, dim].
     """
     seen = []
     with watching(model, lambda name, module, output: seen.append((name, output.detach().clone()))):
@@ -63,14 +64,16 @@ def activations(model, x_t, t, y=None):
     return seen
 
 
-def sampled(model, diffusion, timesteps, image_size, *, seed=0, sampler="ddim", steps=None, y=None, device="cpu"):
-    """Sample one picture; yields (t, x_t, x_0 estimate made from x_t) at the levels nearest to `timesteps`, right
-    after the model has answered there, and last (-1, picture, picture)."""
+def sampled(model, diffusion, timesteps, image_size, *, seed=0, sampler="ddim", steps=None,
+            y=None, device="cpu"):
+    """Sample one picture; yields (t, x_t, x_0 estimate made from x_t) at the levels nearest to
+    `timesteps`, right after the model has answered there, and last (-1, picture, picture)."""
     levels = diffusion.sampling_levels(sampler, steps)
     wanted = set(nearest_levels(levels[:-1], timesteps))
     x_t = seeded_noise(seed, [0], 0, (model.image_channels, image_size, image_size)).to(device)
     path = diffusion.trajectory(model, x_t, sampler=sampler, steps=steps, seed=seed, y=y)
-    for k, (_, x_next, x_0) in enumerate(tqdm(path, total=len(levels) - 1, desc="sampling", unit="call")):
+    for k, (_, x_next, x_0) in enumerate(
+            tqdm(path, total=len(levels) - 1, desc="sampling", unit="call")):
         if k in wanted:
             yield levels[k], x_t, x_0
         x_t = x_next
@@ -81,11 +84,12 @@ def sampled(model, diffusion, timesteps, image_size, *, seed=0, sampler="ddim", 
 
 def attention_layers(model):
     """{name: SelfAttention} in the order of the file. Raises ValueError if there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SelfAttention)}
+    found = {name: module for name, module in model.named_modules()
+             if isinstance(module, SelfAttention)}
     if not found:
-        raise ValueError(f"this {type(model).__name__} has no attention to draw; train a network that has it "
-                         "with python train.py --dataset NAME --preset fabrics_laptop (or quick, for small "
-                         "pictures)")
+        raise ValueError(f"this {type(model).__name__} has no attention to draw; "
+                         "train a network that has it with python train.py --dataset NAME "
+                         "--preset fabrics_laptop (or quick, for small pictures)")
     return found
 
 
@@ -121,8 +125,8 @@ def choose_layer(model, name, image_size):
 def attention_maps(model, diffusion, layer, timesteps, image_size, **settings):
     """Sample a picture and keep what the layer's heads did at the levels nearest to `timesteps`.
 
-    settings: see sampled.  Returns ([(t, x_t, x_0 estimate, weights)], picture): images [C, H, W], weights
-    [heads, positions, positions], whose row i says where position i looked and sums to 1.
+    settings: see sampled.  Returns ([(t, x_t, x_0 estimate, weights)], picture): images [C, H, W],
+    weights [heads, positions, positions], whose row i says where position i looked and sums to 1.
     """
     moments = []
     with recording(layer):
@@ -133,14 +137,14 @@ def attention_maps(model, diffusion, layer, timesteps, image_size, **settings):
 
 
 def busiest(picture, side):
-    """(row, column) of the cell, of side x side, whose pixels differ most: a place worth asking about."""
+    """(row, column) of the cell, of side x side, whose pixels differ most: worth asking about."""
     grey = picture.mean(dim=0, keepdim=True)
-    cells = F.pixel_unshuffle(grey, picture.shape[-1] // side)                              # [pixels, side, side]
+    cells = F.pixel_unshuffle(grey, picture.shape[-1] // side)              # [pixels, side, side]
     return divmod(int(cells.std(dim=0, unbiased=False).argmax()), side)
 
 
 def reach(weights, side):
-    """How far the heads look, on average over all positions, in cells. weights: [heads, N, N] -> [heads]."""
+    """How far heads look, averaged over positions, in cells. weights: [heads, N, N] -> [heads]."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], dim=1).float()                # [N, 2]
     return (weights * torch.cdist(places, places)).sum(-1).mean(-1)
@@ -150,28 +154,30 @@ def reach(weights, side):
 
 @torch.no_grad()
 def time_embeddings(model, num_timesteps):
-    """(sines and cosines [T, dim], what the learned network makes of them [T, dim']) for t = 0..T-1.
+    """(sines and cosines [T, dim], what the learned layers make of them [T, dim']) for t = 0..T-1.
 
     Raises ValueError for a network whose embedding is not ours.
     """
     table = next((module for module in model.modules() if isinstance(module, TimeEmbedding)), None)
     if table is None:
-        raise ValueError("this network embeds the time in a way of its own; the figure time draws TimeEmbedding")
+        raise ValueError("this network embeds the time in a way of its own; "
+                         "the figure time draws TimeEmbedding")
     t = torch.arange(num_timesteps, device=next(model.parameters()).device)
     return table(t).cpu(), model.time_mlp(t).float().cpu()
 
 
 @torch.no_grad()
 def bottleneck_features(model, diffusion, images, t, *, seed=0, flatten=False, batch_size=100):
-    """What the bottleneck gives back for real images at noise level t: [N, channels], the mean over its
-    positions, or [N, channels * H * W] if flatten.
+    """What the bottleneck gives back for real images at noise level t: [N, channels], the mean over
+    its positions, or [N, channels * H * W] if flatten.
 
-    images: uint8 [N, C, H, W].  The noise depends on the seed alone, not on t. The model is not told the class:
-    what the features know of it comes from the picture.
+    images: uint8 [N, C, H, W].  The noise depends on the seed alone, not on t. The model is not
+    told the class: what the features know of it comes from the picture.
     """
     names = [name for name in parts(model) if name.split(".")[-1].startswith(("bottleneck", "mid"))]
     if not names:
-        raise ValueError("this network has no part called bottleneck or mid, whose features could be drawn")
+        raise ValueError("this network has no part called bottleneck or mid, "
+                         "whose features could be drawn")
     device, found = next(model.parameters()).device, []
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
     for x_0, part in zip(images.split(batch_size), noise.split(batch_size)):
@@ -197,24 +203,27 @@ def find_tsne():
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise ValueError("--projection tsne needs scikit-learn: pip install scikit-learn; or take pca") from error
+        raise ValueError("--projection tsne needs scikit-learn: pip install scikit-learn; "
+                         "or take pca") from error
     return TSNE
 
 
 def tsne(features, seed=0):
-    """Neighbours stay neighbours, distances mean little (van der Maaten & Hinton 2008). [N, D] -> [N, 2]."""
+    """Neighbours stay neighbours, distances mean little (van der Maaten & Hinton 2008).
+    features: [N, D].  Returns [N, 2]."""
     perplexity = min(30, (len(features) - 1) / 3)
     model = find_tsne()(init="pca", perplexity=perplexity, random_state=seed)
     return torch.from_numpy(model.fit_transform(features.numpy()))
 
 
 def centre_accuracy(features, labels):
-    """How well the classes stand apart: the share of the second half of the images whose nearest class centre,
-    made from the first half, is that of their own class."""
+    """How well the classes stand apart: the share of the second half of the images whose nearest
+    class centre, made from the first half, is that of their own class."""
     half = len(features) // 2
     known = labels[:half].unique()
     centres = torch.stack([features[:half][labels[:half] == k].mean(dim=0) for k in known])
-    return float((known[torch.cdist(features[half:], centres).argmin(dim=1)] == labels[half:]).float().mean())
+    return float((known[torch.cdist(features[half:], centres).argmin(dim=1)]
+                  == labels[half:]).float().mean())
 
 
 # ---- Sizes
@@ -222,10 +231,10 @@ def centre_accuracy(features, labels):
 class PlainUNet(nn.Module):
     """A U-Net reduced to what decides its size: no norms, no activations, no time, no output layer.
 
-    channels: of each level, from the top.  On the way down a 3x3 convolution, then a 2x2 max-pool; at the
-    bottom a 3x3 convolution that keeps the channels; on the way up a transposed 4x4 convolution (stride 2) to
-    the level's channels and a 3x3 convolution on the concatenation with the skip. Height and width: multiples
-    of 2^levels.
+    channels: of each level, from the top.  On the way down a 3x3 convolution, then a 2x2 max-pool;
+    at the bottom a 3x3 convolution that keeps the channels; on the way up a transposed 4x4
+    convolution (stride 2) to the level's channels and a 3x3 convolution on the concatenation with
+    the skip. Height and width: multiples of 2^levels.
     """
 
     def __init__(self, channels, image_channels=3):
@@ -251,17 +260,17 @@ class PlainUNet(nn.Module):
 
 
 class Memory(TorchDispatchMode):
-    """Inside the `with`, counts the bytes of all tensors made there: `alive` now, the most at once as `peak`.
+    """Counts the bytes of all tensors made inside the `with`: `alive` now, `peak` the most at once.
 
-    A view counts with the tensor it looks into, and not at all if that is a parameter of the model. The scratch
-    space within one operation is not seen.
+    A view counts with the tensor it looks into, and not at all if that is a parameter of the model.
+    The scratch space within one operation is not seen.
     """
 
     def __init__(self, model):
         super().__init__()
         self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self.alive = self.peak = self.part = 0
-        self.made = {}                                      # address: (bytes, part that was running)
+        self.made = {}                                  # address: (bytes, part that was running)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
@@ -284,25 +293,27 @@ class Memory(TorchDispatchMode):
 
 class PartSize(NamedTuple):
     name: str
-    shape: tuple  # of what it gives back, without the batch: (channels, height, width), or (values,)
+    shape: tuple  # of what it gives back without the batch: (channels, height, width), or (values,)
     parameters: int
     activation: int  # bytes of what it gives back
     kept: int  # bytes that training keeps until the backward pass
 
 
 def model_table(model, image_size):
-    """Measure a network with one image: (a PartSize for each part in the order of the calls, peak bytes in
-    sampling).
+    """Measure a network with one image: (a PartSize for each part in the order of the calls,
+    peak bytes in sampling).
 
-    activation: the output of the part alone, as a forward hook sees it: channels x height x width x 4 bytes.
-    kept: of what was made from the end of the part before to the end of this one, in a forward pass with
-        gradients and in training mode, all that is still there when the pass is over, because the backward
-        pass needs it: inputs of convolutions and norms, concatenations, dropout's choices. The answer is in
-        the last row.
-    peak: the most bytes alive at one moment of a forward pass without gradients: skips, concatenations and all
-        else that is being worked on. Neither counts the input, parameters or the scratch space of an operation.
-    A part that is called twice has its parameters in the first row; parameters of no part that was called
-    stand in a last row of their own. Batch 1, in the precision of the weights (float32).
+    activation: the output of the part alone, as a forward hook sees it:
+        channels x height x width x 4 bytes.
+    kept: of what was made from the end of the part before to the end of this one, in a forward pass
+        with gradients and in training mode, all that is still there when the pass is over, because
+        the backward pass needs it: inputs of convolutions and norms, concatenations, dropout's
+        choices. The answer is in the last row.
+    peak: the most bytes alive at one moment of a forward pass without gradients: skips,
+        concatenations and all else that is being worked on. Neither counts the input, parameters
+        or the scratch space of an operation.
+    A part that is called twice has its parameters in the first row; parameters of no part that was
+    called stand in a last row of their own. Batch 1, in the precision of the weights (float32).
     """
     model = copy.deepcopy(model).requires_grad_(True)
     device, rows, seen = next(model.parameters()).device, [], set()
@@ -323,7 +334,7 @@ def model_table(model, image_size):
     kept = [0] * len(rows)
     for size, part in memory.made.values():
         kept[min(part, len(rows) - 1)] += size
-    del answer                                              # it held all that the backward pass needs
+    del answer                                          # it held all that the backward pass needs
     levels = [PartSize(*row, size) for row, size in zip(rows, kept)]
     rest = sum(p.numel() for p in model.parameters() if id(p) not in seen)
     return levels + [PartSize("other", (), rest, 0, 0)] * (rest > 0), peak
@@ -331,14 +342,17 @@ def model_table(model, image_size):
 
 def table_lines(levels, peak):
     """What model_table found, as lines of text with the totals."""
-    head = ("level", "channels", "resolution", "parameters", "activation, bytes", "kept to train, bytes")
-    rows = [(name, str(shape[0]) if shape else "", "x".join(map(str, shape[1:])) or "-", f"{parameters:,}",
-             f"{activation:,}", f"{kept:,}") for name, shape, parameters, activation, kept in levels]
+    head = ("level", "channels", "resolution", "parameters",
+            "activation, bytes", "kept to train, bytes")
+    rows = [(name, str(shape[0]) if shape else "", "x".join(map(str, shape[1:])) or "-",
+             f"{parameters:,}", f"{activation:,}", f"{kept:,}")
+            for name, shape, parameters, activation, kept in levels]
     parameters, activation, kept = (sum(getattr(level, key) for level in levels)
                                     for key in ("parameters", "activation", "kept"))
     rows = [head, *rows, ("total", "", "", f"{parameters:,}", f"{activation:,}", f"{kept:,}")]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
+    lines = [row[0].ljust(widths[0])
+             + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
              for row in rows]
-    return [*lines, f"peak memory of a forward pass (sampling one image): {peak:,} bytes of activations, "
-            f"{peak + 4 * parameters:,} with the parameters in float32"]
+    return [*lines, f"peak memory of a forward pass (sampling one image): {peak:,} bytes of "
+            f"activations, {peak + 4 * parameters:,} with the parameters in float32"]

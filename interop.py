@@ -1,10 +1,11 @@
 """Draw from other people's checkpoints: thin adapters to the contract `model(x_t, t, y=None)`.
 
-    python sample.py --checkpoint results/model-100.pt     # a Trainer of denoising-diffusion-pytorch wrote it
-    python sample.py --checkpoint folder                   # an unconditional pipeline of diffusers
+    python sample.py --checkpoint results/model-100.pt    # by denoising-diffusion-pytorch's Trainer
+    python sample.py --checkpoint folder                  # an unconditional pipeline of diffusers
 
-The library has to be installed, for its network is what computes. The noise levels come from the files; the
-samplers and all else are ours. Only the averaged weights of a Trainer are used. Nothing in the files is run.
+The library has to be installed, for its network is what computes. The noise levels come from the
+files; the samplers and all else are ours. Only the averaged weights of a Trainer are used. Nothing
+in the files is run.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from schedules import MAX_TIMESTEPS
 
 UNKNOWN = "unknown"  # the data set that such a model was trained on
 UNKNOWN_SIZE = 64  # denoising-diffusion-pytorch does not write down the size of its images
-PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}  # diffusers' words for our objectives
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}  # diffusers' words for ours
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 MAX_CONFIG = 1_000_000  # bytes
 
@@ -41,9 +42,9 @@ class Foreign(nn.Module):
 
 
 def load_foreign(path, entries=None, image_size=None):
-    """A model ready to sample from, out of another library's checkpoint: what load.load_model returns.
+    """A model to sample from, out of another library's checkpoint: what load.load_model returns.
 
-    entries: what checkpoint.read_container found in a Trainer's file; None if path is a folder of diffusers.
+    entries: what checkpoint.read_container found in a Trainer's file; None for a diffusers folder.
     image_size: in pixels, for a checkpoint that does not tell it; default UNKNOWN_SIZE.
     Raises ValueError with one line for what cannot be used, or if the library is not installed.
     """
@@ -60,15 +61,16 @@ def load_foreign(path, entries=None, image_size=None):
               "(sample.py --image_size)")
     size, multiple = size or image_size or UNKNOWN_SIZE, 2 ** (levels - 1)
     if type(size) is not int or not 4 <= size <= MAX_SIZE or size % multiple:
-        raise ValueError(f"{path}: it makes square images of a size from 4 to {MAX_SIZE}, a multiple of "
-                         f"{multiple}, not {str(size)[:40]}")
+        raise ValueError(f"{path}: it makes square images of a size from 4 to {MAX_SIZE}, "
+                         f"a multiple of {multiple}, not {str(size)[:40]}")
     model = Foreign(network, channels, multiple).eval().requires_grad_(False)
-    return model, diffusion, {"name": UNKNOWN, "image_size": size, "channels": channels, "classes": None,
-                              "digest": digest}
+    return model, diffusion, {"name": UNKNOWN, "image_size": size, "channels": channels,
+                              "classes": None, "digest": digest}
 
 
 def missing(path, library, package):
-    return ValueError(f"{path} was written by {library}, which is not installed: pip install {package}")
+    return ValueError(f"{path} was written by {library}, which is not installed: "
+                      f"pip install {package}")
 
 
 def unusable(path, what, error):
@@ -78,15 +80,17 @@ def unusable(path, what, error):
 # ---- denoising-diffusion-pytorch
 
 def averaged_of(entries):
-    """The averaged weights of a checkpoint that its Trainer wrote, or of its average alone: {} for other entries."""
-    ema = entries.get("ema", entries) if isinstance(entries, dict) and "format" not in entries else None
+    """The averaged weights of its Trainer's checkpoint, or of its average alone: {} for others."""
+    ema = (entries.get("ema", entries) if isinstance(entries, dict) and "format" not in entries
+           else None)
     return {str(key).removeprefix("ema_model."): value for key, value in ema.items()
             if str(key).startswith("ema_model.")} if isinstance(ema, dict) else {}
 
 
 def objective_of(loss_weight, alpha_bar):
-    """What its network predicts. The library does not write that down, but how it weighs the loss: eps by 1,
-    x_0 by SNR, v by SNR / (SNR + 1), below its limit. Compared where SNR is about 1/2, where all differ."""
+    """What its network predicts. The library does not write that down, but how it weighs the loss:
+    eps by 1, x_0 by SNR, v by SNR / (SNR + 1), below its limit. Compared where SNR is about 1/2,
+    where all differ."""
     snr = alpha_bar / (1 - alpha_bar)
     k = int((snr - 0.5).abs().argmin())
     weights = {"eps": 1.0, "x0": float(snr[k]), "v": float(snr[k] / (snr[k] + 1))}
@@ -101,7 +105,7 @@ def load_trainer(path, entries):
 
     Returns (network, levels, channels, DiffusionProcess, None for the unknown size, digest).
     """
-    digest = digest_of(path, entries)                   # which also refuses tensors larger than the file
+    digest = digest_of(path, entries)           # which also refuses tensors larger than the file
     try:
         from denoising_diffusion_pytorch import Unet
     except ImportError as error:
@@ -115,18 +119,20 @@ def load_trainer(path, entries):
         if inputs != channels:
             raise ValueError("it is self-conditioned or learns its variance")
         levels = len({key.split(".")[1] for key in weights if key.startswith("downs.")})
-        # A level ends in a convolution that widens it, behind a rearrangement where it halves the size too.
+        # A level ends in a convolution that widens it, after a rearrangement if it halves the size.
         widths = [weights.get(f"downs.{k}.3.1.weight", weights.get(f"downs.{k}.3.weight")).shape[0]
                   for k in range(levels)]
         if not 1 <= levels <= 8 or max(widths) > 8192 or any(width % dim for width in widths):
             raise ValueError(f"{dim} channels, then levels of {widths}")
-        with torch.device("meta"):                      # shapes but no memory, until the weights are put in
-            network = Unet(dim=dim, dim_mults=tuple(width // dim for width in widths), channels=channels)
+        with torch.device("meta"):              # shapes but no memory, until the weights are put in
+            network = Unet(dim=dim, dim_mults=tuple(width // dim for width in widths),
+                           channels=channels)
         network.load_state_dict(weights, assign=True)
         alpha_bar = averaged["alphas_cumprod"].double()
-        diffusion = DiffusionProcess(schedule=alpha_bar,
-                                     objective=objective_of(averaged["loss_weight"].double(), alpha_bar))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        diffusion = DiffusionProcess(
+            schedule=alpha_bar, objective=objective_of(averaged["loss_weight"].double(), alpha_bar))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+            RuntimeError) as error:
         what = "not a default Unet of the denoising-diffusion-pytorch that is installed"
         raise unusable(path, what, error) from error
     return network, levels, channels, diffusion, None, digest
@@ -135,7 +141,7 @@ def load_trainer(path, entries):
 # ---- diffusers
 
 def read_config(path):
-    """(The settings in a file, its bytes). Raises ValueError for anything but a table of settings."""
+    """(The settings in a file, its bytes). Raises ValueError for all but a table of settings."""
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_CONFIG + 1)
@@ -149,29 +155,34 @@ def read_config(path):
 
 
 def load_pipeline(folder):
-    """An unconditional pipeline: a UNet2DModel and its scheduler, in folders of their own or side by side.
+    """An unconditional pipeline: a UNet2DModel and its scheduler, in two folders or side by side.
 
     Only safetensors weights are read.
     Returns (network, levels, channels, DiffusionProcess, image size or None, digest).
     """
     if not any((place / "config.json").is_file() for place in (folder, folder / "unet")):
-        raise ValueError(f"{folder}: no such checkpoint: a folder, and not one of diffusers (it has no "
-                         "config.json)")
-    unet, scheduler = (sub if sub.is_dir() else folder for sub in (folder / "unet", folder / "scheduler"))
+        raise ValueError(f"{folder}: no such checkpoint: a folder, and not one of diffusers "
+                         "(it has no config.json)")
+    unet, scheduler = (sub if sub.is_dir() else folder
+                       for sub in (folder / "unet", folder / "scheduler"))
     config, config_text = read_config(unet / "config.json")
     schedule, schedule_text = read_config(scheduler / "scheduler_config.json")
-    kind, channels, outputs = (config.get(key, 3) for key in ("_class_name", "in_channels", "out_channels"))
+    kind, channels, outputs = (config.get(key, 3)
+                               for key in ("_class_name", "in_channels", "out_channels"))
     if kind != "UNet2DModel" or outputs != channels or any(
             config.get(key) for key in ("class_embed_type", "num_class_embeds")):
-        raise ValueError(f"{folder}: only unconditional UNet2DModels that predict one image are understood, "
-                         f"not {str(kind)[:60]!r} from {str(channels)[:60]} channels to {str(outputs)[:60]}")
+        raise ValueError(
+            f"{folder}: only unconditional UNet2DModels that predict one image are understood, "
+            f"not {str(kind)[:60]!r} from {str(channels)[:60]} channels to {str(outputs)[:60]}")
     kind, prediction = schedule.get("_class_name"), schedule.get("prediction_type", "epsilon")
     if kind not in SCHEDULERS or prediction not in list(PREDICTIONS):
-        raise ValueError(f"{folder}: scheduler {str(kind)[:60]!r} that predicts {str(prediction)[:60]!r}; "
-                         f"understood are {', '.join(SCHEDULERS)} and {', '.join(PREDICTIONS)}")
+        raise ValueError(
+            f"{folder}: scheduler {str(kind)[:60]!r} that predicts {str(prediction)[:60]!r}; "
+            f"understood are {', '.join(SCHEDULERS)} and {', '.join(PREDICTIONS)}")
     weights = unet / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
-        raise ValueError(f"{weights}: missing; weights in other formats are not read (they could run code)")
+        raise ValueError(f"{weights}: missing; weights in other formats are not read "
+                         "(they could run code)")
     try:
         import diffusers
     except ImportError as error:
@@ -183,7 +194,7 @@ def load_pipeline(folder):
         table = getattr(diffusers, kind).from_config(schedule).alphas_cumprod
         diffusion = DiffusionProcess(schedule=table.double(), objective=PREDICTIONS[prediction])
         digest = hashlib.sha256(config_text + schedule_text + weights.read_bytes()).hexdigest()
-    except Exception as error:      # the library meets a damaged folder in many ways; all mean the same
+    except Exception as error:  # the library meets a damaged folder in many ways; all mean the same
         raise unusable(folder, "diffusers cannot use it", error) from error
     size = config.get("sample_size")
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
@@ -192,17 +203,17 @@ def load_pipeline(folder):
 
 
 def read_network(UNet2DModel, config, weights):
-    """(The network of these settings and weights, its levels). Raises ValueError if they do not fit."""
+    """(The network of these settings and weights, levels). Raises ValueError if they do not fit."""
     levels = len(config.get("block_out_channels", range(4)))
     if levels > 8 or config.get("layers_per_block", 2) > 16:
         raise ValueError(f"{levels} levels of {config.get('layers_per_block')} layers")
-    with torch.device("meta"):      # shapes but no memory: a monstrous network fails here at no cost
+    with torch.device("meta"):    # shapes but no memory: a monstrous network fails here at no cost
         count = sum(p.numel() for p in UNet2DModel.from_config(config).parameters())
     if 2 * count > weights.stat().st_size:              # at least two bytes each
         raise ValueError(f"{count} parameters, more than the weights hold")
     # It would fill what the file lacks with random numbers, and only warn.
-    network, told = UNet2DModel.from_pretrained(weights.parent, use_safetensors=True, local_files_only=True,
-                                                output_loading_info=True)
+    network, told = UNet2DModel.from_pretrained(
+        weights.parent, use_safetensors=True, local_files_only=True, output_loading_info=True)
     wrong = [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]
     if wrong:
         raise ValueError(f"{len(wrong)} of its weights do not fit, first {str(wrong[0])[:80]}")

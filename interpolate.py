@@ -1,11 +1,11 @@
 """Walk from one picture to another through the noise they come from.
 
-    python interpolate.py                                  # seeds 42 and 123, 20 frames, as a GIF
-    python interpolate.py --seeds 1 2 3 4 --loop           # through several, and back to the first
-    python interpolate.py --images shoe.png bag.png        # between real pictures: DDIM finds their noise
-    python interpolate.py --compare                        # lerp and slerp, one above the other
+    python interpolate.py                            # seeds 42 and 123, 20 frames, as a GIF
+    python interpolate.py --seeds 1 2 3 4 --loop     # through several, and back to the first
+    python interpolate.py --images shoe.png bag.png  # between real pictures: DDIM finds their noise
+    python interpolate.py --compare                  # lerp and slerp, one above the other
 
-Writes outputs/morph.gif, and all frames in rows as outputs/morph.png; with --compare outputs/lerp_slerp.png.
+Writes outputs/morph.gif, and all frames in rows as morph.png; with --compare lerp_slerp.png.
 """
 
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from command_line import (Parser, command, format_seconds, make_output_dir, positive_float, positive_int,
-                          seed_number, spare)
+from command_line import (Parser, command, format_seconds, make_output_dir, positive_float,
+                          positive_int, seed_number, spare)
 from diffusion import seeded_noise
 from folders import load_pictures
 from images import save_gif, save_images, save_strip, to_uint8
@@ -26,19 +26,19 @@ from utils import get_device
 
 
 def lerp(a, b, share):
-    """The straight line from a to b. Halfway between two noises it has only 0.71 of their length, and the
-    model has never seen so little noise: the picture pales."""
+    """The straight line from a to b. Halfway between two noises it has only 0.71 of their length,
+    and the model has never seen so little noise: the picture pales."""
     return (1 - share) * a + share * b
 
 
 def slerp(a, b, share):
-    """The arc from a to b, on which the length stays (Shoemake 1985; Song et al. 2021, section 5.3).
+    """The arc from a to b, which keeps the length (Shoemake 1985; Song et al. 2021, section 5.3).
 
     a, b: tensors of any shape, each taken as one vector.
     """
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
-    if angle.sin().abs() < 1e-4:                            # the same direction, or the opposite one
+    if angle.sin().abs() < 1e-4:                        # the same direction, or the opposite one
         return lerp(a, b, share)
     return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / angle.sin()
 
@@ -55,8 +55,8 @@ PATHS = {"lerp": lerp, "slerp": slerp}
 def walk(keys, num_frames, path=slerp, loop=False):
     """Noises on the way through the key frames. keys: [K, C, H, W], K >= 2.
 
-    Returns [num_frames, C, H, W], evenly spread, except that the frame nearest to a key is that key. Raises
-    ValueError for fewer frames than keys.
+    Returns [num_frames, C, H, W], evenly spread, except that the frame nearest to a key is that
+    key. Raises ValueError for fewer frames than keys.
     """
     if num_frames < len(keys):
         raise ValueError(f"{len(keys)} key frames need as many frames, got {num_frames}")
@@ -65,7 +65,8 @@ def walk(keys, num_frames, path=slerp, loop=False):
     for key in range(len(keys)):
         places[round(key * (num_frames + loop - 1) / (len(stops) - 1))] = float(key)
     legs = [min(int(place), len(stops) - 2) for place in places]
-    return torch.stack([path(stops[leg], stops[leg + 1], place - leg) for leg, place in zip(legs, places)])
+    return torch.stack([path(stops[leg], stops[leg + 1], place - leg)
+                        for leg, place in zip(legs, places)])
 
 
 @torch.no_grad()
@@ -83,14 +84,17 @@ def draw(model, diffusion, noises, y=None, steps=50, title="sampling"):
 
 
 def parse(argv):
-    parser = Parser(description="Walk from one picture to another through the noise they come from.")
+    parser = Parser(
+        description="Walk from one picture to another through the noise they come from.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
-    add("--seeds", f"a key frame for each (default: {SEEDS[0]} {SEEDS[1]})", type=seed_number, nargs="+")
-    add("--images", "key frames from these picture files instead of seeds, two or more: cut to the central "
-        "square and to the model's size", nargs="+", metavar="FILE")
+    add("--seeds", f"a key frame for each (default: {SEEDS[0]} {SEEDS[1]})",
+        type=seed_number, nargs="+")
+    add("--images", "key frames from these picture files instead of seeds, two or more: "
+        "cut to the central square and to the model's size", nargs="+", metavar="FILE")
     add("--path", "the way from noise to noise", "slerp", choices=list(PATHS))
-    add("--compare", "draw lerp and slerp, one above the other, instead of a GIF", False, action="store_true")
+    add("--compare", "draw lerp and slerp, one above the other, instead of a GIF",
+        False, action="store_true")
     add("--label", "the class to draw, as a number or name", "none")
     add("--frames", "how many pictures on the way", 20, type=positive_int)
     add("--fps", "frames a second", 8.0, type=positive_float)
@@ -101,9 +105,11 @@ def parse(argv):
     add("--device")
     args = parser.parse_args(argv)
     if args.compare:
-        parser.refuse({"path", "loop", "fps", "size"}, "--compare, which draws both ways and no GIF")
+        parser.refuse({"path", "loop", "fps", "size"},
+                      "--compare, which draws both ways and no GIF")
         if args.frames > COMPARED and "frames" in parser.typed:
-            raise ValueError(f"--frames {args.frames}: --compare draws {COMPARED} at most, side by side")
+            raise ValueError(f"--frames {args.frames}: "
+                             f"--compare draws {COMPARED} at most, side by side")
     if args.images and args.seeds:
         raise ValueError("--images and --seeds: give one of them")
     args.seeds = args.seeds or SEEDS
@@ -112,12 +118,14 @@ def parse(argv):
         raise ValueError(f"a walk needs at least two key frames and two frames, got {len(keys)} "
                          f"and {args.frames}")
     if args.frames < len(keys) or args.compare and len(keys) != 2:
-        raise ValueError(f"{len(keys)} key frames need as many frames, and --compare draws between two")
-    if (not 16 <= args.size <= 4096 or args.frames > MAX_FRAMES or args.frames * args.size**2 > MAX_GIF
-            or not 0.1 <= args.fps <= 50):
-        raise ValueError(f"16 to 4096 pixels, {MAX_FRAMES} frames at most, {MAX_GIF / 1e6:.0f} million pixels in "
-                         f"all of them, and 0.1 to 50 frames a second; got {args.size}, {args.frames} frames "
-                         f"and {args.fps:g}")
+        raise ValueError(f"{len(keys)} key frames need as many frames, "
+                         "and --compare draws between two")
+    if (not 16 <= args.size <= 4096 or args.frames > MAX_FRAMES
+            or args.frames * args.size**2 > MAX_GIF or not 0.1 <= args.fps <= 50):
+        raise ValueError(f"16 to 4096 pixels, {MAX_FRAMES} frames at most, "
+                         f"{MAX_GIF / 1e6:.0f} million pixels in all of them, "
+                         "and 0.1 to 50 frames a second; "
+                         f"got {args.size}, {args.frames} frames and {args.fps:g}")
     if args.label == "all" or "," in args.label:
         raise ValueError(f"--label {args.label}: a walk stays within one class")
     return args
@@ -126,16 +134,17 @@ def parse(argv):
 @command
 def main(argv=None):
     args = parse(argv)
-    spare(args.images or [], *(Path(args.output_dir) / name for name in ("morph.png", "lerp_slerp.png")))
+    spare(args.images or [],
+          *(Path(args.output_dir) / name for name in ("morph.png", "lerp_slerp.png")))
     device = get_device(args.device)
     output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
     checkpoint, model, diffusion, data = open_model(args, device)
     size, classes = data["image_size"], data["classes"]
     y, _ = choose_labels(args.label, classes, args.frames)
     y = None if y is None else y.to(device)
-    diffusion.timesteps(args.steps)                         # refuses too many
+    diffusion.timesteps(args.steps)                     # refuses too many
     count = 2 * min(args.frames, COMPARED) if args.compare else args.frames
-    there_and_back = 4 * len(args.images or [])             # to the noise each step takes three calls
+    there_and_back = 4 * len(args.images or [])         # to the noise each step takes three calls
     seconds = seconds_for(model, diffusion, count + there_and_back, size, 64, args.steps, device)
     print(f"cost: {count} pictures" + f" of class {args.label}" * (args.label != "none")
           + f", {args.steps} calls of the model for each, "
@@ -144,19 +153,23 @@ def main(argv=None):
     shape = (model.image_channels, size, size)
     if args.images:
         real = load_pictures(args.images, size, model.image_channels).to(device)
-        noises = diffusion.invert(model, real, steps=args.steps, y=None if y is None else y[:len(real)])
+        noises = diffusion.invert(model, real, steps=args.steps,
+                                  y=None if y is None else y[:len(real)])
         back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps)
         likeness = psnr(back, real)
         print(f"to their noise and back: PSNR {likeness:.1f} dB; " + (
-            "more --steps lose less" if likeness >= POOR else "more --steps lose less; if the walk still "
-            f"begins at another picture, {checkpoint} does not know pictures of that kind well enough"))
+            "more --steps lose less" if likeness >= POOR else
+            f"more --steps lose less; if the walk still begins at another picture, {checkpoint} "
+            "does not know pictures of that kind well enough"))
     else:
         noises = torch.cat([seeded_noise(seed, [0], 0, shape) for seed in args.seeds]).to(device)
 
     if args.compare:
         shares = torch.linspace(0, 1, min(args.frames, COMPARED)).tolist()
-        rows = [draw(model, diffusion, torch.stack([path(noises[0], noises[1], share) for share in shares]),
-                     None if y is None else y[:len(shares)], args.steps, name) for name, path in PATHS.items()]
+        rows = [draw(model, diffusion,
+                     torch.stack([path(noises[0], noises[1], share) for share in shares]),
+                     None if y is None else y[:len(shares)], args.steps, name)
+                for name, path in PATHS.items()]
         picture = output_dir / "lerp_slerp.png"
         save_strip(rows, [f"{share:.2f}" for share in shares], picture, row_labels=list(PATHS))
         print(f"wrote {picture}")
@@ -170,7 +183,8 @@ def main(argv=None):
     save_images(pictures, output_dir / "morph.png")
     for name in ("morph.gif", "morph.png"):
         print(f"wrote {output_dir / name}")
-    print(f"{len(frames)} frames, {args.fps:g} a second" + ", and a rest of 2 s on the last" * (not args.loop))
+    print(f"{len(frames)} frames, {args.fps:g} a second"
+          + ", and a rest of 2 s on the last" * (not args.loop))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A model to draw with: found, read, and used as it was measured.
 
-    model, diffusion, data = load_model(find_model())   # your own; while there is none, the shipped one
+    model, diffusion, data = load_model(find_model())  # your own; if there is none, the shipped one
 """
 
 import contextlib
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import interop
-from checkpoint import (PRETRAINED, check_weights, drawing_digest, load_checkpoint, read_container, told_of,
-                        whole_precision)
+from checkpoint import (PRETRAINED, check_weights, drawing_digest, load_checkpoint, read_container,
+                        told_of, whole_precision)
 from command_line import guidance_number, interval, number_from, positive_int
 from data import keep_apart_from_own
 from diffusion import MAX_ETA, SAMPLERS, DiffusionProcess, guidance_at
@@ -22,43 +22,50 @@ from utils import describe_device
 
 OWN, UNFINISHED = f"outputs/{FINAL}", f"outputs/{LATEST}"
 WEAK_GUIDANCE, WEAK_FROM = 2.0, 0.3  # by --weak, at the noisier levels: from this share of T on
-CHECKPOINT_HELP = f"a file written by train.py; default: {OWN}, or shipped weights as long as there is none"
+CHECKPOINT_HELP = (f"a file written by train.py; default: {OWN}, "
+                   "or shipped weights as long as there is none")
 
 
 def find_model(checkpoint=None, dataset=None, made_with=None, images=None, beside="."):
-    """The path of the weights to draw from: your own, or as long as there are none those that are shipped.
+    """The path of the weights to draw from: your own, or while there are none the shipped ones.
 
     checkpoint: a file, or None for OWN.  dataset: take the shipped weights of this data set.
     made_with: where neither is named, take those of this digest; also from the folder `beside`.
-    images: the data set that they are to be used with; of the shipped weights, take its own if there are any.
+    images: the data set that they are to be used with; of the shipped weights, take its own if any.
     Raises ValueError where there is nothing.
     """
-    shipped = sorted(path.stem for path in PRETRAINED.glob("*.pt") if not path.stem.startswith("classifier"))
+    shipped = sorted(path.stem for path in PRETRAINED.glob("*.pt")
+                     if not path.stem.startswith("classifier"))
     if made_with is not None and checkpoint is None and dataset is None:
-        own = [path for path in (Path(OWN), *(Path(beside) / Path(name).name for name in (OWN, UNFINISHED)))
+        own = [path for path in (Path(OWN),
+                                 *(Path(beside) / Path(name).name for name in (OWN, UNFINISHED)))
                if path.exists()]
         for path in [*own, *(PRETRAINED / f"{name}.pt" for name in shipped)]:
-            with contextlib.suppress(ValueError):                      # a damaged file is not the one
+            with contextlib.suppress(ValueError):               # a damaged file is not the one
                 if load_model(path)[2]["digest"] == made_with:
                     return path
-        raise ValueError(f"neither {OWN} nor a model beside it nor shipped weights made that picture: name with "
-                         "--checkpoint what did (a file that export.py has made smaller draws others)")
-    datasets = [name for name in shipped if not name.endswith("_early")]           # those are for --weak
+        raise ValueError(f"neither {OWN} nor a model beside it nor shipped weights made that "
+                         "picture: name with --checkpoint what did "
+                         "(a file that export.py has made smaller draws others)")
+    datasets = [name for name in shipped if not name.endswith("_early")]    # those are for --weak
     if dataset is not None:
         if dataset not in datasets:
-            raise ValueError(f"no weights are shipped for {dataset!r}; choose from {', '.join(datasets)}, or "
-                             f"train your own with python train.py --dataset {dataset}")
+            raise ValueError(f"no weights are shipped for {dataset!r}; choose from "
+                             f"{', '.join(datasets)}, or train your own with "
+                             f"python train.py --dataset {dataset}")
         return PRETRAINED / f"{dataset}.pt"
     if checkpoint is None and not Path(OWN).exists() and "mnist" in shipped:
         name = Path(images or "mnist").name
         name = name if name in datasets else "mnist"
         print(f"no {OWN} yet: taking the weights that are shipped, pretrained/{name}.pt"
-              + f" ({UNFINISHED} is a run that was not finished: --checkpoint takes it)" * Path(UNFINISHED).exists())
+              + f" ({UNFINISHED} is a run that was not finished: "
+                "--checkpoint takes it)" * Path(UNFINISHED).exists())
         return PRETRAINED / f"{name}.pt"
     checkpoint = checkpoint or OWN
     if not Path(checkpoint).exists():
-        raise ValueError(f"no checkpoint at {checkpoint}; make one with python train.py, or name one "
-                         "with --checkpoint (model_latest.pt is that of a run that was stopped)")
+        raise ValueError(f"no checkpoint at {checkpoint}; make one with python train.py, "
+                         "or name one with --checkpoint "
+                         "(model_latest.pt is that of a run that was stopped)")
     return checkpoint
 
 
@@ -67,10 +74,10 @@ def load_model(path, device="cpu", ema=True, image_size=None):
 
     ema: take the averaged weights (better pictures), not those of the last step.
     image_size: of a foreign checkpoint that does not tell it (interop.py).
-    Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict with
-    name, image_size, channels, classes, a digest of what it draws with, and the sampler, steps and guidance
-    to take where none are named: see card_recipe). Raises FileNotFoundError, or ValueError for an unusable
-    file.
+    Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict
+    with name, image_size, channels, classes, a digest of what it draws with, and the sampler, steps
+    and guidance to take where none are named: see card_recipe). Raises FileNotFoundError, or
+    ValueError for an unusable file.
     """
     entries = None if Path(path).is_dir() else read_container(path)
     if entries is None or interop.averaged_of(entries):
@@ -89,9 +96,11 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         check_weights(path, weights, model)
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
-        told = {"classes": None, **entries["data"], "started_from": told_of(entries, "started_from"),
+        told = {"classes": None, **entries["data"],
+                "started_from": told_of(entries, "started_from"),
                 **{name: told_of(entries).get(name) for name in ("images", "held_out")}}
-        data = {**{name: value for name, value in told.items() if not isinstance(value, torch.Tensor)},
+        data = {**{name: value for name, value in told.items()
+                   if not isinstance(value, torch.Tensor)},
                 "channels": model.image_channels, "digest": drawing_digest(entries),
                 **card_recipe(entries.get("card"), diffusion.num_timesteps)}
         if not all(value.isfinite().all() for value in weights.values()):
@@ -104,17 +113,20 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         data["classes"] = [str(name) for name in data["classes"]] if model.num_classes else None
         if model.num_classes and len(data["classes"]) != model.num_classes:
             raise ValueError(f"{len(data['classes'])} names for {model.num_classes} classes")
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError,
+            RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         if "allocate memory" in reason:
             raise                                           # that is no fault of the file
-        raise ValueError(f"{path}: its weights and settings do not fit together ({reason})") from error
+        raise ValueError(f"{path}: its weights and settings do not fit together "
+                         f"({reason})") from error
     return model.to(device).eval().requires_grad_(False), diffusion, data
 
 
 def open_model(args, device):
-    """The model of a command, whose name is printed. args: checkpoint, output_dir, device, dataset or not.
-    Returns (its path, and what load_model returns). Raises ValueError where output_dir holds what it learnt from."""
+    """Load a command's model; print its name. args: checkpoint, output_dir, device, dataset or not.
+    Returns (its path, and what load_model returns).
+    Raises ValueError where output_dir holds what it learnt from."""
     path = find_model(args.checkpoint, images=getattr(args, "dataset", None))
     model, diffusion, data = load_model(path, device)
     keep_apart_from_own(data, args.output_dir)
@@ -123,14 +135,15 @@ def open_model(args, device):
 
 
 def refuse_other_images(args, data):
-    """Raise ValueError where --dataset names other images than the model's, for a command that looks at none."""
+    """Raise ValueError if --dataset is not the model's, for a command that looks at no images."""
     if args.dataset and Path(args.dataset).name != Path(data["name"]).name:
-        raise ValueError(f"--dataset {args.dataset} would be of no use: the model draws {data['name']}")
+        raise ValueError(f"--dataset {args.dataset} would be of no use: "
+                         f"the model draws {data['name']}")
 
 
 def check_config(config, defaults):
-    """ValueError unless each setting of a network is one that it has, and of the kind of its default: "no"
-    would count as yes, and 4.0 heads fail only in the first attention."""
+    """ValueError unless each setting of a network is one that it has, and of the kind of its
+    default: "no" would count as yes, and 4.0 heads fail only in the first attention."""
     for name, value in config.items():
         if name not in defaults:
             raise ValueError(f"the network has no setting {name!r:.50}")
@@ -146,9 +159,9 @@ def check_config(config, defaults):
 
 
 def card_recipe(card, T):
-    """{sampler, steps, spacing, eta, guidance, guidance_interval, weak} with which a model was measured, as its
-    card (export.py) tells; weak is the name of a file beside it. Where the card does not tell: ddim, the class
-    followed plainly, and None for the others."""
+    """{sampler, steps, spacing, eta, guidance, guidance_interval, weak} with which a model was
+    measured, as its card (export.py) tells; weak is the name of a file beside it. Where the card
+    does not tell: ddim, the class followed plainly, and None for the others."""
     card = card if isinstance(card, dict) else {}
     sampler, steps, guidance, weak = map(card.get, ("sampler", "sampler_steps", "guidance", "weak"))
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
@@ -161,34 +174,38 @@ def card_recipe(card, T):
             "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
             "spacing": spacing if isinstance(spacing, str) and spacing in SPACINGS else None,
             "eta": float(eta) if type(eta) in (int, float) and 0 <= eta <= most else None,
-            "guidance": float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100 else 1.0,
+            "guidance": (float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100
+                         else 1.0),
             # Never a path: only what lies beside.
-            "weak": (weak if isinstance(weak, str) and 0 < len(weak) < 200 and weak == Path(weak).name
-                     and weak.isprintable() else None)}
+            "weak": (weak if isinstance(weak, str) and 0 < len(weak) < 200
+                     and weak == Path(weak).name and weak.isprintable() else None)}
 
 
 def add_drawing_flags(add):
     """Those that take_sampler and take_guidance fill in.  add: of a command_line.Parser."""
-    add("--sampler", "how to step down; default: what shipped weights were measured with, ddim for others",
+    add("--sampler",
+        "how to step down; default: what shipped weights were measured with, ddim for others",
         choices=sorted(SAMPLERS))
     add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
         f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
     add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
-    add("--eta", f"fresh noise in each step: 0 none, 1 as much as DDPM, up to {MAX_ETA} more, for many steps; "
+    add("--eta", "fresh noise in each step: 0 none, 1 as much as DDPM, "
+        f"up to {MAX_ETA} more, for many steps; "
         "default: as the model's card says, or the sampler's own", type=number_from(0, MAX_ETA))
-    add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the cost; "
-        "default: as the model's card says, or 1", type=guidance_number)
-    add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the highest; default: as "
-        "the model's card says where --guidance is not given, else all, or those of --weak",
-        metavar="LOW,HIGH", type=interval)
-    add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away from its "
-        f"mistakes (autoguidance), also without classes, by {WEAK_GUIDANCE:g} unless --guidance says otherwise, at "
-        f"the noisier {1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; default: what the model's "
-        "card names beside it", metavar="FILE")
+    add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the "
+        "cost; default: as the model's card says, or 1", type=guidance_number)
+    add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the "
+        "highest; default: as the model's card says where --guidance is not given, else all, "
+        "or those of --weak", metavar="LOW,HIGH", type=interval)
+    add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away "
+        "from its mistakes (autoguidance), also without classes, "
+        f"by {WEAK_GUIDANCE:g} unless --guidance says otherwise, "
+        f"at the noisier {1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; "
+        "default: what the model's card names beside it", metavar="FILE")
 
 
 def take_sampler(args, data):
-    """Put the sampler, steps, spacing and eta of the model's card into `args` where no sampler was named.
+    """Put the card's sampler, steps, spacing and eta into `args` where no sampler was named.
 
     data: what load_model tells.  ValueError for an eta that the sampler does not take.
     """
@@ -201,8 +218,8 @@ def take_sampler(args, data):
 
 
 def take_guidance(args, data, diffusion):
-    """Put into `args` what was not named: the guidance, the levels at which it acts (None: all) and the weak model
-    that it leads away from, as the model's card has them.
+    """Put into `args` what was not named: the guidance, the levels at which it acts (None: all) and
+    the weak model that it leads away from, as the model's card has them.
 
     data: what load_model tells.  args.sampler: None where several are compared.
     ValueError for guidance towards nothing, or asked for at levels where it cannot act.
@@ -211,9 +228,9 @@ def take_guidance(args, data, diffusion):
     guidance, levels = default_guidance(args, data, diffusion.num_timesteps, guided)
     if args.guidance is not None:
         guidance = args.guidance
-        levels = levels if args.weak else None              # away from "no class" it may act at all levels
+        levels = levels if args.weak else None  # away from "no class" it may act at all levels
     if guidance == 0 and not data["classes"] and not args.weak:
-        guidance = 1.0                                      # what it sees without a class is all that it sees
+        guidance = 1.0                          # what it sees without a class is all that it sees
     check_guidance(args, data, diffusion.num_timesteps, guidance, guided, named)
 
     interval = args.guidance_interval or levels
@@ -230,49 +247,54 @@ def take_guidance(args, data, diffusion):
 
 
 def default_guidance(args, data, T, guided):
-    """(guidance, levels) where the command line names none; args.weak becomes the weak model of the card, if it has
-    one that is there. guided: is there a class to follow?"""
+    """(guidance, levels) where the command line names none; args.weak becomes the weak model of the
+    card, if it has one that is there. guided: is there a class to follow?"""
     named = args.weak is not None
     if data["weak"] and not named and args.guidance not in (0, 1):
         beside = Path(args.checkpoint).parent / data["weak"]
         if beside.is_file():
             args.weak = str(beside)
         elif args.guidance is None:
-            print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such file: "
-                  "drawing without")
+            print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such "
+                  "file: drawing without")
     if named:
         return WEAK_GUIDANCE, (round(WEAK_FROM * T), T - 1)
-    if args.weak or guided and not data["weak"]:            # a card's guidance is worth nothing without its --weak
+    # a card's guidance is worth nothing without its --weak
+    if args.weak or guided and not data["weak"]:
         return data["guidance"], data["guidance_interval"]
     return 1.0, None
 
 
 def check_guidance(args, data, T, guidance, guided, named):
-    """Raise ValueError, for what was typed, if this guidance leads nowhere. named: was --weak typed?"""
+    """Raise ValueError if this guidance, as typed, leads nowhere. named: was --weak typed?"""
     if named and guidance == 1:
         raise ValueError("--weak says what guidance leads away from, and --guidance 1 is none")
     asked_for = guidance not in (0, 1) or args.guidance is None and args.guidance_interval
     if asked_for and not guided and not args.weak:
         raise ValueError("guidance needs classes to guide towards, or a --weak model: "
-                         + ("--label none has none" if data["classes"] else "the model was trained without"))
+                         + ("--label none has none" if data["classes"]
+                            else "the model was trained without"))
     if args.guidance_interval:
         asked = "--guidance_interval {},{}".format(*args.guidance_interval)
         if guidance in (0, 1):
-            raise ValueError(f"{asked} says where guidance acts, and --guidance {guidance:g} is none")
+            raise ValueError(f"{asked} says where guidance acts, "
+                             f"and --guidance {guidance:g} is none")
         if args.guidance_interval[0] >= T or args.guidance_interval[1] > T:
             raise ValueError(f"{asked}: the levels of this model go from 0 to {T - 1}")
 
 
 def load_weak(path, model, diffusion, own, device="cpu", image_size=None):
-    """(the model of --weak, its digest), or (None, None) without one. own: what the model's checkpoint says
-    of its data. Raises ValueError for a model of other images or another process."""
+    """(the model of --weak, its digest), or (None, None) without one. own: what the model's
+    checkpoint says of its data. Raises ValueError for one of other images or another process."""
     if path is None:
         return None, None
     weak, process, data = load_model(path, device, image_size=image_size)
     same = (weak.image_channels, process.objective) == (model.image_channels, diffusion.objective)
     facts = [(told["image_size"], told["classes"], told.get("images")) for told in (own, data)]
     if not same or facts[0] != facts[1] or not torch.equal(process.alpha_bar, diffusion.alpha_bar):
-        raise ValueError(f"--weak {path} was trained on other images, or with another schedule or objective")
+        raise ValueError(f"--weak {path} was trained on other images, "
+                         "or with another schedule or objective")
     if own["digest"] == data["digest"]:
-        raise ValueError(f"--weak {path} is the model itself: name an early checkpoint of its training")
+        raise ValueError(f"--weak {path} is the model itself: "
+                         "name an early checkpoint of its training")
     return weak, data["digest"]

@@ -26,10 +26,11 @@ LR_SCHEDULES = ("constant", "cosine")
 
 
 def rate_at(step, total_steps, peak, schedule="constant", warmup=0):
-    """The learning rate of step 0, 1, ...: up to `peak` on a line over `warmup` steps, then constant or
-    down to zero along half a cosine (Loshchilov & Hutter 2017, eq. 5, without restarts)."""
+    """The learning rate of step 0, 1, ...: a line up to `peak` over `warmup` steps, then constant
+    or down to zero along half a cosine (Loshchilov & Hutter 2017, eq. 5, without restarts)."""
     if schedule not in LR_SCHEDULES:
-        raise ValueError(f"unknown learning rate schedule {schedule!r}; choose from {', '.join(LR_SCHEDULES)}")
+        raise ValueError(f"unknown learning rate schedule {schedule!r}; "
+                         f"choose from {', '.join(LR_SCHEDULES)}")
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "cosine":
@@ -38,9 +39,9 @@ def rate_at(step, total_steps, peak, schedule="constant", warmup=0):
 
 
 def hold_back(optimizer, sound):
-    """From the first step on that is not `sound` (a boolean tensor), let the optimizer change nothing.
+    """From the first step on that is not `sound` (a boolean tensor), let the optimizer do nothing.
 
-    The device itself sees to that, in torch's fused optimizers, so that no step waits for an answer.
+    The device itself sees to that, in torch's fused optimizers, so no step waits for an answer.
     Returns 0 as long as all was well, then 1.
     """
     bad = (~sound).float()
@@ -48,17 +49,17 @@ def hold_back(optimizer, sound):
     return optimizer.found_inf
 
 
-def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None, accumulate=1,
-               label_drop=0.0, min_snr=None, density="uniform"):
+def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None,
+               accumulate=1, label_drop=0.0, min_snr=None, density="uniform"):
     """One update: noise a batch, compare the model's prediction with the truth, step downhill.
 
     accumulate: work through the batch in so many parts, one after the other, to save memory.
-    label_drop: the share of images whose class is withheld, so that the model also learns to do without
-    (Ho & Salimans 2022, algorithm 1).   min_snr: see DiffusionProcess.training_loss.
+    label_drop: the share of images whose class is withheld, so that the model also learns to do
+    without (Ho & Salimans 2022, algorithm 1).   min_snr: see DiffusionProcess.training_loss.
     density: how often each timestep is met, see get_timesteps.
-    Returns the loss. A loss or gradient that is not a number raises FloatingPointError and leaves the weights as
-    they are; on a GPU with a fused optimizer, which does not wait to hear of it, all losses from then on are NaN
-    instead.
+    Returns the loss. A loss or gradient that is not a number raises FloatingPointError and leaves
+    the weights as they are; on a GPU with a fused optimizer, which does not wait to hear of it, all
+    losses from then on are NaN instead.
     Of several processes each works on every n-th image. What is random is drawn for the whole batch
     first, so that neither parts nor processes change it.
     """
@@ -68,7 +69,7 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
         y = y.masked_fill(torch.rand(len(y), device=y.device) < label_drop, -1)
     rank, world = distributed.place()
     if rank > 0:
-        torch.manual_seed(torch.initial_seed() + rank)  # or dropout would repeat itself in each process
+        torch.manual_seed(torch.initial_seed() + rank)  # or dropout would repeat in each process
     optimizer.zero_grad()
     loss = torch.zeros((), device=x_0.device)
     parts = torch.arange(len(x_0), device=x_0.device).tensor_split(min(accumulate, len(x_0)))
@@ -77,7 +78,8 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
         last = k == len(parts) - 1  # only then do the processes exchange their gradients
         with (contextlib.nullcontext() if last or world == 1 else model.no_sync(),
               autocast(x_0.device, precision)):
-            share = diffusion.training_loss(model, x_0[mine], y[mine], t[mine], noise[mine], min_snr)
+            share = diffusion.training_loss(model, x_0[mine], y[mine], t[mine],
+                                            noise[mine], min_snr)
             share = share * (len(part) / len(x_0))
             share.backward()
         loss += share.detach()
@@ -85,24 +87,27 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     if grad_clip:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None])
     sound = (loss + norm).isfinite()
     if x_0.device.type == "cuda" and optimizer.defaults.get("fused"):
         loss = loss.where(hold_back(optimizer, sound) == 0, math.nan)
     elif not sound:
-        raise FloatingPointError(f"no number any more: loss {float(loss)}, gradient norm {float(norm)}")
+        raise FloatingPointError(f"no number any more: loss {float(loss)}, "
+                                 f"gradient norm {float(norm)}")
     try:
         optimizer.step()
     except (RuntimeError, MemoryError) as error:
-        error.half_done = True                              # some of the weights may be those of this step already
+        error.half_done = True  # some of the weights may be those of this step already
         raise
     return loss
 
 
-def train_epoch(model, dataloader, optimizer, diffusion, device, *, steps=None, losses=None, **settings):
+def train_epoch(model, dataloader, optimizer, diffusion, device, *, steps=None, losses=None,
+                **settings):
     """One pass over the data, with a progress bar. Returns the mean loss.
 
-    dataloader:  yields (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
+    dataloader:  gives (images [B, C, H, W] in [-1, 1], labels [B]): data.Batches or any DataLoader.
     steps:       how many to do, if not one pass; needed where the dataloader has no length.
     losses:      a list that the loss of each step is appended to, also if the training is stopped.
     settings:    as train_steps takes them.
@@ -118,8 +123,9 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, steps=None, 
     return statistics.fmean(losses[before:])
 
 
-def train_steps(model, batches, optimizer, diffusion, device, steps, losses, bar, *, ema=None, ema_every=1,
-                rate=None, seed=None, first_step=0, each=contextlib.nullcontext, **settings):
+def train_steps(model, batches, optimizer, diffusion, device, steps, losses, bar, *, ema=None,
+                ema_every=1, rate=None, seed=None, first_step=0, each=contextlib.nullcontext,
+                **settings):
     """Take steps, at most as many as there are batches.
 
     losses:      a list that the loss of each step is appended to.   bar: a tqdm that counts them.
@@ -127,7 +133,7 @@ def train_steps(model, batches, optimizer, diffusion, device, steps, losses, bar
     rate:        a function from the step to the learning rate.
     seed:        step k of the run then follows from (seed, k); None uses the global generator.
     first_step:  how many steps the run has behind it.   each: a context that each step is taken in.
-    settings:    precision, grad_clip, accumulate, label_drop, min_snr, density: as train_step takes them.
+    settings:    precision, grad_clip, accumulate, label_drop, min_snr, density: see train_step.
     """
     model.train()
     before, world = len(losses), distributed.place()[1]
@@ -141,19 +147,21 @@ def train_steps(model, batches, optimizer, diffusion, device, steps, losses, bar
                 for group in optimizer.param_groups:
                     group["lr"] = rate(step)
             with each():
-                loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion, **settings)
+                loss = train_step(model, x_0.to(device), y.to(device), optimizer, diffusion,
+                                  **settings)
                 if ema is not None and (step + 1) % ema_every == 0:
                     ema.update(model)
                 losses.append(loss)  # still on the device; its place counts the step
             bar.update()
             now = time.perf_counter()
-            last = k == steps - 1       # there all processes look, lest one should leave the others waiting
+            last = k == steps - 1       # there all processes look, lest one leave others waiting
             if last or now - shown > 1 and world == 1:
                 shown = now
                 loss = loss.item()      # a GPU waits here, once a second
                 if not math.isfinite(loss):
                     raise FloatingPointError("no number any more")
-                bar.set_postfix_str(f"loss {loss:.4f}, {(k + 1) * len(x_0) / (now - start):.0f} images/s")
+                bar.set_postfix_str(f"loss {loss:.4f}, "
+                                    f"{(k + 1) * len(x_0) / (now - start):.0f} images/s")
     except FloatingPointError as error:
         taken = [math.isfinite(loss) for loss in losses[before:]]
         step = first_step + (taken.index(False) if False in taken else len(taken)) + 1
@@ -166,11 +174,11 @@ def train_steps(model, batches, optimizer, diffusion, device, steps, losses, bar
 
 @torch.no_grad()
 def held_out_loss(model, batches, diffusion, device, precision=torch.float32, min_snr=None):
-    """The loss on images that are not trained on, always at the same timesteps and with the same noise, so
-    that two models (of one objective and one clip_loss), or two moments of a training, compare.
+    """The loss on images that are not trained on, always at the same timesteps and noise, so that
+    two models (of one objective and one clip_loss), or two moments of a training, compare.
 
-    batches: a Batches of all held-out images, whose count is divided evenly over the timesteps; which of them
-    gets which is random, or in a folder with classes each would meet levels of its own.
+    batches: a Batches of all held-out images, whose count is divided evenly over the timesteps;
+    which of them gets which is random, or in a folder with classes each would meet its own levels.
     min_snr: weigh the errors as in the training.
     """
     images, total, T = batches.num_images, 0.0, diffusion.num_timesteps
@@ -188,9 +196,9 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32, mi
 def measure_seconds(network, ema, batch, diffusion, picture_shape, optimizer="adam", **settings):
     """(seconds for a training step, seconds for a call of the model on one set of pictures).
 
-    The steps are real ones, but at learning rate 0, so that they change nothing; `ema` must be one to
-    throw away. picture_shape: (B, C, H, W).  optimizer: a key of OPTIMIZERS.  settings: as train_step takes
-    them.
+    The steps are real ones, but at learning rate 0, so that they change nothing; `ema` must be one
+    to throw away. picture_shape: (B, C, H, W).  optimizer: a key of OPTIMIZERS.
+    settings: as train_step takes them.
     """
     x_0, y = batch
     optimizer = OPTIMIZERS[optimizer](network.parameters(), lr=0.0)
@@ -201,6 +209,7 @@ def measure_seconds(network, ema, batch, diffusion, picture_shape, optimizer="ad
         ema.update(network)
 
     step = measure(update, x_0.device, repeats=10 if x_0.device.type == "cuda" else 3)
-    call = measure(lambda: diffusion.sample(ema.model, x_T=x_T, sampler="ddim", steps=1), x_0.device)
+    call = measure(lambda: diffusion.sample(ema.model, x_T=x_T, sampler="ddim", steps=1),
+                   x_0.device)
     optimizer.zero_grad()
     return step, call

@@ -2,7 +2,7 @@
 
     frechet_distance(a, b)              two clouds of features as two Gaussians: mean and spread
     kernel_distance(a, b)               the same question without assuming Gaussians (KID)
-    precision_recall(samples, real)     are the samples among the real ones, and the real among the samples?
+    precision_recall(samples, real)     are the samples among the real ones, and vice versa?
     nearest(images, training)           the training images that each image is most like
     copied_share(distances, held_out)   how many are closer to one than unseen images are
     copied_by_chance(num_held_out)      and how many unseen images would be
@@ -25,8 +25,8 @@ def gaussian_of(features):
 
 
 def frechet_between(mean_a, cov_a, mean_b, cov_b):
-    """The Frechet distance of two Gaussians, squared as is the custom (Dowson & Landau 1982; Heusel et al. 2017,
-    eq. 6):  |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).  0 for equal ones."""
+    """The Frechet distance of two Gaussians, squared as is the custom (Dowson & Landau 1982; Heusel
+    et al. 2017, eq. 6):  |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).  0 for equal ones."""
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # C_a C_b has the eigenvalues of this matrix, which is symmetric: no complex numbers on the way.
@@ -41,7 +41,8 @@ def frechet_distance(features, reference, repeats=20):
     (Efron 1979). Fewer images give a larger distance, so only equal numbers compare.
     """
     if len(features) < 2 or len(reference) < 2:
-        raise ValueError(f"a covariance needs at least two images, got {len(features)} and {len(reference)}")
+        raise ValueError("a covariance needs at least two images, "
+                         f"got {len(features)} and {len(reference)}")
     target = gaussian_of(reference)
     generator = torch.Generator().manual_seed(0)
     draws = [frechet_between(*gaussian_of(features[torch.randint(len(features), (len(features),),
@@ -51,14 +52,16 @@ def frechet_distance(features, reference, repeats=20):
 
 
 def kernel_distance(features, reference, size=2000, parts=20):
-    """(KID, its error): the squared distance of means in the space of a cubic kernel (Binkowski et al. 2018, eq.
-    3 and 4), of at most `size` of each. It does not grow with fewer images, and may be a little below zero.
+    """(KID, its error): the squared distance of means in the space of a cubic kernel (Binkowski et
+    al. 2018, eq. 3 and 4), of at most `size` of each. It does not grow with fewer images, and may
+    be a little below zero.
 
-    The error is the jackknife's (Efron & Stein 1981): from how much the distance moves when each of `parts`
-    parts of both is left out in turn.
+    The error is the jackknife's (Efron & Stein 1981): from how much the distance moves when each of
+    `parts` parts of both is left out in turn.
     """
     generator = torch.Generator().manual_seed(0)
-    a, b = (x[torch.randperm(len(x), generator=generator)[:size]].double() for x in (features, reference))
+    a, b = (x[torch.randperm(len(x), generator=generator)[:size]].double()
+            for x in (features, reference))
     aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
 
     def distance(i, j):
@@ -76,34 +79,35 @@ def kernel_distance(features, reference, size=2000, parts=20):
 
 
 def _inside(points, centres, k):
-    """The share of points that lie closer to some centre than that centre's k-th neighbour among the centres."""
-    radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(1000)])
-    return float(torch.cat([(torch.cdist(part, centres) <= radii).any(1) for part in points.split(1000)])
-                 .double().mean())
+    """The share of points closer to some centre than its k-th neighbour among the centres is."""
+    radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values
+                       for part in centres.split(1000)])
+    return float(torch.cat([(torch.cdist(part, centres) <= radii).any(1)
+                            for part in points.split(1000)]).double().mean())
 
 
 def precision_recall(features, reference, k=3):
-    """(precision, recall), each 0 to 1 (Kynkaanniemi et al. 2019, eq. 1 and 2). Precision falls with bad
-    samples, recall with missing variety. Of a larger reference as many are taken as there are samples, at
-    random: a folder's first ones may be all of one kind."""
+    """(precision, recall), each 0 to 1 (Kynkaanniemi et al. 2019, eq. 1 and 2). Precision falls
+    with bad samples, recall with missing variety. Of a larger reference as many are taken as there
+    are samples, at random: a folder's first ones may be all of one kind."""
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))
     reference = reference[order[:len(features)]]
     return _inside(features, reference, k), _inside(reference, features, k)
 
 
 def fine_power(images):
-    """The mean power of the fine half of the frequencies, those that take fewer than four pixels for a wave, in
-    uint8 images [N, C, H, W]. Blurred samples have less of it than real images, speckled ones more."""
+    """The mean power of the fine half of the frequencies (fewer than four pixels to a wave) in
+    uint8 images [N, C, H, W]. Blurred samples have less of it than real ones, speckled more."""
     cycles = [torch.fft.fftfreq(size) for size in images.shape[-2:]]
     fine = torch.hypot(cycles[0][:, None], cycles[1]) > 0.25
     power = sum(torch.fft.fft2(part.double(), norm="ortho").abs().square().sum((0, 1))
-                for part in images.split(max(1, 2**22 // images[0].numel())))           # 0.1 GB at a time
+                for part in images.split(max(1, 2**22 // images[0].numel())))    # 0.1 GB at a time
     return float(power[fine].mean()) / (len(images) * images.shape[1])
 
 
 def psnr(images, reference):
-    """Peak signal-to-noise ratio in dB, of images [N, C, H, W] in [-1, 1], the mean over the images: 20 is poor, 30
-    good, 40 hardly visible. Equal ones count as 100."""
+    """Peak signal-to-noise ratio in dB, of images [N, C, H, W] in [-1, 1], the mean over the
+    images: 20 is poor, 30 good, at 40 hardly an error can be seen. Equal ones count as 100."""
     errors = (images - reference).square().mean((1, 2, 3))
     return float(10 * torch.log10(4 / errors.clamp(min=4e-10)).mean())
 
@@ -111,7 +115,7 @@ def psnr(images, reference):
 # ---- Copies
 
 def _shifted(images, pixels=1):
-    """The images moved by up to so many pixels in each direction, unmoved first; the border repeats."""
+    """The images moved by up to `pixels` in each direction, unmoved first; the border repeats."""
     padded = torch.nn.functional.pad(images, (pixels,) * 4, mode="replicate")
     reach = range(-pixels, pixels + 1)
     moves = sorted((abs(i) + abs(j), i, j) for i in reach for j in reach)
@@ -121,8 +125,8 @@ def _shifted(images, pixels=1):
 
 
 def nearest(queries, references):
-    """(distances [2, N], indices [2, N]) of the closest and the second closest row of references [M, D] to each
-    of queries [N, D]; those in uint8 count as 0 to 1."""
+    """(distances [2, N], indices [2, N]) of the closest and the second closest row of references
+    [M, D] to each of queries [N, D]; those in uint8 count as 0 to 1."""
     distances, indices = [], []
     for start in range(0, len(references), 20_000):
         block = references[start:start + 20_000]
@@ -132,16 +136,16 @@ def nearest(queries, references):
                  for part in queries.split(1000)]
         distances.append(torch.cat([values for values, _ in found]))
         indices.append(torch.cat([places for _, places in found]) + start)
-    best, pick = torch.cat(distances, dim=1).topk(min(2, len(references)), largest=False)       # [N, 2]
+    best, pick = torch.cat(distances, dim=1).topk(min(2, len(references)), largest=False)   # [N, 2]
     return best.T, torch.cat(indices, dim=1).gather(1, pick).T
 
 
 def nearest_images(images, training, positions=1):
-    """(distances [2, N], indices [2, N]) of the most similar training image, which may have been moved by one
-    pixel, and of the second.
+    """(distances [2, N], indices [2, N]) of the most similar training image, which may have been
+    moved by one pixel, and of the second.
 
-    images, training: uint8 [N, C, H, W].  positions: in how many to look at each image; 2: mirrored, too (--flip), 8:
-    and turned by quarters (--turn).
+    images, training: uint8 [N, C, H, W].  positions: in how many to look at each image;
+    2: mirrored, too (--flip), 8: and turned by quarters (--turn).
     The distance is the root of the mean squared difference, 0 to 1.
     """
     flat = training.flatten(1)
@@ -152,19 +156,20 @@ def nearest_images(images, training, positions=1):
     distances, indices = (torch.cat(parts) for parts in zip(*found))            # [2 * variants, N]
     first, pick = distances.min(0)
     index = indices.gather(0, pick[None])                                       # [1, N]
-    second, other = distances.masked_fill(indices == index, math.inf).min(0)    # of another training image
+    # The second is the closest of the other training images.
+    second, other = distances.masked_fill(indices == index, math.inf).min(0)
     return (torch.stack([first, second]) / flat.shape[1] ** 0.5,
             torch.cat([index, indices.gather(0, other[None])]))
 
 
 def copy_limit(num_held_out):
-    """Which of the held-out images, counted from the closest one to a training image, is the limit for a copy:
-    one in 200, and of fewer the first."""
+    """Which of the held-out images, counted from the closest one to a training image, is the limit
+    for a copy: one in 200, and of fewer the first."""
     return 1 + (num_held_out - 1) // 200
 
 
 def copied_share(distances, held_out):
-    """The share of images that are closer to a training image than all but 0.5 % of the held-out images.
+    """The share of images closer to a training image than all but 0.5 % of the held-out images.
 
     Clearly more than copied_by_chance means that training images were learnt by heart.
     """
@@ -173,18 +178,19 @@ def copied_share(distances, held_out):
 
 
 def copied_by_chance(num_held_out):
-    """copied_share of images that the training set knows nothing of, as one may expect it: 0.5 % where the
-    held-out images are many, but 2.1 % beside 47, the closest of which then is the limit.
+    """copied_share of images that the training set knows nothing of, as one may expect it: 0.5 %
+    where the held-out images are many, but 2.1 % beside 47, the closest of which then is the limit.
 
-    The k-th smallest of N draws has k / (N + 1) of its distribution below it on average, whatever that is
-    (David & Nagaraja 2003, section 2.1).
+    The k-th smallest of N draws has k / (N + 1) of its distribution below it on average, whatever
+    that is (David & Nagaraja 2003, section 2.1).
     """
     return copy_limit(num_held_out) / (num_held_out + 1)
 
 
 def single_share(distances):
-    """The share of images that are less than a third as far from one training image as from any other: the
-    usual measure of what was learnt by heart (Yoon et al. 2023). Plain images, which are near to many, do not
-    count, nor do copies of what the training set has twice.  distances: [2, N], of the two nearest.
+    """The share of images that are less than a third as far from one training image as from any
+    other: the usual measure of what was learnt by heart (Yoon et al. 2023). Plain images, which are
+    near to many, do not count, nor do copies of what the training set has twice.
+    distances: [2, N], of the two nearest.
     """
     return float((distances[0] < distances[1] / 3).double().mean())

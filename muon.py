@@ -1,23 +1,24 @@
 """Muon: a step in which every direction of a weight matrix moves equally far (Jordan et al. 2024).
 
-Adam scales each weight alone; the update of a matrix then is mostly a few strong directions. Muon takes the
-momentum of the whole matrix and makes all of its singular values alike, so that the weak directions learn, too.
-Only for matrices of at least 32 rows and columns, which the inner convolutions and linear layers are. The rest
-goes with Adam, in the same optimizer: biases, norms, a table of few classes, and the first and the last layer
-where the image has fewer channels than that.
+Adam scales each weight alone; the update of a matrix then is mostly a few strong directions. Muon
+takes the momentum of the whole matrix and makes all of its singular values alike, so that the weak
+directions learn, too. Only for matrices of at least 32 rows and columns, which the inner
+convolutions and linear layers are. The rest goes with Adam, in the same optimizer: biases, norms, a
+table of few classes, and the first and the last layer where the image has fewer channels than that.
 """
 
 import torch
 
 
 def orthogonalized(matrix, steps=5):
-    """The matrix with most of its singular values brought near 1 (0.7 to 1.2), its singular vectors kept: [M, N].
-    Very small ones only grow, about 3.4-fold a step.
+    """The matrix with most of its singular values brought near 1 (0.7 to 1.2), its singular vectors
+    kept: [M, N]. Very small values only grow, about 3.4-fold a step.
 
-    An odd polynomial of the values, steep at zero, applied again and again instead of a decomposition
-    (Newton-Schulz in the coefficients of Jordan et al. 2024). Each step multiplies x from the left by a
-    polynomial of x x^T, so that all of them can work on that small square alone, and on x once, at the end. In
-    float32: rounded to bfloat16, small eigenvalues of the square turn negative and grow twelvefold a step.
+    An odd polynomial of the values, steep at zero, applied again and again instead of a
+    decomposition (Newton-Schulz in the coefficients of Jordan et al. 2024). Each step multiplies x
+    from the left by a polynomial of x x^T, so that all of them can work on that small square alone,
+    and on x once, at the end. In float32: rounded to bfloat16, small eigenvalues of the square turn
+    negative and grow twelvefold a step.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
     x = (matrix if wide else matrix.T).float()
@@ -44,8 +45,10 @@ class Muon(torch.optim.Optimizer):
     betas, weight_decay: of AdamW; the decay of both.   momentum: of Muon, in Nesterov's form.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, momentum=0.9, eps=1e-8):
-        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, momentum=momentum, eps=eps))
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, momentum=0.9,
+                 eps=1e-8):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay,
+                                      momentum=momentum, eps=eps))
 
     @torch.no_grad()
     def step(self):
@@ -66,13 +69,14 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["exp_avg"] = torch.zeros_like(p)
         average = state["exp_avg"].lerp_(p.grad, 1 - momentum)
-        matrix = p.grad.lerp(average, momentum).flatten(1)      # [out, in * height * width] of a convolution
+        matrix = p.grad.lerp(average, momentum).flatten(1)      # [out, in * H * W] of a convolution
         return (0.2 * max(matrix.shape) ** 0.5 * orthogonalized(matrix)).view_as(p)
 
     def _adam(self, p, beta1, beta2, eps):
         state = self.state[p]
         if not state:
-            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p),
+                         exp_avg_sq=torch.zeros_like(p))
         state["step"] += 1
         state["exp_avg"].lerp_(p.grad, 1 - beta1)
         state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)

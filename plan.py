@@ -33,7 +33,7 @@ class Plan(NamedTuple):
         return [self.unit] if self.unit_name == "epoch" else [self.sample_every, self.save_every]
 
     def next_report(self, step):
-        """The step at which the training is looked at next: each epoch, or with pictures or a checkpoint."""
+        """The next step to look at the training: each epoch, or with pictures or a checkpoint."""
         return min([self.total_steps, *((step // n + 1) * n for n in self._intervals())])
 
     def previous_report(self, step):
@@ -45,13 +45,13 @@ class Plan(NamedTuple):
         return self.next_report(step - 1) == step
 
     def num_reports(self):
-        """How often that is: multiples of either interval, those of both once, and the last step."""
+        """How often it is: multiples of either interval, those of both once, and the last step."""
         one, other, total = self._intervals()[0], self._intervals()[-1], self.total_steps
         return (total // one + total // other - total // math.lcm(one, other)
                 + bool(total % one and total % other))
 
     def is_due(self, every, step):
-        """Do pictures or a checkpoint, which come `every` so many steps and at the end, come now?"""
+        """Do pictures or a checkpoint, due `every` so many steps and at the end, come now?"""
         return step % every == 0 or step == self.total_steps
 
     def count(self, every):
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_every=None, warmup=0,
               ema_every=1):
     """Pictures after each epoch and a checkpoint every 5; in a run by steps both 5 times, but not
-    within 200 steps. Raises ValueError if the run is too short for its warmup or for its average."""
+    within 200 steps. Raises ValueError if the run is too short for its warmup or its average."""
     total = num_epochs * steps_per_epoch if steps is None else steps
     if warmup >= total:
         raise ValueError(f"warmup must be shorter than the run of {total} steps, got {warmup}: "
@@ -77,12 +77,13 @@ def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_e
     return Plan(total, sample_every or apart, save_every or apart, 1, "step")
 
 
-def print_cost(plan, done, batches, held_out, step_seconds, call_seconds, picture_calls, num_samples, memory):
+def print_cost(plan, done, batches, held_out, step_seconds, call_seconds, picture_calls,
+               num_samples, memory):
     """Say before the training how long it will take here, and how much memory.
 
-    done: the steps that a resumed run has behind it.  step_seconds, call_seconds: of a training step, and
-    of one of the `picture_calls` calls of the model that a set of `num_samples` pictures takes.
-    memory: in bytes.
+    done: the steps that a resumed run has behind it.  memory: in bytes.
+    step_seconds, call_seconds: of a training step, and of one of the `picture_calls` calls of the
+    model that a set of `num_samples` pictures takes.
     """
     pictures = call_seconds * picture_calls
     check = held_out.num_images / num_samples * call_seconds if held_out else 0
@@ -90,16 +91,20 @@ def print_cost(plan, done, batches, held_out, step_seconds, call_seconds, pictur
     seconds = left * (plan.total_steps * step_seconds + plan.count(plan.sample_every) * pictures
                       + plan.num_reports() * check)
     rate = batches.batch_size / step_seconds
-    which = f"the {plan.total_steps - done} steps left" if done else f"the whole run of {plan.total_steps} steps"
+    which = (f"the {plan.total_steps - done} steps left" if done
+             else f"the whole run of {plan.total_steps} steps")
     print(f"cost: an epoch is {len(batches)} steps of {batches.batch_size} images, about "
-          f"{format_seconds(len(batches) * step_seconds)} here ({rate:.0f} images/s); {which} about "
-          f"{format_seconds(seconds)}, with {format_seconds(pictures)} for each set of pictures; "
+          f"{format_seconds(len(batches) * step_seconds)} here ({rate:.0f} images/s); "
+          f"{which} about {format_seconds(seconds)}, "
+          f"with {format_seconds(pictures)} for each set of pictures; "
           f"{memory / 1e9:.1f} GB of memory", flush=True)
 
 
 def check_disk(output_dir, num_checkpoints, checkpoint_bytes, to_be_freed=0):
     """Raise OSError if so many checkpoints will not fit: better now than after hours."""
-    need = max(num_checkpoints * checkpoint_bytes - to_be_freed, checkpoint_bytes)      # freed after the first
+    # An earlier run's files go only once the first checkpoint is written.
+    need = max(num_checkpoints * checkpoint_bytes - to_be_freed, checkpoint_bytes)
     if shutil.disk_usage(output_dir).free < need:
-        raise OSError(28, f"{num_checkpoints} checkpoints of {checkpoint_bytes / 1e6:.0f} MB do not fit on the "
-                      "disk; --save_every sets how many there are", str(output_dir))
+        raise OSError(28, f"{num_checkpoints} checkpoints of {checkpoint_bytes / 1e6:.0f} MB "
+                      "do not fit on the disk; --save_every sets how many there are",
+                      str(output_dir))

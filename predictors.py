@@ -1,6 +1,6 @@
 """What an error of the predicted noise is worth: that of simple answers, beside a trained model's.
 
-    edges, errors = predictor_errors(diffusion, x_0, model)      # {answer: its error in each range of t}
+    edges, errors = predictor_errors(diffusion, x_0, model)  # {answer: its error per range of t}
 
 A model of any objective can be asked, as its estimate of x_0 says what it takes for noise.
 visualize_diffusion.py --figure predictors prints and draws them.
@@ -19,10 +19,11 @@ NO_PREDICTION = "no prediction: x_t - x_0"  # how far the noisy image is from th
 def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, tick=lambda: None):
     """Mean squared errors of the predicted noise in equal ranges of t, all at the same noises.
 
-    x_0: [N, C, H, W] in [-1, 1].  y: [N] class indices or None.  ranges: into how many parts 0..T-1 is cut.
-    tick: called after each of them.
-    Returns (the edges of the ranges, from 0 to T; {answer: [ranges] errors}). The last row is no answer: it
-    is the mean square of x_t - x_0, which does grow with t, and for which the error of "zero" is often taken.
+    x_0: [N, C, H, W] in [-1, 1].  y: [N] class indices or None.
+    ranges: into how many parts 0..T-1 is cut.  tick: called after each of them.
+    Returns (the edges of the ranges, from 0 to T; {answer: [ranges] errors}). The last row is no
+    answer: it is the mean square of x_t - x_0, which does grow with t, and is often taken for the
+    error of "zero".
     Raises ValueError for more ranges than timesteps.
     """
     T, random = diffusion.num_timesteps, torch.Generator().manual_seed(seed)
@@ -52,4 +53,5 @@ def predictor_lines(edges, errors):
     """The errors as lines of text, one for each answer."""
     heads = [f"{low}-{high - 1}" for low, high in zip(edges, edges[1:])]
     return [f"{'t':26}" + "".join(f"{head:>12}" for head in heads),
-            *(f"{name:26}" + "".join(f"{error:12.4f}" for error in row) for name, row in errors.items())]
+            *(f"{name:26}" + "".join(f"{error:12.4f}" for error in row)
+              for name, row in errors.items())]

@@ -1,4 +1,4 @@
-"""What a picture tells of how it was made, and whether it was made so again: sample.py --recreate."""
+"""What a picture tells of its making, and whether it was made so again: sample.py --recreate."""
 
 import io
 import shlex
@@ -10,16 +10,16 @@ from PIL import Image
 from diffusion import SAMPLERS
 from images import read_note
 
-RECIPE = ("num_images", "first_index", "seed", "sampler", "steps", "eta", "spacing", "label", "guidance",
-          "batch_size", "precision", "upscale")
+RECIPE = ("num_images", "first_index", "seed", "sampler", "steps", "eta", "spacing", "label",
+          "guidance", "batch_size", "precision", "upscale")
 OPTIONAL = ("image_size", "guidance_interval")
-SURROUNDINGS = ("device", "threads", "torch")  # these change single bits: sums are taken in another order
+SURROUNDINGS = ("device", "threads", "torch")  # these change single bits: sums in another order
 MAX_IMAGES = 1_000_000
 
 
 def make_note(args, diffusion, digest, device):
-    """All that decides the pixels, for the PNG: the flags with their defaults filled in, and what else does. Its
-    command names no checkpoint, as paths differ from machine to machine: the digests do.
+    """All that decides the pixels, for the PNG: the flags with defaults filled in, and what else
+    does. Its command names no checkpoint, as paths differ between machines: the digests do.
     """
     note = {name: getattr(args, name) for name in RECIPE}
     row = SAMPLERS[args.sampler]
@@ -31,8 +31,8 @@ def make_note(args, diffusion, digest, device):
     if args.guidance_interval:
         note["guidance_interval"] = "{},{}".format(*args.guidance_interval)
     note["command"] = shlex.join(["sample.py", *note_flags(note)])
-    return {**note, "device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "weights": digest}
+    return {**note, "device": device.type, "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "weights": digest}
 
 
 def note_flags(note):
@@ -47,14 +47,16 @@ def read_recipe(path):
         raise ValueError(f"{path} cannot be made again from a seed: it was made from "
                          f"{str(note['made_from'])[:60]!r}")
     if "checkpoint" in note and "weights" not in note:
-        raise ValueError(f"{path} was made by an earlier version of sample.py, and does not tell its weights")
+        raise ValueError(f"{path} was made by an earlier version of sample.py, "
+                         "and does not tell its weights")
     missing = [name for name in (*RECIPE, *SURROUNDINGS, "weights") if name not in note]
     if missing:
         raise ValueError(f"{path} does not tell its {', '.join(missing)}")
     numbers = [note["num_images"], note["threads"], note.get("picture", 0)]
-    if any(type(number) is not int for number in numbers) or not (
-            0 <= numbers[2] < MAX_IMAGES and 1 <= numbers[0] <= MAX_IMAGES and 1 <= numbers[1] <= 1024) or not (
-            note["label"] is None or isinstance(note["label"], str)):
+    if (any(type(number) is not int for number in numbers)
+            or not (0 <= numbers[2] < MAX_IMAGES and 1 <= numbers[0] <= MAX_IMAGES
+                    and 1 <= numbers[1] <= 1024)
+            or not (note["label"] is None or isinstance(note["label"], str))):
         raise ValueError(f"{path}: what it tells of how it was made is damaged")
     return note
 
@@ -71,8 +73,9 @@ def compare(picture, reference, note, again):
     if apart is None:
         verdict = "NOT of the same size"
     elif apart.any():
-        verdict = (f"NOT the same pixels: {(apart > 0).mean():.4%} of the values differ, by {apart.max()} of 255 at "
-                   "most" + ", as rounding on another machine may make it" * (apart.max() <= 2))
+        verdict = (f"NOT the same pixels: {(apart > 0).mean():.4%} of the values differ, "
+                   f"by {apart.max()} of 255 at most"
+                   + ", as rounding on another machine may make it" * (apart.max() <= 2))
     else:
         verdict = "the same pixels"
     return verdict + (f" ({'; '.join(differ)})" if differ else "")

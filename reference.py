@@ -1,4 +1,4 @@
-"""The real images that samples are held against: those the model was trained on, and others like them.
+"""The real images that samples are held against: a model's training images, and others like them.
 
     images, held, labels, what = load_reference(data)     # data: what the checkpoint says
 """
@@ -15,22 +15,27 @@ FEWEST = 5  # images, or precision and recall have no neighbours to look at
 
 
 def same_classes(data, name=None):
-    """Does the model know the very classes of this data set, or of its own? data: what the checkpoint says."""
+    """Does the model know the very classes of this data set, or of its own?
+
+    data: what the checkpoint says.
+    """
     return bool(data["classes"]) and data["classes"] == class_names(name or data["name"], True)
 
 
 def chosen_name(data, name=None):
     """`name`, or the data set that the model was trained on. ValueError if nobody knows it."""
     if not name and data["name"] == UNKNOWN:
-        raise ValueError("the checkpoint does not tell what it was trained on: name it with --dataset")
+        raise ValueError("the checkpoint does not tell what it was trained on: "
+                         "name it with --dataset")
     return name or data["name"]
 
 
 def note_other_images(data, name):
     """Say so where a model is shown another data set than its own."""
-    if name and Path(name).name != Path(data["name"]).name:    # of a folder, a card has the last part alone
-        print(f"note: the model was trained on {data['name']!r}, not on {name!r}: of pictures unlike its own it "
-              "knows nothing")
+    # Of a folder, a card has the last part alone.
+    if name and Path(name).name != Path(data["name"]).name:
+        print(f"note: the model was trained on {data['name']!r}, not on {name!r}: "
+              "of pictures unlike its own it knows nothing")
 
 
 def fit_of(data):
@@ -47,12 +52,12 @@ def load_reference(data, data_dir, name=None):
     """The images that a model was trained on, and others like them.
 
     data: what the checkpoint says.  name: another data set instead.
-    Returns (images, held-out images, labels of both or None, a phrase that says what the held-out images are).
-    A named set has its test set. To a folder belongs the --val_dir of the training, or it is divided as then
-    (--val_fraction); where nothing was held out, a tenth is set aside. It has labels if its classes are those
-    of the model. The held-out images stand in random order, so that the first of them are like all: the first
-    half of MNIST's test set is by other writers than the second (LeCun et al. 1998, section III.A), and a
-    folder begins with the first sub-folder.
+    Returns (images, held-out images, labels of both or None, a phrase: what the held-out ones are).
+    A named set has its test set. To a folder belongs the --val_dir of the training, or it is
+    divided as then (--val_fraction); where nothing was held out, a tenth is set aside. It has
+    labels if its classes are those of the model. The held-out images stand in random order, so that
+    the first of them are like all: the first half of MNIST's test set is by other writers than the
+    second (LeCun et al. 1998, section III.A), and a folder begins with the first sub-folder.
     """
     like = dict(image_size=data["image_size"], channels=data.get("channels"))
     chosen = chosen_name(data, name)
@@ -65,18 +70,19 @@ def load_reference(data, data_dir, name=None):
 
 
 def folder_reference(data, data_dir, like, name=None):
-    """load_reference of a folder. The phrase follows from the fingerprints that the training has left."""
+    """load_reference of a folder. The phrase follows from the fingerprints the training left."""
     like["fit"] = fit_of(data)
     images, y = get_dataset(name or data["name"], with_labels=same_classes(data, name), **like)
     share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
     if type(share) not in (int, float) or not 0 <= share < 1 or type(seed) is not int or seed < 0:
-        raise ValueError(f"what the checkpoint tells of its data is damaged: val_fraction {share!r:.40}, "
-                         f"seed {seed!r:.40}")
+        raise ValueError("what the checkpoint tells of its data is damaged: "
+                         f"val_fraction {share!r:.40}, seed {seed!r:.40}")
     val_dir = str(data.get("val_dir") or "")
     there = val_dir in DATASETS or Path(val_dir).is_dir() and val_dir
     if there and data.get("images") == Batches(images, y).fingerprint():
         return images, *others(data, data_dir, like, y)
-    kept, aside = split_held_out(len(images), share or min(0.5, max(0.1, FEWEST / len(images))), seed)
+    kept, aside = split_held_out(
+        len(images), share or min(0.5, max(0.1, FEWEST / len(images))), seed)
     trained_on, held_out = data.get("images"), data.get("held_out")
     if share and held_out == Batches(images, y, indices=aside).fingerprint():
         what = "held-out images"
@@ -90,20 +96,21 @@ def folder_reference(data, data_dir, like, name=None):
         what = f"images of {name} that are set aside here"
     elif trained_on or held_out:
         what = "images of a folder that has changed since: it was trained on some of them"
-    else:                                                       # an older checkpoint has no fingerprints
+    else:                               # an older checkpoint has no fingerprints
         what = "held-out images" if share else "images that it was trained on: nothing was held out"
     aside = aside[shuffled(len(aside))]
     return images[kept], images[aside], None if y is None else (y[kept], y[aside]), what
 
 
 def others(data, data_dir, like, y):
-    """(images, labels, a phrase) of the --val_dir of a training. y: labels of its own images, or None."""
+    """(images, labels, a phrase) of a run's --val_dir. y: labels of its own images, or None."""
     name = str(data["val_dir"])
     try:
         same = y is not None and same_classes(data, name)
         held, held_y = get_dataset(name, data_dir, train=False, with_labels=same, **like)
     except ValueError as error:
-        raise ValueError(f"the held-out images of the training, --val_dir {name}: {error}") from error
+        raise ValueError(
+            f"the held-out images of the training, --val_dir {name}: {error}") from error
     order = shuffled(len(held))
     if y is not None:
         y = y, held_y[order] if same else torch.full((len(held),), -1)
@@ -112,40 +119,42 @@ def others(data, data_dir, like, y):
 
 
 def held_labels(labels):
-    """The labels of the held-out images, of what load_reference gives; None without, or if they are others."""
+    """The held-out images' part of load_reference's labels; None without, or if they are others."""
     return labels[1] if labels and (labels[1] >= 0).all() else None
 
 
 def labels_like(labels, count, seed=0):
-    """The classes of `count` images drawn by chance from those that `labels` [N] belong to: [count] integers.
+    """The classes of `count` images drawn by chance from those with `labels` [N]: [count] integers.
 
-    MNIST has a fourth more ones than fives. Samples with as many of each are another distribution, and the FD
-    of 10,000 real digits chosen so is twice the floor. By chance, as the floor's images are what chance gave
-    them.
+    MNIST has a fourth more ones than fives. Samples with as many of each are another distribution,
+    and the FD of 10,000 real digits chosen so is twice the floor. So they are drawn by chance,
+    as the images of the floor are.
     """
-    return labels[torch.randint(len(labels), (count,), generator=torch.Generator().manual_seed(seed))]
+    return labels[torch.randint(len(labels), (count,),
+                                generator=torch.Generator().manual_seed(seed))]
 
 
 # ---- For figures, which can do with drawn digits
 
 def name_to_show(data, data_dir, name):
-    """chosen_name; synthetic digits in place of an MNIST that nobody named and that cannot be had."""
+    """chosen_name; synthetic digits for an MNIST that nobody named and that cannot be had."""
     if name or data["name"] != "mnist":
         return chosen_name(data, name)
     return get_default_dataset(data_dir)[0]
 
 
 def training_images(data, data_dir, name=None):
-    """(name, images, labels or None) of what a model was trained on, or of data set `name`, cut as the model
-    takes them."""
+    """(name, images, labels or None) of what a model was trained on, or of data set `name`, cut as
+    the model takes them."""
     name = name_to_show(data, data_dir, name)
-    return name, *get_dataset(name, data_dir, image_size=data["image_size"], channels=data["channels"],
-                              fit=fit_of(data), with_labels=same_classes(data, name))
+    return name, *get_dataset(name, data_dir, image_size=data["image_size"],
+                              channels=data["channels"], fit=fit_of(data),
+                              with_labels=same_classes(data, name))
 
 
 def unseen_images(data, data_dir, name=None):
-    """(name, images, labels or None, what they are): images that a model was not trained on, where there are
-    any, in random order. The labels are those of its own classes, or of a named set."""
+    """(name, images, labels or None, what they are): images that a model was not trained on, where
+    there are any, in random order. The labels are those of its own classes, or of a named set."""
     name = name_to_show(data, data_dir, name)
     _, held, labels, what = load_reference(data, data_dir, None if name == data["name"] else name)
     note_other_images(data, name)

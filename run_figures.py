@@ -1,4 +1,4 @@
-"""Figures of a run, out of the folder that train.py wrote: its samples epoch after epoch, and its loss.
+"""Figures of a run, out of the folder that train.py wrote: samples epoch after epoch, and loss.
 
 visualize_diffusion.py --figure epochs, loss and loss_by_timestep draw them.
 """
@@ -22,18 +22,18 @@ def when(path):
 
 
 def spread_out(items, most):
-    """At most so many of a list, dense at its start, where a training changes fastest, and the last one."""
+    """At most so many of a list, dense at its start, where a run changes fastest, and the last."""
     if len(items) <= most:
         return items
     return [items[k - 1] for k in sorted({round(k) for k in np.geomspace(1, len(items), most)})]
 
 
 def found_in(run, places, what):
-    """What a run has left in one of its folders, "samples" or "checkpoints", in order, or of some files those that
-    are there. ValueError where there is none."""
+    """What a run has left in one of its folders, "samples" or "checkpoints", in order, or of some
+    files those that are there. ValueError where there is none."""
     if isinstance(places, str):
         paths = [path for path in run_files(run) if path.parent.name == places]
-        paths.sort(key=lambda path: (len(path.name), path.name))                            # 9 before 10
+        paths.sort(key=lambda path: (len(path.name), path.name))    # 9 before 10
     else:
         paths = [path for path in (Path(run) / name for name in places) if path.is_file()]
     if not paths:
@@ -42,35 +42,40 @@ def found_in(run, places, what):
 
 
 def epochs_figure(run, path, image_size, count, columns=8):
-    """The same noises after more and more training: the first row of the sheets that the run wrote."""
+    """The same noises after more and more training: the first row of the sheets the run wrote."""
     sheets = spread_out(found_in(run, "samples", "numbered sheets"), columns)
     scale, cell = enlargement(image_size), image_size + PADDING
     tiles = []
     for sheet in sheets:
         try:
             with Image.open(sheet, formats=["PNG"]) as picture:
-                pixels = torch.from_numpy(np.array(picture.convert("RGB"))[::scale, ::scale]).permute(2, 0, 1)
+                pixels = torch.from_numpy(
+                    np.array(picture.convert("RGB"))[::scale, ::scale]).permute(2, 0, 1)
         except MemoryError:
             raise
         except Exception as error:              # PIL raises nearly anything for a damaged file
-            raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images, or damaged") from error
+            raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images, "
+                             "or damaged") from error
         if pixels.shape[1:] == (image_size, image_size):    # one alone has no border
             pixels = torch.nn.functional.pad(pixels, (PADDING,) * 4)
         if pixels.shape[2] % cell != PADDING or pixels.shape[1] % cell != PADDING:
             raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images")
         here = range(PADDING, min(pixels.shape[2] - PADDING, count * cell), cell)
-        tiles.append(to_signed(torch.stack([pixels[:, PADDING:cell, x:x + image_size] for x in here])))
+        tiles.append(to_signed(
+            torch.stack([pixels[:, PADDING:cell, x:x + image_size] for x in here])))
     fewest = min(len(row) for row in tiles)                 # a resumed run may draw more
-    save_strip(list(torch.stack([row[:fewest] for row in tiles], dim=1)), [when(sheet) for sheet in sheets], path)
+    save_strip(list(torch.stack([row[:fewest] for row in tiles], dim=1)),
+               [when(sheet) for sheet in sheets], path)
 
 
 def loss_figure(run, path):
-    """The loss of each step of a run, its average, and that on held-out images where there are any."""
+    """The loss of each step of a run, its average, and that on held-out images if there are any."""
     table, = found_in(run, ["training_loss.csv"], "training_loss.csv")
     try:
         rows = list(csv.DictReader(table.read_text().splitlines()))
         losses = [float(row["loss"]) for row in rows]
-        held_out = {int(row["step"]): float(row["held_out_loss"]) for row in rows if row["held_out_loss"]}
+        held_out = {int(row["step"]): float(row["held_out_loss"])
+                    for row in rows if row["held_out_loss"]}
         if not all(0 < step <= len(losses) for step in held_out):
             raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:

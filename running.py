@@ -1,6 +1,6 @@
 """A training as a good guest: alone in its folder, and stopped in good order.
 
-    with Signals() as signals, only_run("outputs"):     # Ctrl-C, SIGTERM and a closed terminal raise Stopped,
+    with Signals() as signals, only_run("outputs"):     # Ctrl-C, SIGTERM and SIGHUP raise Stopped,
         with signals.postponed():                       # but in here only at the end
             ...
 """
@@ -17,7 +17,7 @@ from checkpoint import load_checkpoint
 
 # ---- The folder of a run
 
-LATEST, FINAL = "model_latest.pt", "model_final.pt"  # the first is there while a run is not finished
+LATEST, FINAL = "model_latest.pt", "model_final.pt"  # the first is there while a run is unfinished
 BEST = "model_best.pt"  # by the held-out loss
 RUN_FILES = (LATEST, FINAL, BEST, "training_loss.png", "training_loss.csv", "samples/epoch_*.png",
              "samples/step_*.png", "checkpoints/model_epoch_*.pt", "checkpoints/model_step_*.pt")
@@ -25,7 +25,7 @@ NUMBERED = re.compile(r"(model_)?(epoch|step)_\d+\.(png|pt)")  # and not step_by
 
 
 def _lock(file):
-    """Lock an open file until the process ends, however it ends. False if another process has it."""
+    """Lock an open file until the process ends, however it ends. False if another has it."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -47,11 +47,11 @@ def only_run(folder):
     Raises ValueError if a run is going on there.
     """
     folder = Path(folder)
-    # The file stays: were it deleted, two others could each hold a lock, on the old and on a new one.
+    # The file stays: were it deleted, two others could each hold a lock, on the old and a new one.
     path = folder / ".lock"
     if path.is_symlink() or path.exists() and not path.is_file():
         raise ValueError(f"{path} is in the way: no file that a run has left there")
-    with open(path, "a") as lock:               # "w" would empty a file that happens to have this name
+    with open(path, "a") as lock:           # "w" would empty a file that happens to have this name
         if not _lock(lock):
             raise ValueError(f"{folder} is in use by a run that is still going on")
         for pattern in RUN_FILES:
@@ -62,14 +62,15 @@ def only_run(folder):
 
 
 def find_checkpoint(folder, resume, overwrite):
-    """What to start from: (the path of a checkpoint or None, is it this folder's own run that goes on?).
+    """What to start from: (the path of a checkpoint or None, does this folder's own run go on?).
 
-    resume: None, "latest" or the path of a checkpoint.  overwrite: an unfinished run may be replaced.
+    resume: None, "latest" or a checkpoint's path.  overwrite: an unfinished run may be replaced.
     Raises ValueError if the folder holds an unfinished run that would be replaced unasked.
     """
     folder = Path(folder)
     latest, final = folder / LATEST, folder / FINAL
-    numbered = [path for path in run_files(folder) if path.parent.name == "checkpoints" and path.is_file()]
+    numbered = [path for path in run_files(folder)
+                if path.parent.name == "checkpoints" and path.is_file()]
     unfinished = latest.exists() or numbered and not final.exists()
     if resume == "latest":
         return farthest(folder, [latest, final, folder / BEST, *last_of_each_unit(numbered)]), True
@@ -78,8 +79,8 @@ def find_checkpoint(folder, resume, overwrite):
         raise FileNotFoundError(2, "no such checkpoint", str(origin))
     own = origin is not None and origin.resolve() in [path.resolve() for path in run_files(folder)]
     if unfinished and not own and not overwrite:
-        raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite replaces it, "
-                         "another --output_dir keeps it")
+        raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, "
+                         "--overwrite replaces it, another --output_dir keeps it")
     return origin, own
 
 
@@ -92,8 +93,9 @@ def last_of_each_unit(numbered):
 
 
 def farthest(folder, paths):
-    """Of several checkpoints of a run the one with the most steps behind it: one that was killed may have come
-    farther in any of them than in the latest. Says which it cannot read. ValueError if it can read none."""
+    """Of several checkpoints of a run the one with the most steps behind it: one that was killed
+    may have come farther in any of them than in the latest. Says which it cannot read. ValueError
+    if it can read none."""
     steps, problem = {}, None
     for path in paths:
         try:
@@ -139,21 +141,22 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """While it is entered, the signals of STOPS raise Stopped; one more, a second or more later, ends the
-    process at once.
+    """While it is entered, the signals of STOPS raise Stopped; one more, a second or more later,
+    ends the process at once.
 
-    ignore: for all but the first of several processes. They go on until the first one parts from them; what that
-    raises then is Stopped, too.
+    ignore: for all but the first of several processes. They go on until the first has left, and the
+    error that they then meet becomes Stopped, too.
     """
 
     def __init__(self, ignore=False):
         self.ignore, self.came, self.since, self.holding, self.before = ignore, None, 0.0, False, {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():       # elsewhere Python allows no handlers
+        # Python allows handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
             for name in STOPS:
-                number = getattr(signal, name, None)                        # Windows has no SIGHUP
-                if number and (name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN):     # nohup
+                number = getattr(signal, name, None)    # Windows has no SIGHUP; nohup ignores it
+                if number and (name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN):
                     self.before[number] = signal.signal(number, self._handle)
         return self
 
@@ -171,7 +174,7 @@ class Signals:
             return
         if self.came:
             if time.monotonic() - self.since < 1:
-                return                  # launchers and timeout(1) send it to the process and to its group
+                return          # launchers and timeout(1) send it to the process and to its group
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.came, self.since = number, time.monotonic()

@@ -1,12 +1,12 @@
 """Make new pictures from noise with a trained model.
 
-    python sample.py                                      # 64 images; DDIM in 50 steps for a model of your own
-    python sample.py --show_intermediate                  # also how they came out of the noise
-    python sample.py --sampler dpmpp_2m                   # 10 steps
-    python sample.py --sampler ddpm                       # the paper's full chain, about 20 times longer
+    python sample.py                          # 64 images; DDIM in 50 steps for a model of your own
+    python sample.py --show_intermediate      # also how they came out of the noise
+    python sample.py --sampler dpmpp_2m       # 10 steps
+    python sample.py --sampler ddpm           # the paper's full chain, about 20 times longer
 
-Writes outputs/generated_samples.png; with --show_intermediate also generation_strip.png, generation.gif
-and generation_frames/. The PNG tells how it was made, and --recreate makes it again.
+Writes outputs/generated_samples.png; with --show_intermediate also generation_strip.png,
+generation.gif and generation_frames/. The PNG tells how it was made, and --recreate makes it again.
 """
 
 import math
@@ -19,14 +19,15 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import interop
-from command_line import (Parser, command, format_seconds, make_output_dir, positive_int, seed_number, spare,
-                          whole_number)
+from command_line import (Parser, command, format_seconds, make_output_dir, positive_int,
+                          seed_number, spare, whole_number)
 from data import keep_apart_from_own
 from diffusion import model_calls, seeded_noise
 from files import write_file
 from images import (PADDING, enlargement, image_grid, png_bytes, save_gif, save_images, save_strip,
                     to_uint8)
-from load import CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak, take_guidance, take_sampler
+from load import (CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak,
+                  take_guidance, take_sampler)
 from recipe import MAX_IMAGES, note_flags, compare, make_note, read_recipe
 from utils import PRECISIONS, autocast, describe_device, get_device, get_precision, measure
 
@@ -35,24 +36,26 @@ MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
 
 @torch.no_grad()
 def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler="ddim", steps=None,
-             eta=None, spacing=None, y=None, guidance=1.0, guidance_interval=None, weak=None, first_index=0,
-             batch_size=64, device="cpu", precision=torch.float32, keep=(), begin=None):
+             eta=None, spacing=None, y=None, guidance=1.0, guidance_interval=None, weak=None,
+             first_index=0, batch_size=64, device="cpu", precision=torch.float32,
+             keep=(), begin=None):
     """Make images first_index, first_index + 1, ... of a seed, batch by batch, with a progress bar.
 
     y: [num_images] classes, -1 for none (as without it).
-    guidance: 1 follows the class, more pushes towards it at twice the cost; or away from `weak`, a worse model;
-    and that at all levels or in guidance_interval (low, high).
+    guidance: 1 follows the class, more pushes towards it at twice the cost; or away from `weak`, a
+    worse model; and that at all levels or in guidance_interval (low, high).
     keep: which moments of the first batch to keep, by the number of steps taken; see moments.
-    begin: (x_0, last_steps) to noise these images, [num_images, C, H, W], and take only the last so many steps
-    (SDEdit, Meng et al. 2022).
-    Returns (images [num_images, C, H, W] in [-1, 1], frames). frames lists the moments of `keep` as (t, x_t, x_0
-    estimate made from x_t); if there are any, the finished pictures stand last, with t = -1.
+    begin: (x_0, last_steps) to noise these images, [num_images, C, H, W], and take only the last so
+    many steps (SDEdit, Meng et al. 2022).
+    Returns (images [num_images, C, H, W] in [-1, 1], frames). frames lists the moments of `keep` as
+    (t, x_t, x_0 estimate made from x_t); if any, the finished pictures stand last, with t = -1.
     """
     images, frames = [], []
     shape = (model.image_channels, image_size, image_size)
     firsts = range(first_index, first_index + num_images, batch_size)
     way = dict(sampler=sampler, steps=steps, spacing=spacing, last_steps=begin and begin[1])
-    settings = dict(way, eta=eta, seed=seed, guidance=guidance, guidance_interval=guidance_interval, weak=weak)
+    settings = dict(way, eta=eta, seed=seed,
+                    guidance=guidance, guidance_interval=guidance_interval, weak=weak)
     levels = diffusion.sampling_levels(**way)
     count = len(levels) - 1
     with (tqdm(total=len(firsts) * count, desc="sampling", unit="step") as bar,
@@ -62,9 +65,11 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
             x_t, t = seeded_noise(seed, indices, 0, shape).to(device), levels[0]
             if begin:
                 x_0 = begin[0][first - first_index:][:batch_size].to(device)
-                x_t, _ = diffusion.forward_diffusion(x_0, torch.full((len(x_0),), t, device=device), x_t)
-            path = diffusion.trajectory(model, x_t, first_index=first, **settings,
-                                        y=None if y is None else y[first - first_index:][:batch_size].to(device))
+                x_t, _ = diffusion.forward_diffusion(
+                    x_0, torch.full((len(x_0),), t, device=device), x_t)
+            path = diffusion.trajectory(
+                model, x_t, first_index=first, **settings,
+                y=None if y is None else y[first - first_index:][:batch_size].to(device))
             for k, (t_next, x_next, x_0) in enumerate(path):
                 if first == first_index and k in keep:
                     frames.append((t, x_t, x_0))
@@ -77,7 +82,7 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
 
 
 def moments(steps, most):
-    """The numbers of steps taken at up to `most` moments, evenly spread from 0, pure noise, to all `steps`."""
+    """Up to `most` numbers of steps taken, evenly spread from 0, pure noise, to all `steps`."""
     return torch.linspace(0, steps, min(most, steps + 1)).round().int().tolist()
 
 
@@ -88,18 +93,20 @@ def drawing_words(guidance, interval=None, eta=None):
             + (f", guidance {guidance:g}{where}" if guidance != 1 else ""))
 
 
-def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device, precision=torch.float32):
+def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device,
+                precision=torch.float32):
     """How long sampling will take here, from timing one call of the model."""
     x_T = torch.zeros(min(batch_size, num_images), model.image_channels, image_size, image_size,
                       device=device)
     with autocast(device, precision):
-        one_call = measure(lambda: diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1), device)
+        one_call = measure(lambda: diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1),
+                           device)
     return one_call * calls * num_images / len(x_T)
 
 
 def choose_labels(text, classes, num_images, first_index=0):
-    """What --label asks for: (y [num_images] or None, columns of the grid or None). Several labels get full
-    rows, as many each as make the grid nearest to a square, and so may need some images more.
+    """What --label asks for: (y [num_images] or None, columns of the grid or None). Several labels
+    get full rows, as many each as make the grid nearest to a square, and so may need more images.
 
     text: a number or name, several with commas, "all", "none", or None for the default.
     classes: the names of the classes, or None. Raises ValueError for a class that is not there.
@@ -120,7 +127,8 @@ def choose_labels(text, classes, num_images, first_index=0):
         unknown = [word for word in words if word not in known]
         if unknown:
             names = [f"{k} ({name})" for k, name in enumerate(classes)] if by_number else classes
-            raise ValueError(f"unknown class {unknown[0]!r}; choose from all, none, {', '.join(names)}")
+            raise ValueError(f"unknown class {unknown[0]!r}; "
+                             f"choose from all, none, {', '.join(names)}")
         labels = [known[word] for word in words]
     if len(labels) == 1:
         return torch.full((num_images,), labels[0]), None
@@ -130,7 +138,7 @@ def choose_labels(text, classes, num_images, first_index=0):
 
 
 def thinned(y, count):
-    """`count` of the labels that choose_labels gives, still as many of each, where no sheet needs full rows."""
+    """`count` labels of choose_labels, still as many of each, where no sheet needs full rows."""
     return None if y is None else y[torch.arange(count) * len(y) // count]
 
 
@@ -141,7 +149,7 @@ def level_name(t):
 
 
 def save_generation_strip(frames, path, num_images=3, num_columns=11):
-    """x_t above, the estimate of x_0 made from it below, for a few images; the timesteps over the columns."""
+    """For a few images, x_t above and the x_0 estimated from it below; timesteps over columns."""
     picks = torch.linspace(0, len(frames) - 1, min(num_columns, len(frames))).round().int().tolist()
     columns = [frames[k] for k in picks]
     rows, labels = [], []
@@ -153,7 +161,7 @@ def save_generation_strip(frames, path, num_images=3, num_columns=11):
 
 
 def draw_frame(t, x_t, x_0, num_images=16, height=360):
-    """One frame of the animation: x_t at the left, the estimate of x_0 at the right. A PIL image."""
+    """A frame of the animation, a PIL image: x_t at the left, the estimate of x_0 at the right."""
     left, right = (image_grid(to_uint8(x[:num_images])) for x in (x_t, x_0))
     scale = max(1, height // left.shape[0])
     title, gap = 28, 12
@@ -175,7 +183,7 @@ def save_intermediate(frames, output_dir):
     """Write the strip, the GIF and the single frames. Returns the paths, the strip first."""
     strip, gif = output_dir / "generation_strip.png", output_dir / "generation.gif"
     folder = make_output_dir(output_dir / "generation_frames")
-    for old in folder.glob("frame_*.png"):                      # a longer run may have left more of them
+    for old in folder.glob("frame_*.png"):              # a longer run may have left more of them
         if FRAME.fullmatch(old.name):
             old.unlink()
     save_generation_strip(frames, strip)
@@ -190,33 +198,38 @@ def save_intermediate(frames, output_dir):
 # ---- The command
 
 def parse(argv):
-    """(the settings, in which those of the picture of --recreate go before what was typed; its note, or None)"""
+    """(the settings, those of --recreate's picture going before typed ones; its note, or None)"""
     parser = Parser(description="Make new pictures from noise with a trained model.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
     add("--dataset", "draw with the shipped weights of this data set", metavar="NAME")
-    add("--image_size", "in pixels, for a checkpoint of denoising-diffusion-pytorch: those do not tell it "
-        f"(default: {interop.UNKNOWN_SIZE})", type=positive_int)
+    add("--image_size", "in pixels, for a checkpoint of denoising-diffusion-pytorch: those do not "
+        f"tell it (default: {interop.UNKNOWN_SIZE})", type=positive_int)
     add("--num_images", "how many", 64, type=positive_int)
     add("--first_index", "begin with this image of the seed", 0, type=whole_number)
-    add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42, type=seed_number)
-    add("--label", "the class to draw, as a number or name; several with commas, or all: rows of pictures "
-        "for each; none: without a class. Default: each class in turn, if the model knows any")
+    add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42,
+        type=seed_number)
+    add("--label", "the class to draw, as a number or name; several with commas, or all: "
+        "rows of pictures for each; none: without a class. "
+        "Default: each class in turn, if the model knows any")
     add_drawing_flags(add)
-    add("--show_intermediate", "also write the way from noise to picture: a strip, a GIF and single frames",
+    add("--show_intermediate",
+        "also write the way from noise to picture: a strip, a GIF and single frames",
         False, action="store_true")
-    add("--upscale", "show every pixel as so many by so many; default: small images at least 84 wide",
+    add("--upscale",
+        "show every pixel as so many by so many; default: small images at least 84 wide",
         type=positive_int)
-    add("--single_images", "also write each image to a file of its own, in the folder generated_samples", False,
-        action="store_true")
-    add("--recreate", "make this picture again as recreated.png: its own settings go before all other flags; "
-        "--checkpoint is found by itself if it is outputs/model_final.pt, lies beside the picture or is shipped",
-        metavar="PNG")
+    add("--single_images",
+        "also write each image to a file of its own, in the folder generated_samples",
+        False, action="store_true")
+    add("--recreate", "make this picture again as recreated.png: its own settings go before all "
+        "other flags; --checkpoint is found by itself if it is outputs/model_final.pt, "
+        "lies beside the picture or is shipped", metavar="PNG")
     add("--batch_size", "images at a time", 64, type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device")
-    add("--precision", "bf16 is faster on some devices and changes the pictures a little", "float32",
-        choices=list(PRECISIONS))
+    add("--precision", "bf16 is faster on some devices and changes the pictures a little",
+        "float32", choices=list(PRECISIONS))
     args = parser.parse_args(argv)
     if args.num_images > MAX_IMAGES:
         raise ValueError(f"--num_images {args.num_images}: at most {MAX_IMAGES}")
@@ -227,9 +240,11 @@ def parse(argv):
             if again.get(name) is None:
                 setattr(args, name, None)
     if again and args.single_images:
-        raise ValueError("--recreate makes one picture again, and --single_images many: give one of them")
+        raise ValueError("--recreate makes one picture again, and --single_images many: "
+                         "give one of them")
     if args.dataset and args.checkpoint:
-        raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: give one of them")
+        raise ValueError(f"--checkpoint {args.checkpoint} and --dataset {args.dataset}: "
+                         "give one of them")
     return args, again
 
 
@@ -239,12 +254,12 @@ def check_sheet(count, columns, size, upscale):
     cells = across * math.ceil(count / across)
     pixels = cells * ((size + PADDING) * (upscale or enlargement(size))) ** 2
     if pixels > MAX_SHEET:
-        raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most {MAX_SHEET / 1e6:.0f} "
-                         "million: lower --num_images or --upscale")
+        raise ValueError(f"a sheet of {pixels / 1e6:.0f} million pixels; at most "
+                         f"{MAX_SHEET / 1e6:.0f} million: lower --num_images or --upscale")
 
 
 def save_again(images, picture, columns, args, note, again, reference):
-    """Write what --recreate has drawn, and say whether it is the same.  reference: the picture's bytes."""
+    """Write what --recreate drew; say whether it is the same.  reference: the picture's bytes."""
     one = again.get("picture")
     if one is None:
         save_images(images, picture, columns, upscale=args.upscale, note=note)
@@ -261,17 +276,18 @@ def save_again(images, picture, columns, args, note, again, reference):
 
 
 def made_with_weak(picture, again):
-    return (f"{picture} was made with --weak and the checkpoint of digest {str(again['weak'])[:12]}...: name it, "
-            "beside --checkpoint")
+    return (f"{picture} was made with --weak and the checkpoint of digest "
+            f"{str(again['weak'])[:12]}...: name it, beside --checkpoint")
 
 
 def save_singly(images, folder, args, note):
     """Each image as a file of its own, named by its number in the seed."""
     for k, image in enumerate(images):
-        save_images(image[None], folder / f"{args.first_index + k:04d}.png", padding=0, upscale=args.upscale,
-                    note={**note, "picture": k})
+        save_images(image[None], folder / f"{args.first_index + k:04d}.png", padding=0,
+                    upscale=args.upscale, note={**note, "picture": k})
     others = len(list(folder.iterdir())) - len(images)
-    print(f"wrote {folder}, {len(images)} images" + f"; {others} other files lie there" * (others > 0))
+    print(f"wrote {folder}, {len(images)} images"
+          + f"; {others} other files lie there" * (others > 0))
 
 
 @command
@@ -281,11 +297,12 @@ def main(argv=None):
     if again:
         reference = Path(args.recreate).read_bytes()
         spare([args.recreate], picture)
-        torch.set_num_threads(again["threads"])             # with another number sums are taken in another order
+        torch.set_num_threads(again["threads"])     # another number takes sums in another order
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["weights"],
                                  beside=Path(args.recreate or ".").parent)
-    output_dir = make_output_dir(args.output_dir, picture.name, "generation_strip.png", "generation.gif")
+    output_dir = make_output_dir(args.output_dir, picture.name,
+                                 "generation_strip.png", "generation.gif")
     if args.single_images:
         make_output_dir(output_dir / "generated_samples")
     if args.show_intermediate:
@@ -293,8 +310,9 @@ def main(argv=None):
     model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
     keep_apart_from_own(data, output_dir)
     if again and again["weights"] != data["digest"]:
-        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights of "
-                         f"digest {str(again['weights'])[:12]}..., not {data['digest'][:12]}...")
+        raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights "
+                         f"of digest {str(again['weights'])[:12]}..., "
+                         f"not {data['digest'][:12]}...")
     size = data["image_size"]
     if again and "weak" in again and not (args.weak or data["weak"]):
         raise ValueError(made_with_weak(args.recreate, again))
@@ -313,8 +331,8 @@ def main(argv=None):
     precision, precision_reason = get_precision(args.precision, device)
     print(f"device: {describe_device(device, args.device)}; precision: {precision_reason}")
     print(f"model: {args.checkpoint}, trained on {data['name']!r} ({size}x{size})"
-          + ("" if not weak else f", and led away from {args.weak}, a weaker model" if args.guidance else
-             f"; drawn by {args.weak} alone"))
+          + ("" if not weak else f", and led away from {args.weak}, a weaker model"
+             if args.guidance else f"; drawn by {args.weak} alone"))
     levels = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)
     calls = model_calls(levels, args.guidance, args.guidance_interval)
     seconds = seconds_for(model, diffusion, count, size, args.batch_size, calls, device, precision)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-# ---- Schedules: a function of T that returns alpha_bar, float64 [T], strictly decreasing in (0, 1).
+# ---- Schedules: a function of T that returns alpha_bar, float64 [T], strictly falling in (0, 1).
 
 MAX_TIMESTEPS = 100_000
 MAX_BETA = 0.999  # keeps alpha_bar above zero: its square root divides in predict_x0
@@ -24,28 +24,29 @@ def linear_alpha_bar(num_timesteps, beta_start=None, beta_end=None):
     end = 0.02 * scale if beta_end is None else beta_end
     if not 0 < start < math.inf or not 0 < end < math.inf:
         raise ValueError(f"betas must be positive numbers, got beta_start={start}, beta_end={end}")
-    if max(beta_start or 0, beta_end or 0) > MAX_BETA:          # those that follow from T are capped below
-        raise ValueError(f"betas must not exceed {MAX_BETA}, got beta_start={start}, beta_end={end}")
+    if max(beta_start or 0, beta_end or 0) > MAX_BETA:  # those that follow from T are capped below
+        raise ValueError(f"betas must not exceed {MAX_BETA}, "
+                         f"got beta_start={start}, beta_end={end}")
     # Drawn from the end backwards, so that T = 1 keeps beta_end and still ends in noise.
     betas = torch.linspace(end, start, num_timesteps, dtype=torch.float64).flip(0)
     return torch.cumprod(1 - betas.clamp(max=MAX_BETA), dim=0)
 
 
 def _from_curve(f):
-    """alpha_bar for t = 0..T-1 from a curve at the T + 1 points 0, 1/T, ... 1, no beta above the cap."""
+    """alpha_bar for t = 0..T-1 from a curve at the T + 1 points 0, 1/T, ... 1, betas capped."""
     betas = (1 - f[1:] / f[:-1]).clamp(max=MAX_BETA)
     return torch.cumprod(1 - betas, dim=0)
 
 
 def cosine_alpha_bar(num_timesteps, s=0.008):
-    """alpha_bar falls like a squared cosine (Nichol & Dhariwal 2021, eq. 17): gentler at both ends."""
+    """alpha_bar falls like cos^2 (Nichol & Dhariwal 2021, eq. 17): gentler at both ends."""
     level = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     return _from_curve(torch.cos((level + s) / (1 + s) * math.pi / 2) ** 2)
 
 
 def sigmoid_alpha_bar(num_timesteps, start=-3.0, end=3.0):
-    """alpha_bar falls like a logistic curve between `start` and `end`, stretched to reach from 1 to 0 (Jabri
-    et al. 2022; Chen 2023)."""
+    """alpha_bar falls like a logistic curve between `start` and `end`, stretched to run from 1 to 0
+    (Jabri et al. 2022; Chen 2023)."""
     level = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     f = torch.sigmoid(-(start + level * (end - start)))
     return _from_curve((f - f[-1]) / (f[0] - f[-1]))
@@ -55,21 +56,21 @@ SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar, "sigmoid": 
 
 
 def half_log_snr(alpha_bar):
-    """Half the logarithm of the signal-to-noise ratio, lambda in Lu et al. 2022. alpha_bar: below 1."""
+    """Half the log of the signal-to-noise ratio, lambda in Lu et al. 2022. alpha_bar: below 1."""
     return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
-# ---- Spacings: a function of alpha_bar (float64 [T]) and the number of steps; it returns as many levels,
-# real numbers from T-1 down, and -1 (clean) as the last. They are rounded to distinct integers.
+# ---- Spacings: a function of alpha_bar (float64 [T]) and the number of steps; it returns as many
+# levels, real numbers from T-1 down, then -1 (clean). They are rounded to distinct integers.
 
 def uniform_spacing(alpha_bar, steps):
-    """Equal strides from T-1 down to -1; "trailing" in diffusers, but for how halves are rounded (Lin et al. 2023,
-    table 2)."""
+    """Equal strides from T-1 down to -1; "trailing" in diffusers, but for how halves are rounded
+    (Lin et al. 2023, table 2)."""
     return np.linspace(-1, len(alpha_bar) - 1, steps + 1)[::-1]
 
 
 def _even_in(value, steps):
-    """Levels whose `value` (a function of t, as an array that rises or falls all the way) is evenly spread."""
+    """Levels whose `value` (an array over t that rises or falls all the way) is evenly spread."""
     t = np.arange(len(value))
     wanted = np.linspace(value[-1], value[0], steps)
     rising = value[0] < value[-1]
@@ -82,15 +83,15 @@ def log_snr_spacing(alpha_bar, steps):
 
 
 def karras_spacing(alpha_bar, steps, rho=7):
-    """Equal strides in s^(1/rho), where s = sqrt((1 - ab) / ab), Karras' sigma (Karras et al. 2022, eq. 5)."""
+    """Equal strides in s^(1/rho), s = sqrt((1 - ab) / ab), sigma in Karras et al. 2022 (eq. 5)."""
     return _even_in(((1 - alpha_bar) / alpha_bar) ** (0.5 / rho), steps)
 
 
 def tapered_spacing(alpha_bar, steps, bend=0.02):
     """Equal strides down to about t = bend T, and from there ever shorter ones, in proportion to t.
 
-    The last step of "uniform" leaps from T / steps to the clean image, and what noise hides at that level it
-    smooths. Here it is left for t = 0, at the price of strides above that are somewhat longer.
+    The last step of "uniform" leaps from T / steps to the clean image, and smooths what noise hides
+    at that level. Here the last leap is from t = 0, at the price of somewhat longer strides above.
     """
     T = len(alpha_bar)
     t = np.arange(T)
@@ -111,11 +112,12 @@ def distinct(levels):
 
 
 def nearest_levels(levels, timesteps):
-    """Where in `levels`, which a sampler visits, the wanted timesteps are, or what is nearest; in order."""
+    """Where in a sampler's `levels` the wanted timesteps are, or what is nearest; in order."""
     return sorted({min(range(len(levels)), key=lambda k: abs(levels[k] - t)) for t in timesteps})
 
 
 def ranges_of_t(num_timesteps, ranges, count):
-    """(the edges of equal ranges of the levels, from 0 to T; for each range `count` levels evenly spread over it)"""
+    """(the edges of equal ranges of the levels, 0 to T; `count` levels evenly spread over each)"""
     edges = torch.linspace(0, num_timesteps, ranges + 1).round().int().tolist()
-    return edges, [torch.linspace(low, high - 1, count).round().long() for low, high in zip(edges, edges[1:])]
+    return edges, [torch.linspace(low, high - 1, count).round().long()
+                   for low, high in zip(edges, edges[1:])]

@@ -1,7 +1,7 @@
 """A training on its way: from one report to the next, with pictures, tables and checkpoints.
 
-train.py prepares what is used here: the State that changes, the Plan of what happens when, and a Keeper,
-which writes the checkpoints.
+train.py prepares what is used here: the State that changes, the Plan of what happens when, and a
+Keeper, which writes the checkpoints.
 """
 
 import contextlib
@@ -26,15 +26,16 @@ SAVE_SECONDS = 300  # about so many at most from one save of the latest state to
 
 
 def sample_images(model, diffusion, device, num_images=64, image_size=28):
-    """Pictures for a look at the training: from the same noises each time, so that epochs compare, and by
-    DDIM in 50 steps, because the full chain would take minutes. A model that knows classes draws them in
-    turn.
+    """Pictures for a look at the training: from the same noises each time, so that epochs compare,
+    and by DDIM in 50 steps, because the full chain would take minutes. A model that knows classes
+    draws them in turn.
 
     Returns [num_images, C, image_size, image_size] in [-1, 1].
     """
     classes, channels = getattr(model, "num_classes", None), getattr(model, "image_channels", 1)
     y = torch.arange(num_images) % classes if classes else None
-    return diffusion.sample(model, image_size, num_images, channels, seed=0, device=device, sampler="ddim", y=y)
+    return diffusion.sample(model, image_size, num_images, channels, seed=0, device=device,
+                            sampler="ddim", y=y)
 
 
 # ---- Checkpoints
@@ -42,18 +43,20 @@ def sample_images(model, diffusion, device, num_images=64, image_size=28):
 class Keeper:
     """Writes the checkpoints of a run into its folder.
 
-    facts: what they tell beside the state.  signals: see running.py.  replacing: the folder may hold an
-    earlier run. It is deleted after the first save, so that a run that fails at once has replaced nothing.
+    facts: what they tell beside the state.  signals: see running.py.
+    replacing: the folder may hold an earlier run. It is deleted after the first save, so that a run
+    that fails at once has replaced nothing.
     """
 
     def __init__(self, folder, state, facts, steps_per_epoch, signals, replacing):
-        self.folder, self.state, self.facts, self.steps_per_epoch = folder, state, facts, steps_per_epoch
+        self.folder, self.state, self.facts, self.steps_per_epoch = (
+            folder, state, facts, steps_per_epoch)
         self.signals, self.replacing = signals, replacing
         self.tables_written, self.tables_seconds = time.perf_counter(), 0.0
 
     def save(self, name):
         """Write a checkpoint; a signal waits until it is there."""
-        with self.signals.postponed():  # torch.save turns an exception in its midst into one of its own
+        with self.signals.postponed():  # torch.save turns an exception in its midst into its own
             self._write(name)
 
     def _write(self, name):
@@ -61,8 +64,8 @@ class Keeper:
         path, state = self.folder / name, self.state
         sound = all(p.isfinite().all() for p in state.model.parameters())
         if not sound or not all(map(math.isfinite, state.losses)):
-            raise ValueError(f"weights or losses are no numbers any more by step {len(state.losses)}; "
-                             f"{path} is left as it was")
+            raise ValueError("weights or losses are no numbers any more "
+                             f"by step {len(state.losses)}; {path} is left as it was")
         epoch = len(state.losses) // self.steps_per_epoch
         save_checkpoint(path, {**self.facts, **state.entries(), "epoch": epoch})
         if path.name != LATEST:
@@ -83,8 +86,8 @@ class Keeper:
 
     @contextlib.contextmanager
     def saved_if_stopped(self, total_steps):
-        """If a signal, a full disk or want of memory stops what is inside, save the state and let it stop; but not
-        a state that an optimizer has left half-way."""
+        """If a signal, a full disk or want of memory stops what is inside, save the state and let
+        it stop; but not a state that an optimizer has left half-way."""
         try:
             yield
         except (Stopped, OSError, MemoryError, RuntimeError) as stop:
@@ -94,8 +97,9 @@ class Keeper:
                     self._write(LATEST)
                 what = stop if isinstance(stop, (Stopped, OSError)) else type(stop).__name__
                 with contextlib.suppress(OSError):              # the terminal may be gone
-                    print(f"{what} after step {steps} of {total_steps}: saved to {self.folder / LATEST}; the "
-                          "same command with --resume goes on, and python sample.py --checkpoint "
+                    print(f"{what} after step {steps} of {total_steps}: saved to "
+                          f"{self.folder / LATEST}; the same command with --resume goes on, "
+                          "and python sample.py --checkpoint "
                           f"{self.folder / LATEST} draws from it", flush=True,
                           file=sys.stderr if isinstance(stop, BrokenPipeError) else None)
                 stop.told = isinstance(stop, Stopped)
@@ -105,11 +109,13 @@ class Keeper:
 def restore(state, origin, facts, plan):
     """Put a new run where a checkpoint of the same settings was. ValueError names what differs."""
     saved = load_checkpoint(origin)
-    if isinstance(saved.get("model_config"), dict):     # it may be older than a setting of the network
+    # The checkpoint may be older than a setting of the network.
+    if isinstance(saved.get("model_config"), dict):
         saved["model_config"] = {**model_defaults(facts["model_name"]), **saved["model_config"]}
     advice, was = GO_ON, saved.get("settings")
     if isinstance(was, dict) and was.get("total_steps") != facts["settings"].get("total_steps"):
-        advice += " (a rate that falls to zero cannot be prolonged: --start_from learns on, in a run of its own)"
+        advice += (" (a rate that falls to zero cannot be prolonged: "
+                   "--start_from learns on, in a run of its own)")
     for part in ("settings", "model_config", "diffusion_config"):
         check_settings(origin, saved.get(part), facts[part], advice)
     classes = [entries["data"].get("classes") for entries in (saved, facts)]
@@ -119,7 +125,8 @@ def restore(state, origin, facts, plan):
     facts["started_from"] = saved.get("started_from")
     state.restore(origin, saved)
     if len(state.losses) > plan.total_steps:
-        raise ValueError(f"{origin} is at step {len(state.losses)}, beyond the {plan.total_steps} of this run: "
+        raise ValueError(f"{origin} is at step {len(state.losses)}, "
+                         f"beyond the {plan.total_steps} of this run: "
                          "give more --epochs or --steps")
     print(f"going on from {origin}, after {len(state.losses)} of {plan.total_steps} steps")
 
@@ -127,7 +134,7 @@ def restore(state, origin, facts, plan):
 # ---- Reports
 
 def write_losses(folder, state, rate):
-    """training_loss.csv, a row for each step (step from 1, loss, learning rate, held-out loss), and .png."""
+    """training_loss.png and .csv, a row a step: step from 1, loss, learning rate, held-out loss."""
     rows = [f"{step},{loss:.6g},{rate(step - 1):.6g},{state.held_out_losses.get(step, '')}\n"
             for step, loss in enumerate(state.losses, start=1)]
     write_file(folder / "training_loss.csv",
@@ -135,9 +142,9 @@ def write_losses(folder, state, rate):
     plot_losses(state.losses, folder / "training_loss.png", state.held_out_losses)
 
 
-def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, num_samples, image_size,
-           min_snr=None):
-    """After an epoch, or when pictures or a checkpoint are due: the held-out loss, pictures, tables.
+def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, num_samples,
+           image_size, min_snr=None):
+    """After an epoch, or when pictures or a checkpoint are due: held-out loss, pictures, tables.
 
     seconds: since the last one.  held_out: a Batches, or None.
     """
@@ -154,7 +161,8 @@ def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, 
         text += f", held-out loss {value:.4f}"
     if plan.is_due(plan.sample_every, step):
         path = keeper.folder / "samples" / f"{plan.name(step)}.png"
-        save_images(sample_images(state.ema.model, diffusion, device, num_samples, image_size), path)
+        save_images(sample_images(state.ema.model, diffusion, device, num_samples, image_size),
+                    path)
         text += f"; wrote {path}"
     print(text, flush=True)
     keeper.write_tables(rate, last=step == plan.total_steps)
@@ -174,7 +182,7 @@ def follow(plan, keeper, look, network, batches, diffusion, device, *, step_seco
     settings: as train_steps takes them.
     """
     state, (rank, _) = keeper.state, distributed.place()
-    leg = max(1, int(SAVE_SECONDS / 10 / step_seconds))         # steps between two looks at the clock
+    leg = max(1, int(SAVE_SECONDS / 10 / step_seconds))     # steps between two looks at the clock
     stream = batches.stream(len(state.losses))
     looked = saved = time.perf_counter()
     save_seconds = 0.0
@@ -186,16 +194,18 @@ def follow(plan, keeper, look, network, batches, diffusion, device, *, step_seco
         if step >= plan.total_steps:
             return
         first, last = plan.previous_report(step + 1), plan.next_report(step)
-        with tqdm(initial=step - first, total=last - first, desc=plan.stretch(first, last), unit="step",
-                  disable=not speaks()) as bar:
+        with tqdm(initial=step - first, total=last - first, desc=plan.stretch(first, last),
+                  unit="step", disable=not speaks()) as bar:
             while (step := len(state.losses)) < last:
                 epoch_end = (step // len(batches) + 1) * len(batches)
                 end = min(step + leg, epoch_end, last)
-                train_steps(network, stream, state.optimizer, diffusion, device, end - step, state.losses, bar,
-                            ema=state.ema, first_step=step, each=keeper.signals.postponed, **settings)
+                train_steps(network, stream, state.optimizer, diffusion, device, end - step,
+                            state.losses, bar, ema=state.ema, first_step=step,
+                            each=keeper.signals.postponed, **settings)
                 # After each epoch, as long as that costs under a percent of the time.
                 since = time.perf_counter() - saved
-                if rank == 0 and (since > SAVE_SECONDS or end == epoch_end and since > 100 * save_seconds):
+                if rank == 0 and (since > SAVE_SECONDS
+                                  or end == epoch_end and since > 100 * save_seconds):
                     start = time.perf_counter()
                     keeper.save(LATEST)
                     saved = time.perf_counter()

@@ -103,7 +103,7 @@ def pen_path(text):
         rows = np.concatenate([catmull_rom(knots) for knots in curves])
         steps = np.linalg.norm(np.diff(rows @ control, axis=0), axis=1)
         basis.append(rows)
-        travelled.append(np.append(0, steps))                # the leap between strokes leaves no ink
+        travelled.append(np.append(0, steps))       # the leap between strokes leaves no ink
     travelled = np.cumsum(np.concatenate(travelled))
     even = np.searchsorted(travelled, np.linspace(0, travelled[-1], POINTS) - 1e-9)
     return control, np.concatenate(basis)[even], stroke
@@ -131,8 +131,8 @@ def digits(n: int = 10_000, seed: int = 0):
     table = [(digit, common, pen_path(path))
              for digit, ways in DIGITS.items() for common, path in ways]
     control, basis, stroke = (np.stack(parts) for parts in zip(*(path for _, _, path in table)))
-    choices = [[k for k, (digit, common, _) in enumerate(table) if digit == d for _ in range(common)]
-               for d in range(10)]
+    choices = [[k for k, (digit, common, _) in enumerate(table) if digit == d
+                for _ in range(common)] for d in range(10)]
 
     labels = np.arange(n) % 10
     images = np.empty((n, 1, 28, 28), np.uint8)
@@ -160,7 +160,7 @@ def handwriting(control, basis, stroke, hand):
     x, y = np.moveaxis(basis @ control - 0.5, -1, 0)                      # each [N, POINTS]
     for angle, phase, dx, dy in np.moveaxis(hand["wave"], 0, -1)[..., None]:
         wave = np.sin(4 * (x * np.cos(2 * angle) + y * np.sin(2 * angle)) + 3 * phase)
-        x, y = x + 0.04 * dx * wave, y + 0.03 * dy * wave                 # spans more than the digit
+        x, y = x + 0.04 * dx * wave, y + 0.03 * dy * wave                 # a wave exceeds the digit
     y = y + 0.2 * hand["balance"] * (y**2 - 0.25)                         # head or belly larger
     x = x * 0.8 * np.exp(0.24 * hand["width"])
     x = x - y * (0.18 + 0.23 * hand["slant"])                             # most hands lean right
@@ -172,11 +172,11 @@ def ink(path, hand):
     """Ink N paths with a round nib, sized and placed as in MNIST.  Returns uint8 [N, 28, 28]."""
     nib = 1.3 * np.exp(0.27 * hand["nib"])                                # radius, 0.76 to 2.23 px
     low, high = path.min(1), path.max(1)
-    box = 19.8 - 0.4 * np.abs(hand["size"])                               # MNIST fits a 20 x 20 box,
+    box = 19.8 - 0.4 * np.abs(hand["size"])                               # MNIST fits a 20x20 box,
     scale = (box - 2 * nib) / (high - low).max(-1, keepdims=True)
     path = (path - (low + high)[:, None] / 2) * scale[..., None]
     shift = 0.3 * hand["place"] - path.mean(1)                            # centres the mass of ink,
-    room = 12.2 - nib - np.abs(path).max(1)                               # and never leaves the frame
+    room = 12.2 - nib - np.abs(path).max(1)                               # and stays in the frame
     path = path + np.clip(shift, -room, room)[:, None]
 
     # Distance from every pixel to the nearest dot of ink. Squared distance minus squared radius
@@ -244,7 +244,7 @@ def strips(rng, x, y):
     kinds = rng.integers(0, 5, (4, 2))[strip % rng.integers(2, 5), block % rng.integers(1, 3)]
     dyes = run_of_dyes(rng, 3, 2, 5)
     value = figure(kinds, x % 1, y % 1, rng.integers(2, 5))
-    return np.where(x % 1 < 0.06, 0, dyes[value, strip % rng.integers(1, 3), kinds])    # 0: the seam
+    return np.where(x % 1 < 0.06, 0, dyes[value, strip % rng.integers(1, 3), kinds])  # 0: the seam
 
 
 def checks(rng, x, y):
@@ -294,7 +294,7 @@ def medallions(rng, x, y):
     edges = np.sort(rng.uniform(0.06, 0.5, rng.integers(3, 7)))
     edges[-1] = max(edges[-1], 0.4)
     ring = np.searchsorted(edges, np.hypot(x, y))
-    petals = 2 * rng.integers(3, 13, 7) * (np.arange(7) < len(edges))     # none on the ground outside
+    petals = 2 * rng.integers(3, 13, 7) * (np.arange(7) < len(edges))     # none outside the rings
     petal = fold(petals[ring] * np.arctan2(y, x) / np.pi) > rng.uniform(0.3, 0.7)
     return run_of_dyes(rng, 2, 7)[petal.astype(int), ring]
 
@@ -305,10 +305,11 @@ def mudcloth(rng, x, y):
     row = np.floor(y).astype(int)
     s, t = x % 1 - 0.5, y % 1 - 0.5
     a, b, r = np.abs(s), np.abs(t), np.hypot(s, t)
-    marks = [np.abs(a - b), np.minimum(a, b), np.abs(a + b - 0.5),        # distance to x, +, diamond,
-             np.abs(r - 0.28), r - 0.06, fold(4 * s) / 4,                 # ring, dot, strokes,
-             np.abs(t + 0.25 - 0.5 * fold(2 * s))]                        # zigzag
-    line = np.choose(rng.integers(0, 7, 8)[row % rng.integers(1, 5)], marks) < rng.uniform(0.05, 0.12)
+    marks = [np.abs(a - b), np.minimum(a, b), np.abs(a + b - 0.5),    # distance to x, +, diamond,
+             np.abs(r - 0.28), r - 0.06, fold(4 * s) / 4,             # ring, dot, strokes,
+             np.abs(t + 0.25 - 0.5 * fold(2 * s))]                    # zigzag
+    line = (np.choose(rng.integers(0, 7, 8)[row % rng.integers(1, 5)], marks)
+            < rng.uniform(0.05, 0.12))
     rule = (b > 0.46) & (rng.random() < 0.6)
     dark, band, pale = rng.integers(0, 2), rng.integers(0, 3), rng.integers(3, 5)
     return np.where(line | rule, pale, np.where(row % 4 == 0, band, dark))
@@ -351,11 +352,12 @@ def cloth(rng, family, size=64):
     """One piece of cloth, uint8 [3, size, size].  family: (rng, x, y) -> dyes 0..4."""
     y, x = np.mgrid[:2 * size, :2 * size] / (2 * size)       # four samples a pixel: smooth edges
     turn = np.pi / 4 * rng.choice([0, 0, 0, 1, 2]) + 0.04 * rng.normal()
-    sag_x, sag_y = (0.015 * np.sin(2 * np.pi * (along + rng.random())) for along in (y[:, :1], x[:1]))
+    sag_x, sag_y = (0.015 * np.sin(2 * np.pi * (along + rng.random()))
+                    for along in (y[:, :1], x[:1]))
     u = x * np.cos(turn) - y * np.sin(turn) + sag_x + 4      # 4: families may count on u, v > 0
     v = x * np.sin(turn) + y * np.cos(turn) + sag_y + 4
     dye = family(rng, u, v)
-    if rng.random() < 0.4:                                   # the grounds of wax prints are speckled
+    if rng.random() < 0.4:                                   # wax prints have speckled grounds
         one, other = rng.permutation(5)[:2]
         fine = rng.integers(18, 30)
         dye = np.where((dye == one) & (fold(fine * u) * fold(fine * v) > 0.4), other, dye)
@@ -373,7 +375,8 @@ def cloth(rng, family, size=64):
     a, b, c, d = rng.normal(size=4)
     light = 1 + 0.08 * a * np.sin(4 * (b * x + c * y) + d)   # soft folds
     shade = np.outer(weft, warp) * over * light + rng.normal(0, 0.02, (size, size))
-    return np.round(255 * np.clip(image * shade[..., None], 0, 1)).astype(np.uint8).transpose(2, 0, 1)
+    return (np.round(255 * np.clip(image * shade[..., None], 0, 1))
+            .astype(np.uint8).transpose(2, 0, 1))
 
 
 def check_arguments(n, seed):

@@ -1,17 +1,17 @@
 """Train a U-Net to undo noise.
 
-    python train.py                                       # MNIST, 20 epochs
+    python train.py                                                 # MNIST, 20 epochs
     python train.py --epochs 50 --dataset fashion_mnist
-    python train.py --dataset path/to/photos --verify     # look at a folder first
-    python train.py --dataset path/to/photos --preset fabrics_laptop
-    python train.py --dataset path/to/photos --preset fabrics_laptop --resume     # after Ctrl-C, or a crash
-    python train.py --dataset path/to/photos --preset fabrics_laptop --start_from pretrained/african_fabrics.pt
-    torchrun --nproc_per_node=4 train.py --preset cifar10 # one process for each GPU
+    python train.py --dataset DIR --verify                          # look at a folder first
+    python train.py --dataset DIR --preset fabrics_laptop
+    python train.py --dataset DIR --preset fabrics_laptop --resume  # after Ctrl-C, or a crash
+    python train.py --dataset DIR --preset fabrics_laptop --start_from pretrained/african_fabrics.pt
+    torchrun --nproc_per_node=4 train.py --preset cifar10           # one process for each GPU
 
-Writes into outputs/: samples/epoch_001.png ... (64 images after each epoch), checkpoints/
-model_epoch_005.pt ... (every 5 epochs), training_loss.png and .csv, model_best.pt (by the loss of held-out
-images, if there are any), model_latest.pt as long as it runs and, at the end, model_final.pt. A run that is
-counted in --steps numbers its files by steps.
+Writes into outputs/: samples/epoch_001.png ... (64 images after each epoch),
+checkpoints/model_epoch_005.pt ... (every 5 epochs), training_loss.png and .csv, model_best.pt (by
+the loss of held-out images, if there are any), model_latest.pt as long as it runs and, at the end,
+model_final.pt. A run that is counted in --steps numbers its files by steps.
 """
 
 import argparse
@@ -29,8 +29,8 @@ import distributed
 from checkpoint import FLAGS, State, plain, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, spare, whole_number)
-from data import (DATASETS, DATASET_HELP, Batches, class_names, full_name, get_dataset, get_default_dataset,
-                  keep_apart, keep_unseen, split_held_out, verify_dataset)
+from data import (DATASETS, DATASET_HELP, Batches, class_names, full_name, get_dataset,
+                  get_default_dataset, keep_apart, keep_unseen, split_held_out, verify_dataset)
 from diffusion import OBJECTIVES, DiffusionProcess
 from folders import FITS
 from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401
@@ -40,23 +40,23 @@ from presets import PRESETS, parse
 from running import BEST, FINAL, LATEST, Signals, find_checkpoint, only_run, run_files
 from schedules import SCHEDULES
 from session import Keeper, follow, report, restore, sample_images  # noqa: F401
-from utils import (DENSITIES, EMA, PRECISIONS, count_parameters, describe_device, get_device, get_precision,
-                   peak_memory)
+from utils import (DENSITIES, EMA, PRECISIONS, count_parameters, describe_device, get_device,
+                   get_precision, peak_memory)
 
-# train_epoch and sample_images are imported for whoever writes: from train import train_epoch, sample_images
+# For whoever writes: from train import train_epoch, sample_images
 
-# What may be different when a run is resumed; everything else decides what it becomes. Of the data, the
-# images count and not where they lie.
-MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "output_dir", "device", "cache_dir",
-              "grad_checkpoint", "compile", "num_samples", "sample_every", "save_every", "resume", "overwrite",
-              "start_from")
+# What may be different when a run is resumed; everything else decides what it becomes. Of the data,
+# the images count and not where they lie.
+MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "output_dir", "device",
+              "cache_dir", "grad_checkpoint", "compile", "num_samples", "sample_every",
+              "save_every", "resume", "overwrite", "start_from")
 
 
-def load_batches(dataset_name, batch_size, seed, flip, turn, labels, data_dir, val_dir, val_fraction, device,
-                 **settings):
+def load_batches(dataset_name, batch_size, seed, flip, turn, labels, data_dir, val_dir,
+                 val_fraction, device, **settings):
     """(name, names of the classes or None, Batches to train on, Batches held out or None)
 
-    labels: whether to train with classes; None: as the data set has them (a folder has none unasked).
+    labels: train with classes or not; None: as the data set has them (a folder has none unasked).
     """
     settings["with_labels"] = bool(labels)
     with distributed.first_rank_first():
@@ -64,29 +64,34 @@ def load_batches(dataset_name, batch_size, seed, flip, turn, labels, data_dir, v
             dataset_name, *arrays = get_default_dataset(data_dir, **settings)
         else:
             arrays = get_dataset(dataset_name, data_dir, **settings)
-        images, classes = arrays[0], None if labels is False else class_names(dataset_name, bool(labels))
+        images, classes = arrays[0], (None if labels is False
+                                      else class_names(dataset_name, bool(labels)))
         if val_dir:                               # without classes, if it has others or none
             try:
                 same = bool(classes) and class_names(val_dir, True) == classes
-                like = dict(settings, image_size=images.shape[-1], channels=images.shape[1], with_labels=same)
+                like = dict(settings, image_size=images.shape[-1], channels=images.shape[1],
+                            with_labels=same)
                 held_arrays = get_dataset(val_dir, data_dir, train=False, **like)
             except ValueError as error:
                 raise ValueError(f"--val_dir: {error}") from error
     y = arrays[1] if classes else None
     if set(classes or []) & {"none", "all"}:
-        raise ValueError(f"{dataset_name}: a class cannot be called none or all, as --label means something else by "
-                         "them: rename the sub-folder")
+        raise ValueError(f"{dataset_name}: a class cannot be called none or all, "
+                         "as --label means something else by them: rename the sub-folder")
     bare = [name for k, name in enumerate(classes or []) if not (y == k).any()]
     if bare and dataset_name not in DATASETS:
-        raise ValueError(f"{dataset_name}: no usable image of {', '.join(bare)}: every sub-folder is a class")
-    if device.type == "cuda" and images.nbytes < torch.cuda.get_device_properties(device).total_memory / 8:
-        images = images.to(device)            # then no step waits for a copy
+        raise ValueError(f"{dataset_name}: no usable image of {', '.join(bare)}: "
+                         "every sub-folder is a class")
+    if (device.type == "cuda"
+            and images.nbytes < torch.cuda.get_device_properties(device).total_memory / 8):
+        images = images.to(device)      # then no step waits for a copy
     kept, held = split_held_out(len(images), 0.0 if val_dir else val_fraction, seed)
-    held_out = None                           # or 64 at a time, as many as make a sheet: see print_cost
+    held_out = None                     # or 64 at a time, as many as make a sheet: see print_cost
     if val_dir:
         held_out = Batches(held_arrays[0], held_arrays[1] if same else None, batch_size=64)
         if classes and not same:
-            print(f"note: {val_dir} has not the same classes, so the held-out loss is that without a class")
+            print(f"note: {val_dir} has not the same classes, "
+                  "so the held-out loss is that without a class")
     elif len(held):
         held_out = Batches(images, y, batch_size=64, indices=held)
     return dataset_name, classes, Batches(images, y, batch_size, seed, flip, kept, turn), held_out
@@ -98,16 +103,17 @@ def build_model(name, config, image_size, seed, device, grad_checkpoint):
     model = create_model(name, **config, grad_checkpoint=grad_checkpoint).to(device)
     if image_size % model.multiple:
         fitting = math.ceil(image_size / model.multiple) * model.multiple
-        raise ValueError(f"the images are {image_size}x{image_size} pixels, and the U-Net needs a multiple of "
-                         f"{model.multiple}: give --image_size {fitting}, for instance")
+        raise ValueError(f"the images are {image_size}x{image_size} pixels, "
+                         f"and the U-Net needs a multiple of {model.multiple}: "
+                         f"give --image_size {fitting}, for instance")
     return model
 
 
-def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_samples, optimizer, compiled,
-              **settings):
-    """Measure how fast this is here, and print what the training will cost. Returns the seconds of a step.
+def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_samples, optimizer,
+              compiled, **settings):
+    """Measure how fast this is here, and print the training's cost. Returns the seconds of a step.
 
-    done: the steps that a resumed run has behind it.  compiled: does the first step wait for torch.compile?
+    done: the steps behind a resumed run.  compiled: does the first step wait for torch.compile?
     settings: as train_step takes them.
     """
     batch = tuple(part.to(device) for part in next(iter(batches)))
@@ -125,8 +131,8 @@ def check_choices(num_epochs, steps, beta2, **settings):
     """Raise ValueError for settings of train() that are wrong whatever the data are."""
     if num_epochs < 1 or (steps is not None and steps < 1):
         raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
-    for name, known in (("model_name", MODELS), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES),
-                        ("fit", FITS)):
+    for name, known in (("model_name", MODELS), ("optimizer", OPTIMIZERS),
+                        ("lr_schedule", LR_SCHEDULES), ("fit", FITS)):
         if settings[name] not in known:
             raise ValueError(f"unknown {name} {settings[name]!r}; choose from {', '.join(known)}")
     for name, value in (("beta2", beta2), ("ema_decay", settings["ema_decay"])):
@@ -134,7 +140,8 @@ def check_choices(num_epochs, steps, beta2, **settings):
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
     if not 0 <= settings["seed"] < 2**32:
         raise ValueError(f"seed must lie in 0..{2**32 - 1}, got {settings['seed']}")
-    for name in ("num_samples", "sample_every", "save_every", "ema_every", "accumulate", "batch_size"):
+    for name in ("num_samples", "sample_every", "save_every", "ema_every",
+                 "accumulate", "batch_size"):
         if settings[name] is not None and settings[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")
     for name in ("warmup", "weight_decay"):
@@ -148,32 +155,35 @@ def check_choices(num_epochs, steps, beta2, **settings):
             raise ValueError(f"{name} must lie in [0, 1], got {settings[name]}")
 
 
-def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None, seed=0,
-          data_dir="data", output_dir="outputs", device="auto", precision="auto",
-          image_size=None, channels=None, fit="crop", labels=None, label_drop=0.1, cache_dir=None, flip=False,
-          turn=False, val_dir=None, val_fraction=0.0, timesteps=1000, schedule="linear", objective="eps",
-          clip_loss=False,
+def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None,
+          seed=0, data_dir="data", output_dir="outputs", device="auto", precision="auto",
+          image_size=None, channels=None, fit="crop", labels=None, label_drop=0.1, cache_dir=None,
+          flip=False, turn=False, val_dir=None, val_fraction=0.0,
+          timesteps=1000, schedule="linear", objective="eps", clip_loss=False,
           model_name="simple", grad_checkpoint=False, compile=False,
-          optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0, accumulate=1,
-          grad_clip=None, min_snr=None, density="uniform", ema_decay=0.9995, ema_every=1, num_samples=64,
-          sample_every=None, save_every=None, resume=None, overwrite=False, start_from=None, **model_config):
+          optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0,
+          accumulate=1, grad_clip=None, min_snr=None, density="uniform", ema_decay=0.9995,
+          ema_every=1, num_samples=64, sample_every=None, save_every=None, resume=None,
+          overwrite=False, start_from=None, **model_config):
     """Train and write pictures, checkpoints and the loss; main() documents the settings.
 
     dataset_name: a key of DATASETS, a folder of images, or None for MNIST with synthetic digits to
-    fall back on.  steps: optimizer steps, instead of num_epochs; sample_every and save_every then count
-    steps, else epochs.  model_config: base_channels and whatever else create_model takes.
-    resume: "latest" or the path of a checkpoint to go on from: the result is bit for bit that of a run
-    that never stopped (on a CPU, with as many processes).  overwrite: replace an unfinished run in output_dir.
-    start_from: the path of a checkpoint whose averaged weights are taken instead of random ones (take_weights).
-    Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders, and
-    Stopped (a KeyboardInterrupt) after a signal, with the state saved once there is any.
+    fall back on.  steps: optimizer steps, instead of num_epochs; sample_every and save_every then
+    count steps, else epochs.  model_config: base_channels and whatever else create_model takes.
+    resume: "latest" or the path of a checkpoint to go on from: the result is bit for bit that of a
+    run that never stopped (on a CPU, with as many processes).
+    overwrite: replace an unfinished run in output_dir.
+    start_from: the path of a checkpoint whose averaged weights replace random ones (take_weights).
+    Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders,
+    and Stopped (a KeyboardInterrupt) after a signal, with the state saved once there is any.
     """
-    settings = {name: value for name, value in locals().items() if name not in (*MAY_CHANGE, "model_config")}
+    settings = {name: value for name, value in locals().items()
+                if name not in (*MAY_CHANGE, "model_config")}
     model_config = {name: tuple(value) if isinstance(value, list) else value
                     for name, value in model_config.items()}
     # ---- What can be wrong is found before the training begins.
-    check_choices(num_epochs, steps, num_samples=num_samples, sample_every=sample_every, save_every=save_every,
-                  **settings)
+    check_choices(num_epochs, steps, num_samples=num_samples, sample_every=sample_every,
+                  save_every=save_every, **settings)
     diffusion = DiffusionProcess(timesteps, schedule, objective, clip_loss=clip_loss)
     device_asked, device = device, get_device(distributed.join(device))
     rank, world = distributed.place()
@@ -181,7 +191,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     for name in (dataset_name, val_dir):
         keep_apart(name, output_dir)
     keep_unseen(dataset_name, val_dir)
-    output_dir = make_output_dir(output_dir, FINAL, LATEST, BEST, "training_loss.png", "training_loss.csv")
+    output_dir = make_output_dir(output_dir, FINAL, LATEST, BEST,
+                                 "training_loss.png", "training_loss.csv")
     make_output_dir(output_dir / "samples")
     make_output_dir(output_dir / "checkpoints")
     with (Signals(ignore=rank > 0) as signals,
@@ -193,57 +204,65 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         elif start_from:
             spare([start_from], *run_files(output_dir))
         dataset_name, classes, batches, held_out = load_batches(
-            dataset_name, batch_size * accumulate, seed, flip, turn, labels, data_dir, val_dir, val_fraction, device,
+            dataset_name, batch_size * accumulate, seed, flip, turn, labels, data_dir, val_dir,
+            val_fraction, device,
             image_size=image_size, channels=channels, fit=fit, cache_dir=cache_dir)
         if world > 1 and batches.batch_size % (world * accumulate):
-            raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally by {world} "
-                             f"processes in {accumulate} parts")
+            raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally "
+                             f"by {world} processes in {accumulate} parts")
         channels, image_size = batches.images.shape[1], batches.images.shape[-1]
-        plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every, warmup, ema_every)
+        plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every,
+                         warmup, ema_every)
         model_config = dict(model_defaults(model_name), **model_config, image_channels=channels,
                             add_input=objective == "eps", num_classes=classes and len(classes))
         model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
-        started = start_from and take_weights(start_from, model, model_name, model_config, diffusion.config, classes)
+        started = start_from and take_weights(start_from, model, model_name, model_config,
+                                              diffusion.config, classes)
         state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
             model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay))
-        # A checkpoint holds four numbers for each weight: itself, its average and Adam's two moments.
+        # A checkpoint holds four numbers for each weight: itself, its average, Adam's two moments.
         if origin is None:
             check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model),
                        sum(path.stat().st_size for path in run_files(output_dir)))
         settings.update(precision="bf16" if precision == torch.bfloat16 else "float32",
-                        image_size=image_size, channels=channels, labels=bool(classes), images=batches.fingerprint(),
-                        held_out=held_out and held_out.fingerprint())
+                        image_size=image_size, channels=channels, labels=bool(classes),
+                        images=batches.fingerprint(), held_out=held_out and held_out.fingerprint())
         if lr_schedule != "constant":  # then the length of the run changes every step
             settings["total_steps"] = plan.total_steps
-        facts = {"model_name": model_name, "model_config": model_config, "diffusion_config": diffusion.config,
-                 "settings": settings, "data": {
-                     "name": full_name(dataset_name), "image_size": image_size, "channels": channels,
-                     "classes": classes, "fit": fit, "flip": flip, "turn": turn, "seed": seed,
-                     "val_fraction": 0.0 if val_dir else val_fraction,
+        facts = {"model_name": model_name, "model_config": model_config,
+                 "diffusion_config": diffusion.config, "settings": settings, "data": {
+                     "name": full_name(dataset_name), "image_size": image_size,
+                     "channels": channels, "classes": classes, "fit": fit, "flip": flip,
+                     "turn": turn, "seed": seed, "val_fraction": 0.0 if val_dir else val_fraction,
                      "val_dir": val_dir and full_name(val_dir)}, "started_from": started}
         facts = plain(facts, "the run")         # what cannot be saved is told before the training
 
         # ---- What is going to happen
-        print(f"device: {describe_device(device, device_asked)}" + f", {world} processes" * (world > 1))
+        print(f"device: {describe_device(device, device_asked)}"
+              + f", {world} processes" * (world > 1))
         print(f"precision: {precision_reason}; samples are drawn in float32")
-        print(f"data: {dataset_name}, {batches.num_images} images of {channels}x{image_size}x{image_size}"
+        print(f"data: {dataset_name}, "
+              f"{batches.num_images} images of {channels}x{image_size}x{image_size}"
               + (f", {held_out.num_images} held out" if held_out else "")
-              + (f", {len(classes)} classes ({textwrap.shorten(', '.join(classes), 100)})" if classes else "")
+              + (f", {len(classes)} classes ({textwrap.shorten(', '.join(classes), 100)})"
+                 if classes else "")
               + f"; model: {count_parameters(model):,} parameters")
         if origin:
             restore(state, origin, facts, plan)
         elif started:
             print(f"starting from the weights of {start_from}, after {started['steps']} steps")
             if held_out and started["images"] != settings["images"]:
-                print("note: those steps may have seen what is held out here, so that its loss says less")
+                print("note: those steps may have seen what is held out here, "
+                      "so that its loss says less")
         start = time.perf_counter()             # compiling is part of what it takes
         if compile:
             model.compile()
         network = DistributedDataParallel(model) if world > 1 else model
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
-                             label_drop=label_drop if classes else 0.0, min_snr=min_snr, density=density)
-        step_seconds = tell_cost(plan, len(state.losses), network, batches, held_out, diffusion, device,
-                                 num_samples, optimizer, compile, **step_settings)
+                             label_drop=label_drop if classes else 0.0,
+                             min_snr=min_snr, density=density)
+        step_seconds = tell_cost(plan, len(state.losses), network, batches, held_out, diffusion,
+                                 device, num_samples, optimizer, compile, **step_settings)
 
         # ---- Training
         rate = functools.partial(rate_at, total_steps=plan.total_steps, peak=learning_rate,
@@ -254,14 +273,15 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             precision=precision, held_out=held_out, num_samples=num_samples, image_size=image_size,
             min_snr=min_snr)
         with keeper.saved_if_stopped(plan.total_steps) if rank == 0 else contextlib.nullcontext():
-            follow(plan, keeper, look, network, batches, diffusion, device, step_seconds=step_seconds,
-                   ema_every=ema_every, rate=rate, seed=seed, **step_settings)
+            follow(plan, keeper, look, network, batches, diffusion, device,
+                   step_seconds=step_seconds, ema_every=ema_every, rate=rate, seed=seed,
+                   **step_settings)
             if rank == 0:
                 keeper.save(FINAL)
         if rank == 0:
             (output_dir / LATEST).unlink(missing_ok=True)
-        print(f"took {format_seconds(time.perf_counter() - start)} and {peak_memory(device) / 1e9:.1f} GB of "
-              "memory")
+        print(f"took {format_seconds(time.perf_counter() - start)} "
+              f"and {peak_memory(device) / 1e9:.1f} GB of memory")
     return model, state.ema.model, state.losses
 
 
@@ -274,7 +294,7 @@ SWITCH = argparse.BooleanOptionalAction      # --flip, --no-flip: a flag can und
 
 
 def refuse_idle(parser, settings):
-    """Raise ValueError for flags that were typed and would be passed over. settings: those of the command."""
+    """Raise ValueError for typed flags that would be passed over. settings: the command's."""
     sets = [settings["dataset"] or "mnist", *filter(None, [settings["val_dir"]])]
     if all(name in DATASETS for name in sets):
         parser.refuse({"cache_dir", "fit"}, f"{' and '.join(sets)}: no folder")
@@ -283,45 +303,52 @@ def refuse_idle(parser, settings):
     if settings["labels"] is False or settings["labels"] is None and sets[0] not in DATASETS:
         parser.refuse({"label_drop"}, "a training without classes")
     if settings["val_dir"]:
-        parser.refuse({"val_fraction"}, f"a training with --val_dir {settings['val_dir']}: give one of them")
+        parser.refuse({"val_fraction"},
+                      f"a training with --val_dir {settings['val_dir']}: give one of them")
 
 
 @command
 def main(argv=None):
     parser = Parser(description="Train a U-Net to undo noise.")
     add = parser.add
-    add("--preset", f"a row of settings, which flags override: {', '.join(PRESETS)}", choices=list(PRESETS),
-        metavar="NAME")
+    add("--preset", f"a row of settings, which flags override: {', '.join(PRESETS)}",
+        choices=list(PRESETS), metavar="NAME")
     parser.group("data")
     add("--dataset", DATASET_HELP, metavar="NAME")
     add("--data_dir")
-    add("--verify", "look at the data set (MNIST unless --dataset names one) and stop: exit code 0 if it can "
-        "be trained on, else 2", False, action="store_true")
-    add("--image_size", "height and width in pixels; default: a named set's own, for a folder 64 or the "
-        "pictures' common size below that", type=positive_int)
-    add("--channels", "1 for grey, 3 for colour; default: as the data are", type=positive_int, choices=(1, 3))
-    add("--fit", "of pictures that are not square: the central square, or all of it stretched", "crop",
-        choices=FITS)
-    add("--flip", "mirror each image with probability 1/2: not for digits or writing", False, action=SWITCH)
-    add("--turn", "show each image in one of its eight positions, turned by quarters and mirrored or not: for what "
-        "has no upright, as tissue or pictures from above", False, action=SWITCH)
-    add("--labels", "train with classes, so that one can ask for a 7; default: if the data set has them; "
-        "of a folder, its sub-folders are classes if this is given", action=SWITCH)
-    add("--label_drop", "share of images whose class is withheld: what guidance needs", 0.1, type=fraction)
+    add("--verify", "look at the data set (MNIST unless --dataset names one) and stop: "
+        "exit code 0 if it can be trained on, else 2", False, action="store_true")
+    add("--image_size", "height and width in pixels; default: a named set's own, "
+        "for a folder 64 or the pictures' common size below that", type=positive_int)
+    add("--channels", "1 for grey, 3 for colour; default: as the data are",
+        type=positive_int, choices=(1, 3))
+    add("--fit", "of pictures that are not square: the central square, or all of it stretched",
+        "crop", choices=FITS)
+    add("--flip", "mirror each image with probability 1/2: not for digits or writing",
+        False, action=SWITCH)
+    add("--turn", "show each image in one of its eight positions, turned by quarters and mirrored "
+        "or not: for what has no upright, as tissue or pictures from above", False, action=SWITCH)
+    add("--labels", "train with classes, so that one can ask for a 7; default: if the data set "
+        "has them; of a folder, its sub-folders are classes if this is given", action=SWITCH)
+    add("--label_drop", "share of images whose class is withheld: what guidance needs",
+        0.1, type=fraction)
     add("--cache_dir", "keep the decoded images of a folder there, for a set larger than memory")
-    add("--val_dir", "for the held-out loss: a folder that is not trained on, or the test set of a named set")
-    add("--val_fraction", "without --val_dir: hold out this share of the images", 0.0, type=fraction)
+    add("--val_dir", "for the held-out loss: a folder that is not trained on, "
+        "or the test set of a named set")
+    add("--val_fraction", "without --val_dir: hold out this share of the images",
+        0.0, type=fraction)
     parser.group("process and network")
     add("--timesteps", "number of noise levels T", 1000, type=positive_int)
     add("--schedule", "how alpha_bar falls", "linear", choices=sorted(SCHEDULES))
     add("--objective", "what the model predicts", "eps", choices=OBJECTIVES)
-    add("--model", "simple is small; attention has residual blocks and self-attention, 12 M parameters",
+    add("--model",
+        "simple is small; attention has residual blocks and self-attention, 12 M parameters",
         "simple", choices=sorted(MODELS))
     add("--base_channels", "width of the U-Net: 32 is small, 64 the default, 128 for quality",
         type=positive_int)
     add("--time_emb_dim", "length of the time embedding; default: 256", type=positive_int)
-    add("--multipliers", "attention: channels of each level in units of base_channels; default: 1,2,4",
-        type=int_tuple)
+    add("--multipliers", "attention: channels of each level in units of base_channels; "
+        "default: 1,2,4", type=int_tuple)
     add("--num_blocks", "attention: residual blocks per level; default: 2", type=positive_int)
     add("--attention_levels", "attention: levels that attend, 0 = full resolution; default: 1,2",
         type=int_tuple)
@@ -329,10 +356,10 @@ def main(argv=None):
     add("--groups", "attention: groups of GroupNorm; default: 32", type=positive_int)
     add("--dropout", "attention: share of values dropped while training; default: 0", type=fraction)
     add("--activation", "attention: the nonlinearity; default: silu", choices=sorted(ACTIVATIONS))
-    add("--patch_size", "attention: pixels by pixels that become channels; 2 costs a quarter; default: 1",
-        type=positive_int)
-    add("--scale_shift", "attention: time and class also scale the channels, instead of only being added; "
-        "default: no", action=SWITCH)
+    add("--patch_size", "attention: pixels by pixels that become channels; 2 costs a quarter; "
+        "default: 1", type=positive_int)
+    add("--scale_shift", "attention: time and class also scale the channels, "
+        "instead of only being added; default: no", action=SWITCH)
     parser.group("training")
     add("--epochs", "passes over the data; default: 20", type=positive_int)
     add("--steps", "optimizer steps, instead of --epochs", type=positive_int)
@@ -340,16 +367,17 @@ def main(argv=None):
     add("--accumulate", "so many batches make one step", 1, type=positive_int)
     add("--optimizer", "how to step", "adam", choices=sorted(OPTIMIZERS))
     add("--lr", "learning rate", 2e-4, type=positive_float)
-    add("--lr_schedule", "constant, or falling to zero along a cosine", "constant", choices=LR_SCHEDULES)
+    add("--lr_schedule", "constant, or falling to zero along a cosine",
+        "constant", choices=LR_SCHEDULES)
     add("--warmup", "steps in which the learning rate rises from zero", 0, type=whole_number)
     add("--beta2", "Adam's memory of squared gradients", 0.999, type=fraction)
     add("--weight_decay", "pull towards zero", 0.0, type=fraction)
-    add("--min_snr", "weigh the error of x_0 by min(SNR, this), usually 5; default: as the objective does",
-        type=positive_float)
-    add("--clip_loss", "ask of black and white pixels no more than to be right once cut to their range, as "
-        "sampling does", False, action=SWITCH)
-    add("--density", "which noise levels are met how often: all alike, the middle ones more (logit_normal), or the "
-        "low ones (quadratic)", "uniform", choices=DENSITIES)
+    add("--min_snr", "weigh the error of x_0 by min(SNR, this), usually 5; "
+        "default: as the objective does", type=positive_float)
+    add("--clip_loss", "ask of black and white pixels no more than to be right once cut to "
+        "their range, as sampling does", False, action=SWITCH)
+    add("--density", "which noise levels are met how often: all alike, the middle ones more "
+        "(logit_normal), or the low ones (quadratic)", "uniform", choices=DENSITIES)
     add("--grad_clip", "largest gradient norm; off unless given", type=positive_float)
     add("--grad_checkpoint", "less memory, about a third slower", False, action=SWITCH)
     add("--ema_decay", "averaging of the weights for samples; 0 is off", 0.9995, type=fraction)
@@ -360,17 +388,18 @@ def main(argv=None):
     add("--compile", "torch.compile: a minute or more at the start, faster steps on a GPU", False,
         action=SWITCH)
     parser.group("results")
-    add("--resume", "go on with the run in --output_dir, or from this checkpoint", nargs="?", const="latest",
-        metavar="FILE")
-    add("--start_from", "begin a new run with the averaged weights of this checkpoint, of the same network, process "
-        "and objective, in place of random ones; --resume goes on with a run instead", metavar="FILE")
+    add("--resume", "go on with the run in --output_dir, or from this checkpoint",
+        nargs="?", const="latest", metavar="FILE")
+    add("--start_from", "begin a new run with the averaged weights of this checkpoint, "
+        "of the same network, process and objective, in place of random ones; "
+        "--resume goes on with a run instead", metavar="FILE")
     add("--overwrite", "replace an unfinished run in --output_dir", False, action="store_true")
     add("--output_dir", "where pictures and checkpoints go", "outputs")
     add("--num_samples", "pictures drawn while training", 64, type=positive_int)
-    add("--sample_every", "epochs between two sets of pictures (default: 1); with --steps, steps (default: a "
-        "fifth of them, 200 at least)", type=positive_int)
-    add("--save_every", "epochs between two checkpoints (default: 5); with --steps, steps (default: a fifth of "
-        "them, 200 at least)", type=positive_int)
+    add("--sample_every", "epochs between two sets of pictures (default: 1); "
+        "with --steps, steps (default: a fifth of them, 200 at least)", type=positive_int)
+    add("--save_every", "epochs between two checkpoints (default: 5); "
+        "with --steps, steps (default: a fifth of them, 200 at least)", type=positive_int)
     settings = parse(parser, argv)
     refuse_idle(parser, settings)
     model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
@@ -380,8 +409,10 @@ def main(argv=None):
         with torch.device("meta"):
             multiple = create_model(settings["model"], **model_config).multiple
         usable = verify_dataset(
-            settings["dataset"] or "mnist", make_output_dir(settings["output_dir"]) / "dataset_sheet.png",
-            settings["data_dir"], multiple, image_size=settings["image_size"], channels=settings["channels"],
+            settings["dataset"] or "mnist",
+            make_output_dir(settings["output_dir"]) / "dataset_sheet.png",
+            settings["data_dir"], multiple,
+            image_size=settings["image_size"], channels=settings["channels"],
             fit=settings["fit"], with_labels=bool(settings["labels"]))
         sys.exit(0 if usable else 2)
     for flag, name in ARGUMENTS.items():

@@ -22,14 +22,16 @@ except ImportError:      # Windows
 # ---- Device, precision, seeds
 
 def get_device(name="auto"):
-    """A torch.device: CUDA, then MPS, then CPU, or the one that is named. ValueError if it is not there."""
+    """A torch.device: CUDA, then MPS, then CPU, or the one named; ValueError if that is missing."""
     if name != "auto":
         try:
             device = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError, ImportError) as error:
-            raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"device {name!r} cannot be used: "
+                             f"{str(error).splitlines()[0]}") from error
         if device.type not in ("cpu", "cuda", "mps"):
-            raise ValueError(f"device {name!r} cannot be used; choose from auto, cpu, cuda, cuda:1, mps")
+            raise ValueError(f"device {name!r} cannot be used; "
+                             "choose from auto, cpu, cuda, cuda:1, mps")
         return device
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -45,8 +47,9 @@ def describe_device(device, name="auto"):
         what = f"{count} thread{'s' * (count > 1)}"
     else:
         what = "Apple GPU"
-    why = "as asked" if name != "auto" else {"cuda": "a CUDA GPU was found", "cpu": "no GPU was found",
-                                             "mps": "no CUDA, but an Apple GPU was found"}[device.type]
+    why = "as asked" if name != "auto" else {
+        "cuda": "a CUDA GPU was found", "cpu": "no GPU was found",
+        "mps": "no CUDA, but an Apple GPU was found"}[device.type]
     return f"{device} ({what}; {why})"
 
 
@@ -54,7 +57,7 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def has_bfloat16(device):
-    """Does this hardware multiply in bfloat16? Where it does not, torch imitates it, far slower than float32."""
+    """Does this hardware multiply in bfloat16? Else torch imitates it, far slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":
@@ -64,8 +67,8 @@ def has_bfloat16(device):
 
 
 def get_precision(name, device):
-    """(dtype, a phrase that says which and why): what is asked for, "float32" or "bf16", or, with "auto", bfloat16
-    where the hardware multiplies in it, else float32. ValueError for another name.
+    """(dtype, a phrase that says which and why): what is asked for, "float32" or "bf16", or, with
+    "auto", bfloat16 where the hardware multiplies in it, else float32. ValueError for another name.
     """
     if name != "auto" and name not in PRECISIONS:
         raise ValueError(f"unknown precision {name!r}; choose from {['auto', *PRECISIONS]}")
@@ -76,16 +79,18 @@ def get_precision(name, device):
         name, why = ("bf16", "has") if native else ("float32", "has no")
         return PRECISIONS[name], f"{name} (the device {why} bfloat16 instructions)"
     slow = name == "bf16" and not native
-    return PRECISIONS[name], name + " (the device has no instructions for it: float32 would be faster)" * slow
+    return (PRECISIONS[name],
+            name + " (the device has no instructions for it: float32 would be faster)" * slow)
 
 
 def autocast(device, precision):
-    """Within it, layers multiply in `precision`, as get_precision gives it; sums and losses stay in float32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == torch.bfloat16)
+    """Inside, layers multiply in `precision` (see get_precision); sums and losses stay float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16,
+                          enabled=precision == torch.bfloat16)
 
 
 def seed_step(seed, step):
-    """Make everything random in training step `step` (timesteps, noise, dropout) follow from (seed, step)."""
+    """Make a training step's randomness (timesteps, noise, dropout) follow from (seed, step)."""
     # spawn_key, not [seed, step]: its numbers never coincide with those of sampling.
     state = np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]))
@@ -115,23 +120,25 @@ DENSITIES = ("uniform", "logit_normal", "quadratic")
 def get_timesteps(batch_size, num_timesteps, device, density="uniform"):
     """Random timesteps: [batch_size] integers in 0..num_timesteps-1, spread evenly over a batch.
 
-    Low-discrepancy sampling: one comb with a random start, so that no batch has many early and few late ones, and
-    the loss jumps about less (Kingma et al. 2021, appendix I.1). Each place in the batch keeps to its own stretch
-    of the levels: the images have to be shuffled, so that all of them meet all levels.
+    Low-discrepancy sampling: one comb with a random start, so that no batch has many early and few
+    late ones, and the loss jumps about less (Kingma et al. 2021, appendix I.1). Each place in the
+    batch keeps to its own stretch of the levels: the images have to be shuffled, so that all of
+    them meet all levels.
 
-    density: "uniform", or "logit_normal": the logit of (t / T) is Gaussian, so that the levels in the middle,
-    where the picture is decided, are met 1.6 times as often as the average, and those at both ends seldom
-    (Esser et al. 2024, section 3.1, with m = 0, s = 1); or "quadratic": as the square of an even comb, so that
-    half of them lie below T / 4, where fine detail is decided. Raises ValueError for another name.
+    density: "uniform", or "logit_normal": the logit of (t / T) is Gaussian, so that the levels in
+    the middle, where the picture is decided, are met 1.6 times as often as the average, and those
+    at both ends seldom (Esser et al. 2024, section 3.1, with m = 0, s = 1); or "quadratic": as the
+    square of an even comb, so that half of them lie below T / 4, where fine detail is decided.
+    Raises ValueError for another name.
     """
     comb = (torch.arange(batch_size, device=device) + torch.rand((), device=device)) / batch_size
     if density == "logit_normal":
-        comb = torch.sigmoid(2**0.5 * torch.erfinv(2 * comb - 1))   # the Gaussian's quantiles, as levels
+        comb = torch.sigmoid(2**0.5 * torch.erfinv(2 * comb - 1))   # Gaussian quantiles, as levels
     elif density == "quadratic":
         comb = comb ** 2
     elif density != "uniform":
         raise ValueError(f"unknown density {density!r}; choose from {', '.join(DENSITIES)}")
-    return (comb * num_timesteps).long().clamp(max=num_timesteps - 1)       # the clamp: 0.9999999 may round up
+    return (comb * num_timesteps).long().clamp(max=num_timesteps - 1)  # 0.9999999 may round up
 
 
 # ---- Models
@@ -159,7 +166,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model):
-        """Move the average towards the weights of `model`; buffers, which are no weights, are copied."""
+        """Move the average towards `model`'s weights; buffers, which are no weights, are copied."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for average, value in zip(self.model.parameters(), model.parameters(), strict=True):
             average.lerp_(value, 1 - decay)
@@ -193,7 +200,7 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
         return 0
-    if os.path.exists("/proc/self/status"):         # ru_maxrss would begin with what the starting process held
+    if os.path.exists("/proc/self/status"):  # ru_maxrss would begin with what the parent held
         with open("/proc/self/status") as file:
             found = re.search(r"^VmHWM:\s+(\d+) kB", file.read(), re.M)
         if found:
@@ -205,8 +212,8 @@ def peak_memory(device):
 def keep_memory():
     """Let the C library keep memory that it has freed, for the next tensor of that size.
 
-    glibc gives large blocks back at once and gets them anew, page by page, in each step: about 170,000
-    page faults in a step of SimpleUNet, a tenth of its time. Other systems do as they do.
+    glibc gives large blocks back at once and gets them anew, page by page, in each step: about
+    170,000 page faults in a step of SimpleUNet, a tenth of its time. Other systems do as they do.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

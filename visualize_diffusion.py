@@ -2,12 +2,12 @@
 
     python visualize_diffusion.py                             # noise destroys eight digits
     python visualize_diffusion.py --dataset fashion_mnist --schedule cosine
-    python visualize_diffusion.py --figure schedules          # what each schedule keeps, with a table
+    python visualize_diffusion.py --figure schedules          # what schedules keep, with a table
     python visualize_diffusion.py --figure solvers            # samplers against the exact answer
     python visualize_diffusion.py --figure reverse            # a trained model undoes the noise
-    python visualize_diffusion.py --figure predictors         # its errors, beside those of simple answers
-    python visualize_diffusion.py --figure loss_by_timestep   # where a training in outputs/ got better
-    python visualize_diffusion.py --figure explore            # forward, steps, seeds and reverse in one go
+    python visualize_diffusion.py --figure predictors         # its errors, beside simple answers'
+    python visualize_diffusion.py --figure loss_by_timestep   # where a run in outputs/ got better
+    python visualize_diffusion.py --figure explore            # forward, steps, seeds and reverse
 
 Writes outputs/forward_diffusion.png, or the file that FIGURES names.
 """
@@ -21,14 +21,15 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from command_line import (Parser, command, format_seconds, make_output_dir, positive_float, positive_int,
-                          seed_number, whole_number)
+from command_line import (Parser, command, format_seconds, make_output_dir, positive_float,
+                          positive_int, seed_number, whole_number)
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
-from data import DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart, keep_apart_from_own
+from data import (DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart,
+                  keep_apart_from_own)
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
 from evaluate import loss_by_timestep
-from figures import (one_step_figure, predictors_figure, schedule_table, schedules_figure, solvers_figure,
-                     step_rows, timestep_loss_figure)
+from figures import (one_step_figure, predictors_figure, schedule_table, schedules_figure,
+                     solvers_figure, step_rows, timestep_loss_figure)
 from folders import sorted_into_classes
 from images import as_text, save_gif, save_strip, to_signed
 from load import CHECKPOINT_HELP, load_model, open_model, refuse_other_images
@@ -36,7 +37,8 @@ from predictors import RANGES, predictor_errors, predictor_lines
 from reference import same_classes, training_images, unseen_images
 from running import FINAL, LATEST
 from run_figures import epochs_figure, found_in, loss_figure, spread_out, when
-from sample import choose_labels, draw_frame, drawing_words, generate, save_generation_strip, seconds_for
+from sample import (choose_labels, draw_frame, drawing_words, generate, save_generation_strip,
+                    seconds_for)
 from schedules import SCHEDULES, SPACINGS, nearest_levels
 from utils import get_device, shuffled
 
@@ -56,15 +58,19 @@ FIGURES = {
                      "images sink into noise"),
     "reverse":   Row("reverse_process.png", 4, "model", MODEL + "steps timesteps",
                      "pictures come out of it, as PNG and GIF"),
-    "schedules": Row("schedules.png", 0, "", "num_timesteps timesteps", "the noise schedules compared"),
+    "schedules": Row("schedules.png", 0, "", "num_timesteps timesteps",
+                     "the noise schedules compared"),
     "one_step":  Row("one_step.png", 1, "model", "checkpoint dataset label steps timesteps",
                      "a single denoising step with its numbers"),
-    "steps":     Row("steps_compared.png", 4, "model", MODEL + "steps_list", "the same noise in few and in many steps"),
+    "steps":     Row("steps_compared.png", 4, "model", MODEL + "steps_list",
+                     "the same noise in few and in many steps"),
     "seeds":     Row("seeds_compared.png", 8, "model", MODEL + "steps seeds",
                      "the same seed twice, and different seeds"),
-    "epochs":    Row("epochs.png", 6, "run", "run num_images", "the samples of a run, epoch after epoch"),
+    "epochs":    Row("epochs.png", 6, "run", "run num_images",
+                     "the samples of a run, epoch after epoch"),
     "loss":      Row("loss.png", 0, "run", "run", "its loss"),
-    "loss_by_timestep": Row("loss_by_timestep.png", 256, "run", DATA + "run", "that at each noise level"),
+    "loss_by_timestep": Row("loss_by_timestep.png", 256, "run", DATA + "run",
+                            "that at each noise level"),
     "predictors": Row("predictors.png", 256, "model", DATA + PROCESS + "checkpoint image_size",
                       "what it takes for noise, beside simple answers"),
     "dataset":   Row("dataset.png", 10, "data", DATA + "image_size", "what a data set holds"),
@@ -74,14 +80,15 @@ FIGURES = {
 EXPLORE = ("forward", "steps", "seeds", "reverse")
 # Noise levels of T = 1000; for another T they are scaled.
 FORWARD_TIMESTEPS = (0, 50, 100, 200, 400, 600, 800, 999)
-TIMESTEPS = {"forward": FORWARD_TIMESTEPS, "explore": (0, 100, 250, 500, 750, 999), "one_step": (250,),
-             "reverse": (999, 800, 600, 400, 200, 100, 50, 0), "schedules": (0, 100, 250, 500, 750, 900, 999)}
+TIMESTEPS = {"forward": FORWARD_TIMESTEPS, "explore": (0, 100, 250, 500, 750, 999),
+             "one_step": (250,), "reverse": (999, 800, 600, 400, 200, 100, 50, 0),
+             "schedules": (0, 100, 250, 500, 750, 900, 999)}
 STEPS_LIST, SEEDS = (50, 100, 250, 500, 1000), (42, 7, 123, 999)
 TIMESTEP_BINS = 20  # rows of the heat map of losses
 
 
 def choose_timesteps(asked, default, num_timesteps):
-    """The levels asked for, or the default ones, scaled from T = 1000. ValueError for one beyond T."""
+    """The levels asked for, or the defaults, scaled from T = 1000. ValueError for one beyond T."""
     if asked is None:
         return list(dict.fromkeys(round(t * (num_timesteps - 1) / 999) for t in default))
     for t in asked:
@@ -93,7 +100,7 @@ def choose_timesteps(asked, default, num_timesteps):
 # ---- Figures of data
 
 def different_ones(labels, count, seed=0):
-    """The numbers below `count` in random order, but one image of each class before a second of any.
+    """The numbers below `count` in random order, but one of each class before a second of any.
     labels: [count] class indices, or None."""
     order = shuffled(count, seed)
     if labels is None:
@@ -111,7 +118,8 @@ def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0,
     """
     x_0 = to_signed(images)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
-    columns = [diffusion.forward_diffusion(x_0, torch.full((len(x_0),), t), noise)[0] for t in timesteps]
+    columns = [diffusion.forward_diffusion(x_0, torch.full((len(x_0),), t), noise)[0]
+               for t in timesteps]
     shares = [diffusion.alpha_bar_at(t) for t in timesteps]
     labels = [f"t = {t}\n" + r"$\bar\alpha$ " + (f"{share:.4f}" if share > 1e-3 else f"{share:.0e}")
               for t, share in zip(timesteps, shares)]
@@ -128,7 +136,8 @@ def dataset_figure(images, labels, names, path, columns=10, seed=0, title=None):
         chosen, names = order[:8 * columns].split(columns), None
     else:
         chosen = [order[labels[order] == k][:columns] for k in range(len(names))]
-    blank = torch.full((columns, *images.shape[1:]), 255, dtype=torch.uint8)    # where a class has too few
+    # White where a class has too few images.
+    blank = torch.full((columns, *images.shape[1:]), 255, dtype=torch.uint8)
     rows = [to_signed(torch.cat([images[row], blank[len(row):]])) for row in chosen]
     save_strip(rows, [""] * columns, path, row_labels=names and [*map(as_text, names)], title=title)
 
@@ -136,22 +145,24 @@ def dataset_figure(images, labels, names, path, columns=10, seed=0, title=None):
 # ---- Figures of a model. settings: what generate takes, beyond the number of images.
 
 def reverse_figure(model, diffusion, path, timesteps, count, **settings):
-    """x_t and the guess of x_0 on the way, as PNG and GIF: at those levels, of all that the sampler visits,
-    which are nearest to the timesteps asked for, and finished. Returns the two paths."""
+    """x_t and the guess of x_0 on the way, as PNG and GIF: at those levels, of all that the sampler
+    visits, which are nearest to the timesteps asked for, and finished. Returns the two paths."""
     levels = diffusion.sampling_levels(settings["sampler"], settings["steps"])
-    _, frames = generate(model, diffusion, count, keep=nearest_levels(levels[:-1], timesteps), **settings)
+    _, frames = generate(model, diffusion, count, keep=nearest_levels(levels[:-1], timesteps),
+                         **settings)
     save_generation_strip(frames, path, num_images=count, num_columns=len(frames))
     save_gif([draw_frame(*frame) for frame in frames], path.with_suffix(".gif"), seconds=0.5)
     return [path, path.with_suffix(".gif")]
 
 
 def explain_step(model, diffusion, t, **settings):
-    """All that happens in one step of DDPM, at the level nearest to t (not the last: it adds no noise).
+    """All that happens in a DDPM step, at the level nearest to t (not the last: it adds no noise).
 
     mean = to_x_0 x_0 + to_x_t x_t,   x_prev = mean + sigma noise          (Ho et al. 2020, eq. 6-7)
 
-    Returns a dict: images [C, H, W] x_t, eps, x_0 (clamped), mean, noise, x_prev, and the numbers t, t_prev,
-    signal_weight and noise_weight (of image and noise in x_t), to_x_0, to_x_t, sigma, and the objective.
+    Returns a dict: images [C, H, W] x_t, eps, x_0 (clamped), mean, noise, x_prev, and the numbers
+    t, t_prev, signal_weight and noise_weight (of image and noise in x_t), to_x_0, to_x_t, sigma,
+    and the objective.
     """
     settings = {**settings, "sampler": "ddpm"}
     levels = diffusion.sampling_levels("ddpm", settings.get("steps"))
@@ -170,8 +181,8 @@ def explain_step(model, diffusion, t, **settings):
     images = dict(x_t=x_t, eps=eps, x_0=x_0, mean=to_x_0 * x_0 + to_x_t * x_t,
                   noise=seeded_noise(settings["seed"], [0], k + 1, x_t.shape[1:]), x_prev=x_prev)
     return dict({name: image[0].cpu() for name, image in images.items()}, t=t, t_prev=t_prev,
-                signal_weight=math.sqrt(ab), noise_weight=math.sqrt(1 - ab), to_x_0=to_x_0, to_x_t=to_x_t,
-                sigma=sigma, objective=diffusion.objective)
+                signal_weight=math.sqrt(ab), noise_weight=math.sqrt(1 - ab), to_x_0=to_x_0,
+                to_x_t=to_x_t, sigma=sigma, objective=diffusion.objective)
 
 
 def rms(a, b):
@@ -191,8 +202,10 @@ def steps_figure(model, diffusion, path, steps_list, count, **settings):
         found.append(images.cpu())                          # a GPU is waited for here
         times.append(format_seconds(time.perf_counter() - start))
     labels = [f"{n} steps\n{took}" for n, took in zip(steps_list, times)]
-    save_strip(list(torch.stack(found, dim=1)), labels, path, title=f"the same noise, {settings['sampler']}")
-    return [f"{n} steps: {took}, {rms(images, found[-1]):.4f} (root mean square) from the last column"
+    save_strip(list(torch.stack(found, dim=1)), labels, path,
+               title=f"the same noise, {settings['sampler']}")
+    return [f"{n} steps: {took}, "
+            f"{rms(images, found[-1]):.4f} (root mean square) from the last column"
             for n, took, images in zip(steps_list, times, found)]
 
 
@@ -203,28 +216,32 @@ def seeds_figure(model, diffusion, path, seeds, count, **settings):
     """
     rows, names, lines = [], [], []
     for seed in seeds:
-        once, again = (generate(model, diffusion, count, **{**settings, "seed": seed})[0].cpu() for _ in "12")
+        once, again = (generate(model, diffusion, count, **{**settings, "seed": seed})[0].cpu()
+                       for _ in "12")
         verdict = "equal" if torch.equal(once, again) else "NOT equal"
         rows += [once, again]
         names += [f"seed {seed}", f"again: {verdict}"]
-        lines.append(f"seed {seed} twice: {verdict}, largest difference {(once - again).abs().max():.1e}")
+        lines.append(f"seed {seed} twice: {verdict}, "
+                     f"largest difference {(once - again).abs().max():.1e}")
     save_strip(rows, [""] * count, path, row_labels=names)
     pairs = itertools.combinations(zip(seeds, rows[::2]), 2)
     apart = [(rms(x, y), f"seeds {a} and {b} are nearest") for (a, x), (b, y) in pairs]
-    return lines + [f"{text}, {far:.4f} (root mean square) apart" for far, text in sorted(apart)[:1]]
+    return lines + [f"{text}, {far:.4f} (root mean square) apart"
+                    for far, text in sorted(apart)[:1]]
 
 
 # ---- From the flags to a figure. Each of these returns the paths of what it wrote.
 
 def named_process(args):
     """The process of the flags, where there is no model."""
-    return DiffusionProcess(args.num_timesteps, args.schedule, beta_start=args.beta_start, beta_end=args.beta_end)
+    return DiffusionProcess(args.num_timesteps, args.schedule, beta_start=args.beta_start,
+                            beta_end=args.beta_end)
 
 
 def draw_from_data(name, args, path, loaded=None):
     """Draw the figures `forward` and `dataset`. Returns the paths written, like the next three.
 
-    loaded: (model, diffusion, data, device) whose process and data are to be shown; by default those of the flags.
+    loaded: (model, diffusion, data, device) whose process and data are shown; else the flags'.
     """
     diffusion = loaded[1] if loaded else named_process(args)
     if loaded:
@@ -238,35 +255,42 @@ def draw_from_data(name, args, path, loaded=None):
     count = args.num_images or FIGURES[name].count
     if name == "dataset":
         shape = "x".join(map(str, images.shape[1:]))
-        dataset_figure(images, labels, class_names(dataset, labels is not None), path, count, args.seed,
-                       title=f"{as_text(Path(dataset).name)}: {len(images):,} images of {shape}")
+        dataset_figure(
+            images, labels, class_names(dataset, labels is not None), path, count, args.seed,
+            title=f"{as_text(Path(dataset).name)}: {len(images):,} images of {shape}")
     else:
         timesteps = choose_timesteps(args.timesteps, TIMESTEPS[args.figure],
                                      diffusion.num_timesteps)
         pick = different_ones(labels, len(images), args.seed)[:count]
         schedule = "the model's own" if loaded else args.schedule
-        forward_figure(images[pick], diffusion, path, timesteps, args.seed,
-                       title=f"{as_text(Path(dataset).name)}: the forward process, {schedule} schedule")
+        forward_figure(
+            images[pick], diffusion, path, timesteps, args.seed,
+            title=f"{as_text(Path(dataset).name)}: the forward process, {schedule} schedule")
     return [path]
 
 
 def draw_from_formulas(name, args, path):
-    """Draw `schedules` and `solvers`, which need neither images nor a network, and print their tables."""
+    """Draw `schedules` and `solvers`, which need no images or network, and print their tables."""
     T = args.num_timesteps
     if name == "schedules":
-        curves = {schedule: DiffusionProcess(T, schedule).alpha_bar.numpy() for schedule in SCHEDULES}
-        print(*schedule_table(curves, choose_timesteps(args.timesteps, TIMESTEPS[name], T)), sep="\n")
+        curves = {schedule: DiffusionProcess(T, schedule).alpha_bar.numpy()
+                  for schedule in SCHEDULES}
+        print(*schedule_table(curves, choose_timesteps(args.timesteps, TIMESTEPS[name], T)),
+              sep="\n")
         schedules_figure(curves, path)
         return [path]
     counts = [steps for steps in EVALUATIONS if steps <= T]
     if not counts:
-        raise ValueError(f"--num_timesteps {T}: the fewest evaluations compared are {EVALUATIONS[0]}")
-    with tqdm(total=len(MIXTURES) * len(SOLVERS) * len(SPACINGS) * len(counts), desc="solving") as bar:
-        tables = {data: solver_errors(mixture, T, args.schedule, evaluations=counts, tick=bar.update)
+        raise ValueError(f"--num_timesteps {T}: "
+                         f"the fewest evaluations compared are {EVALUATIONS[0]}")
+    with tqdm(total=len(MIXTURES) * len(SOLVERS) * len(SPACINGS) * len(counts),
+              desc="solving") as bar:
+        tables = {data: solver_errors(mixture, T, args.schedule, evaluations=counts,
+                                      tick=bar.update)
                   for data, mixture in MIXTURES.items()}
     for data, errors in tables.items():
-        print(f"mean distance to the exact flow of {data}, by evaluations", *solver_lines(errors, counts),
-              sep="\n")
+        print(f"mean distance to the exact flow of {data}, by evaluations",
+              *solver_lines(errors, counts), sep="\n")
     solvers_figure(tables, counts, path)
     return [path]
 
@@ -274,9 +298,11 @@ def draw_from_formulas(name, args, path):
 def draw_from_model(name, args, path, loaded):
     """Draw a figure of a model's sampling, or `predictors`. loaded: as in draw_from_data."""
     if name == "predictors":
-        return draw_predictors(args, path, *loaded) if loaded else draw_simple_predictors(args, path)
+        return (draw_predictors(args, path, *loaded) if loaded
+                else draw_simple_predictors(args, path))
     model, diffusion, data, device = loaded
-    T, size, count = diffusion.num_timesteps, data["image_size"], args.num_images or FIGURES[name].count
+    T, size, count = (diffusion.num_timesteps, data["image_size"],
+                      args.num_images or FIGURES[name].count)
     y, _ = choose_labels(args.label, data["classes"], count)
     if name == "one_step":
         if y is not None and args.label and len(y.unique()) > 1:
@@ -285,20 +311,21 @@ def draw_from_model(name, args, path, loaded):
     count = count if y is None else len(y)                  # several labels get full rows
     sampler = "ddpm" if name == "one_step" else args.sampler
     steps_list = args.steps_list or sorted({min(steps, T) for steps in STEPS_LIST})
-    # As the model's card says; one step is explained plainly, and no figure is drawn away from a weak model.
+    # As the model's card says; one step is explained plainly,
+    # and no figure is drawn away from a weak model.
     plain = y is None or name == "one_step" or args.label == "none" or data["weak"]
     guidance, interval = (1.0, None) if plain else (data["guidance"], data["guidance_interval"])
 
     def calls_of(steps):
         return model_calls(diffusion.sampling_levels(sampler, steps), guidance, interval)
 
-    calls = {"steps": sum(map(calls_of, steps_list)), "seeds": 2 * calls_of(args.steps) * len(args.seeds)}.get(
-        name, calls_of(args.steps))
+    calls = {"steps": sum(map(calls_of, steps_list)),
+             "seeds": 2 * calls_of(args.steps) * len(args.seeds)}.get(name, calls_of(args.steps))
     cost = format_seconds(seconds_for(model, diffusion, count, size, 64, calls, device))
-    print(f"{name}: {calls} calls of the model on {count} image{'s' * (count > 1)}" + drawing_words(guidance, interval)
-          + f", about {cost} here", flush=True)
-    settings = dict(image_size=size, seed=args.seed, sampler=sampler, steps=args.steps, y=y, device=device,
-                    guidance=guidance, guidance_interval=interval)
+    print(f"{name}: {calls} calls of the model on {count} image{'s' * (count > 1)}"
+          + drawing_words(guidance, interval) + f", about {cost} here", flush=True)
+    settings = dict(image_size=size, seed=args.seed, sampler=sampler, steps=args.steps, y=y,
+                    device=device, guidance=guidance, guidance_interval=interval)
     if name == "reverse":
         timesteps = choose_timesteps(args.timesteps, TIMESTEPS["reverse"], T)
         return reverse_figure(model, diffusion, path, timesteps, count, **settings)
@@ -309,7 +336,8 @@ def draw_from_model(name, args, path, loaded):
             print(f"{title:22}{how:>41} = {value:.4f}")
         one_step_figure(step, path)
     else:
-        figure, choice = (steps_figure, steps_list) if name == "steps" else (seeds_figure, args.seeds)
+        figure, choice = ((steps_figure, steps_list) if name == "steps"
+                          else (seeds_figure, args.seeds))
         print(*figure(model, diffusion, path, choice, count, **settings), sep="\n")
     return [path]
 
@@ -325,7 +353,8 @@ def some_unseen(data, args, count, device):
 
 def draw_predictors(args, path, model, diffusion, data, device):
     x_0, y, which = some_unseen(data, args, args.num_images or FIGURES["predictors"].count, device)
-    cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64, RANGES, device))
+    cost = format_seconds(
+        seconds_for(model, diffusion, len(x_0), data["image_size"], 64, RANGES, device))
     print(f"{which} at {RANGES} ranges of t, about {cost} here", flush=True)
     return show_predictors(args, path, diffusion, x_0, which, model, y)
 
@@ -333,9 +362,11 @@ def draw_predictors(args, path, model, diffusion, data, device):
 def draw_simple_predictors(args, path):
     """Those that need no model, with the process of the flags."""
     like = dict(image_size=args.image_size, train=False)
-    dataset, images, _ = ((args.dataset, *get_dataset(args.dataset, args.data_dir, **like)) if args.dataset
-                          else get_default_dataset(args.data_dir, **like))
-    images = images[shuffled(len(images), args.seed)[:args.num_images or FIGURES["predictors"].count]]
+    dataset, images, _ = (
+        (args.dataset, *get_dataset(args.dataset, args.data_dir, **like)) if args.dataset
+        else get_default_dataset(args.data_dir, **like))
+    images = images[
+        shuffled(len(images), args.seed)[:args.num_images or FIGURES["predictors"].count]]
     which = f"{len(images)} images of {Path(dataset).name}"
     return show_predictors(args, path, named_process(args), to_signed(images), which)
 
@@ -360,7 +391,8 @@ def draw_from_run(name, args, path, device):
     if name == "epochs":
         files = found_in(args.run, [FINAL, LATEST], f"{FINAL} or {LATEST}")
     else:
-        files = found_in(args.run, "checkpoints", "numbered checkpoints (train.py --save_every 1 keeps many)")
+        files = found_in(args.run, "checkpoints",
+                         "numbered checkpoints (train.py --save_every 1 keeps many)")
     model, diffusion, data = load_model(files[0], device)
     keep_apart_from_own(data, args.output_dir)
     count = args.num_images or FIGURES[name].count
@@ -370,9 +402,10 @@ def draw_from_run(name, args, path, device):
     files = spread_out(files, 24)
     x_0, y, which = some_unseen(data, args, count, device)
     calls = TIMESTEP_BINS * len(files)
-    cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64, calls, device))
-    print(f"{len(files)} checkpoints, {len(x_0)} images at {TIMESTEP_BINS} noise levels each, about {cost} here",
-          flush=True)
+    cost = format_seconds(
+        seconds_for(model, diffusion, len(x_0), data["image_size"], 64, calls, device))
+    print(f"{len(files)} checkpoints, {len(x_0)} images at {TIMESTEP_BINS} noise levels each, "
+          f"about {cost} here", flush=True)
     losses = []
     for file in tqdm(files, desc="checkpoints"):
         model, diffusion, _ = load_model(file, device)
@@ -385,32 +418,42 @@ def draw_from_run(name, args, path, device):
 
 @command
 def main(argv=None):
-    parser = Parser(description="Figures of the diffusion process. --figure: " + "; ".join(
-        f"{name}: {row.help}" for name, row in FIGURES.items()) + f"; explore: {', '.join(EXPLORE)} at once.")
+    parser = Parser(description=(
+        "Figures of the diffusion process. --figure: "
+        + "; ".join(f"{name}: {row.help}" for name, row in FIGURES.items())
+        + f"; explore: {', '.join(EXPLORE)} at once."))
     add = parser.add
     add("--figure", "what to draw", "forward", choices=[*FIGURES, "explore"])
-    add("--timesteps", "the noise levels shown, 0 to T - 1, in forward, reverse, one_step (the first) and "
-        "schedules; default: each figure's own", type=whole_number, nargs="+", metavar="t")
+    add("--timesteps", "the noise levels shown, 0 to T - 1, in forward, reverse, one_step "
+        "(the first) and schedules; default: each figure's own",
+        type=whole_number, nargs="+", metavar="t")
     add("--steps_list", "the numbers of steps that steps compares; default: "
         + " ".join(map(str, STEPS_LIST)), type=positive_int, nargs="+", metavar="N")
-    add("--seeds", "the seeds that seeds compares", list(SEEDS), type=seed_number, nargs="+", metavar="SEED")
+    add("--seeds", "the seeds that seeds compares", list(SEEDS), type=seed_number, nargs="+",
+        metavar="SEED")
     add("--num_images", "how many images; default: " + ", ".join(
-        f"{row.count} in {name}" for name, row in FIGURES.items() if row.count > 1), type=positive_int)
+        f"{row.count} in {name}" for name, row in FIGURES.items() if row.count > 1),
+        type=positive_int)
     add("--dataset", DATASET_HELP + "; with a model, the data it was trained on", metavar="NAME")
     add("--data_dir")
     add("--image_size", "resize to this many pixels", type=positive_int)
-    parser.group("a process without a model, in forward, and in predictors if any of these is given")
-    add("--schedule", "how alpha_bar falls, in solvers, too; default: linear", choices=sorted(SCHEDULES))
+    parser.group("a process without a model, in forward, "
+                 "and in predictors if any of these is given")
+    add("--schedule", "how alpha_bar falls, in solvers, too; default: linear",
+        choices=sorted(SCHEDULES))
     add("--num_timesteps", "T, in schedules and solvers, too; default: 1000", type=positive_int)
-    add("--beta_start", "the first beta of the linear schedule, as it is; default: scaled with T", type=positive_float)
+    add("--beta_start", "the first beta of the linear schedule, as it is; default: scaled with T",
+        type=positive_float)
     add("--beta_end", "and the last", type=positive_float)
     parser.group("a model, in reverse, one_step, steps, seeds, predictors and explore")
     add("--checkpoint", CHECKPOINT_HELP)
     add("--sampler", "how to step down; one_step takes ddpm", "ddim", choices=sorted(SAMPLERS))
     add("--steps", "model calls; default: the sampler's own number", type=positive_int)
-    add("--label", "the class to draw, as in sample.py; default: each class in turn, if the model knows any")
+    add("--label", "the class to draw, as in sample.py; "
+        "default: each class in turn, if the model knows any")
     parser.group("a run, results")
-    add("--run", "the folder of the training that epochs, loss and loss_by_timestep show", "outputs")
+    add("--run", "the folder of the training that epochs, loss and loss_by_timestep show",
+        "outputs")
     add("--seed", "picks the images and the noise", 0, type=seed_number)
     add("--output_dir", "where the figure goes", "outputs")
     add("--device")
@@ -419,9 +462,10 @@ def main(argv=None):
     without_model = args.figure == "predictors" and any(
         (args.schedule, args.num_timesteps, args.beta_start, args.beta_end))
     used = {flag for name in names for flag in FIGURES[name].flags.split()}
-    if args.figure == "explore" or args.figure == "predictors" and not without_model:   # the model has its own
-        used -= {*PROCESS.split(), "image_size"}
-    parser.refuse(vars(args).keys() - used - {"figure", "seed", "output_dir", "device"}, f"--figure {args.figure}")
+    if args.figure == "explore" or args.figure == "predictors" and not without_model:
+        used -= {*PROCESS.split(), "image_size"}        # the model has its own
+    parser.refuse(vars(args).keys() - used - {"figure", "seed", "output_dir", "device"},
+                  f"--figure {args.figure}")
     for flag, most in (("timesteps", 50), ("steps_list", 20), ("seeds", 20)):
         values = getattr(args, flag) or []
         if len(values) > most or len(set(values)) < len(values):
@@ -435,7 +479,8 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, *(FIGURES[name].file for name in names))
     args.schedule, args.num_timesteps = args.schedule or "linear", args.num_timesteps or 1000
     if without_model and args.checkpoint:
-        raise ValueError(f"--checkpoint {args.checkpoint} has a process of its own: name that or another one")
+        raise ValueError(f"--checkpoint {args.checkpoint} has a process of its own: "
+                         "name that or another one")
     loaded = None
     if args.figure == "explore" or FIGURES[args.figure].needs == "model" and not without_model:
         loaded = *open_model(args, device)[1:], device
@@ -448,7 +493,8 @@ def main(argv=None):
         elif needs == "model":
             paths = draw_from_model(name, args, path, loaded)
         else:
-            paths = draw_from_run(name, args, path, device) if needs else draw_from_formulas(name, args, path)
+            paths = (draw_from_run(name, args, path, device) if needs
+                     else draw_from_formulas(name, args, path))
         for path in paths:
             print(f"wrote {path}")
 

@@ -1,8 +1,8 @@
 """What is right in execute.py, modify.py and create.py, and the mistakes that most people make.
 
-A check takes an answer, or a function, and returns nothing if it is right, else a line that says what is wrong.
-The right values are computed here from the papers' formulas, by plain loops, and not with the project's own
-functions.
+A check takes an answer, or a function, and returns nothing if it is right, else a line that says
+what is wrong. The right values are computed here from the papers' formulas, by plain loops, and
+not with the project's own functions.
 """
 
 import math
@@ -13,21 +13,23 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))                   # for the project's own files, wherever this is run from
+sys.path.insert(0, str(ROOT))           # for the project's own files, wherever this is run from
 
 TO_DO = "to do"
 LEARN_STEPS = 150
 
 
 def grade(name, answers):
-    """Check each answer of an exercise, print a line for each, and exit with 0 if all are right, else with 1."""
+    """Check an exercise's answers, print a line for each, and exit: 0 if all are right, else 1."""
     checks, right = EXERCISES[name], 0
     for number, (task, check) in enumerate(checks.items(), start=1):
         try:
             wrong = check(answers[task])
-        except (Exception, SystemExit) as error:    # whatever goes wrong in the student's code is told, not raised
+        except (Exception, SystemExit) as error:
+            # Whatever goes wrong in the student's code is told, not raised.
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no message'}"
-            own = [line for line in traceback.extract_tb(error.__traceback__) if Path(line.filename).stem == name]
+            own = [line for line in traceback.extract_tb(error.__traceback__)
+                   if Path(line.filename).stem == name]
             wrong += f" (line {own[-1].lineno})" if own else ""
         right += wrong is None
         print(f"{number}. {task}: {'right' if wrong is None else wrong}", flush=True)
@@ -41,7 +43,7 @@ def grade(name, answers):
 
 
 def compare(found, right, mistakes=()):
-    """What is wrong with a tensor. mistakes: pairs (a result that a usual mistake has, what to say of it)."""
+    """What is wrong with a tensor. mistakes: pairs (the result of a usual mistake, what to say)."""
     if found is None or found is ...:
         return TO_DO + " (it returns None)"
     if not torch.is_tensor(found):
@@ -93,9 +95,11 @@ def number(right, hint, tolerance=0.0):
     def check(answer):
         if answer is None:
             return TO_DO
-        answers, wanted = (tuple(value) if isinstance(value, (tuple, list)) else (value,) for value in (answer, right))
+        answers, wanted = (tuple(value) if isinstance(value, (tuple, list)) else (value,)
+                           for value in (answer, right))
         if len(answers) != len(wanted):
-            return "two numbers are wanted: (a, b)" if len(wanted) == 2 else "one number is wanted, with a decimal point"
+            return ("two numbers are wanted: (a, b)" if len(wanted) == 2
+                    else "one number is wanted, with a decimal point")
         if any(isinstance(value, str) for value in answers):
             return "without quotation marks"
         if any(isinstance(a, bool) != isinstance(b, bool) for a, b in zip(answers, wanted)):
@@ -110,17 +114,21 @@ EXECUTE = {
         next(t for t, left in enumerate(cosine_schedule()) if left < 0.5),
         "0 dB is as much noise as image; the last line of the table names the first t below it"),
     "factor_of_the_image_at_250": number(
-        float(linear_schedule()[250].sqrt()), "the table has alpha_bar, the share of the variance: take its root",
-        tolerance=0.01),
+        float(linear_schedule()[250].sqrt()),
+        "the table has alpha_bar, the share of the variance: take its root", tolerance=0.01),
     "calls_without_and_with_guidance": number(
-        (10, 20), "ten steps; guidance asks for two answers in each, one with the class and one without"),
+        (10, 20),
+        "ten steps; guidance asks for two answers in each, one with the class and one without"),
     "the_same_picture_whatever_the_batch": number(
-        True, "the noise of a picture depends on the seed and its number alone, so that the two sheets are equal"),
+        True,
+        "the noise of a picture depends on the seed and its number alone, "
+        "so that the two sheets are equal"),
     "memory_of_the_second_level_over_the_first": number(
         0.5, "a fourth of the places, but twice the channels in each"),
     "loss_of_zero_and_of_the_copy": number(
-        (1.0, 0.0), "the mean square of a unit Gaussian is its variance; and in pure noise the input is the noise",
-        tolerance=0.001),
+        (1.0, 0.0),
+        "the mean square of a unit Gaussian is its variance; "
+        "and in pure noise the input is the noise", tolerance=0.001),
 }
 
 
@@ -135,12 +143,14 @@ def check_alpha_bar(alpha_bar):
             (linear_schedule(T), "still the linear schedule: " + TO_DO),
             (before / curve[0], "alpha_bar at index t belongs to t + 1 steps: the first is not 1"),
             (before, "alpha_bar at index t belongs to t + 1 steps; and divide by the curve at 0"),
-            (after, "divide by the curve at 0, so that all of the image is there before the first step")])
+            (after,
+             "divide by the curve at 0, so that all of the image is there before the first step")])
         if wrong:
             return wrong
         last = 1 - float(found[-1] / found[-2])             # too small a difference for compare
         if abs(last - 0.999) > 1e-6:
-            return f"the last beta is {last:.6f}: limit the betas to 0.999, then multiply 1 - beta together"
+            return (f"the last beta is {last:.6f}: "
+                    "limit the betas to 0.999, then multiply 1 - beta together")
     return None
 
 
@@ -151,8 +161,10 @@ def check_target(target):
         (noise, "still the noise: " + TO_DO),
         (other * x_0 - image * noise, "the other way round: v is plus noise, minus image"),
         (image * x_0 + other * noise, "that is the noisy image itself"),
-        (image * x_0 - other * noise, "the factors are exchanged: v is sqrt(ab) noise - sqrt(1 - ab) x_0"),
-        (other * noise - image * x_0, "the factors are exchanged: v is sqrt(ab) noise - sqrt(1 - ab) x_0"),
+        (image * x_0 - other * noise,
+         "the factors are exchanged: v is sqrt(ab) noise - sqrt(1 - ab) x_0"),
+        (other * noise - image * x_0,
+         "the factors are exchanged: v is sqrt(ab) noise - sqrt(1 - ab) x_0"),
         (ab * noise - (1 - ab) * x_0, "the factors are roots")])
 
 
@@ -165,7 +177,8 @@ def check_levels(levels):
         if not isinstance(found, list) or not all(type(t) is int for t in found):
             return f"{told} is no list of integers"
         if not found or found[0] != T - 1:
-            return f"{told} begins with {found[0] if found else 'nothing'} and not with {T - 1}, the noisiest"
+            return (f"{told} begins with {found[0] if found else 'nothing'} "
+                    f"and not with {T - 1}, the noisiest")
         if found[-1] != -1:
             return f"{told} ends with {found[-1]} and not with -1, the clean image"
         if len(found) != steps + 1:
@@ -187,25 +200,29 @@ def check_step(step):
     all_of_it = ab_prev ** 0.5 * x_0 + (1 - ab_prev) ** 0.5 * eps
     return compare(step(x_t.clone(), eps.clone(), ab_t, ab_prev, fresh.clone()), all_of_it, [
         (less + variance ** 0.5 * fresh, "still DDPM: " + TO_DO),
-        (less, "no fresh noise is added, but part of the old one is still taken away: the picture loses its noise "
-         "too fast"),
-        (all_of_it + variance ** 0.5 * fresh, "fresh noise is still added, on top of all the old one"),
+        (less,
+         "no fresh noise is added, but part of the old one is still taken away: "
+         "the picture loses its noise too fast"),
+        (all_of_it + variance ** 0.5 * fresh,
+         "fresh noise is still added, on top of all the old one"),
         (x_0, "that is the guess of the clean image: go no further than to ab_prev"),
-        (ab_prev ** 0.5 * x_0 + (1 - ab_prev) ** 0.5 * fresh, "the noise is all fresh: DDIM keeps eps")])
+        (ab_prev ** 0.5 * x_0 + (1 - ab_prev) ** 0.5 * fresh,
+         "the noise is all fresh: DDIM keeps eps")])
 
 
 def check_guided(guided):
     with_class, without = random(2, 1, 4, 4), random(2, 1, 4, 4, seed=1)
-    return compare(guided(with_class.clone(), without.clone(), 3.0), without + 3 * (with_class - without), [
-        (with_class, "still the plain answer: " + TO_DO),
-        (with_class + 3 * (with_class - without), "that counts from the answer with the class: 0 would be plain, "
-         "and here 1 is"),
-        (with_class + 3 * (without - with_class), "it leads away from the class"),
-        (3 * with_class, "it has to count from the answer without a class")])
+    return compare(
+        guided(with_class.clone(), without.clone(), 3.0), without + 3 * (with_class - without), [
+            (with_class, "still the plain answer: " + TO_DO),
+            (with_class + 3 * (with_class - without),
+             "that counts from the answer with the class: 0 would be plain, and here 1 is"),
+            (with_class + 3 * (without - with_class), "it leads away from the class"),
+            (3 * with_class, "it has to count from the answer without a class")])
 
 
-MODIFY = {"alpha_bar": check_alpha_bar, "target": check_target, "levels": check_levels, "step": check_step,
-          "guided": check_guided}
+MODIFY = {"alpha_bar": check_alpha_bar, "target": check_target, "levels": check_levels,
+          "step": check_step, "guided": check_guided}
 
 
 # ---- Exercise 3
@@ -224,7 +241,8 @@ def levels_of(x, t):
     """t as a list, if a model may be told it so."""
     if not torch.is_tensor(t) or t.shape != (len(x),) or t.is_floating_point():
         given = f"{t.dtype} of shape {tuple(t.shape)}" if torch.is_tensor(t) else f"{t!r:.40}"
-        raise ValueError(f"the model wants t as a tensor of {len(x)} integers, one for each image, not {given}")
+        raise ValueError(f"the model wants t as a tensor of {len(x)} integers, "
+                         f"one for each image, not {given}")
     return t.tolist()
 
 
@@ -232,15 +250,18 @@ def check_noisy(noisy):
     ab, t = linear_schedule(), torch.tensor([0, 250, 999])
     x_0, noise = random(3, 1, 3, 3), random(3, 1, 3, 3, seed=1)
     image, other = spread(ab[t].sqrt()), spread((1 - ab[t]).sqrt())
-    return compare(noisy(x_0.clone(), t.clone(), noise.clone(), ab.clone()), noised(x_0, t, noise, ab), [
-        (spread(ab[t]) * x_0 + spread(1 - ab[t]) * noise, "the factors are the roots of alpha_bar and "
-         "1 - alpha_bar"),
-        (ab[t].sqrt() * x_0 + (1 - ab[t]).sqrt() * noise, "the factors go along the columns of the pictures: give "
-         "them the shape [B, 1, 1, 1], one for each image"),
-        (other * x_0 + image * noise, "image and noise are exchanged"),
-        (x_0 + other * noise, "the image, too, is scaled: by the root of alpha_bar"),
-        (image * x_0 + noise, "the noise, too, is scaled: by the root of 1 - alpha_bar"),
-        (image * x_0 + spread(1 - ab[t].sqrt()) * noise, "the root of (1 - alpha_bar), not 1 - root")])
+    return compare(
+        noisy(x_0.clone(), t.clone(), noise.clone(), ab.clone()), noised(x_0, t, noise, ab), [
+            (spread(ab[t]) * x_0 + spread(1 - ab[t]) * noise,
+             "the factors are the roots of alpha_bar and 1 - alpha_bar"),
+            (ab[t].sqrt() * x_0 + (1 - ab[t]).sqrt() * noise,
+             "the factors go along the columns of the pictures: "
+             "give them the shape [B, 1, 1, 1], one for each image"),
+            (other * x_0 + image * noise, "image and noise are exchanged"),
+            (x_0 + other * noise, "the image, too, is scaled: by the root of alpha_bar"),
+            (image * x_0 + noise, "the noise, too, is scaled: by the root of 1 - alpha_bar"),
+            (image * x_0 + spread(1 - ab[t].sqrt()) * noise,
+             "the root of (1 - alpha_bar), not 1 - root")])
 
 
 def check_loss(loss):
@@ -271,8 +292,10 @@ def check_loss(loss):
     return compare(found, error.square().mean(), [
         (error.square().sum(), "the mean, not the sum: else it depends on the size of the batch"),
         (error.abs().mean(), "the square of the error"),
-        ((0.5 * x_t - x_0).square().mean(), "the answer is to be held against the noise, not the image"),
-        ((0.5 * x_t - x_t).square().mean(), "the answer is to be held against the noise, not the noisy image"),
+        ((0.5 * x_t - x_0).square().mean(),
+         "the answer is to be held against the noise, not the image"),
+        ((0.5 * x_t - x_t).square().mean(),
+         "the answer is to be held against the noise, not the noisy image"),
         (error.square().mean().sqrt(), "without the root")])
 
 
@@ -280,7 +303,7 @@ def check_learn(learn):
     from models import create_model
     from synthetic import digits
 
-    pictures = torch.nn.functional.avg_pool2d(digits(256)[0].float(), 2)                # [256, 1, 14, 14]
+    pictures = torch.nn.functional.avg_pool2d(digits(256)[0].float(), 2)        # [256, 1, 14, 14]
     images = torch.nn.functional.pad(pictures, (1, 1, 1, 1)) / 127.5 - 1
     ab, t = linear_schedule().float(), torch.arange(256) * 1000 // 256
     noise = random(256, 1, 16, 16).float()
@@ -314,8 +337,9 @@ def check_learn(learn):
         return wrong
     at_last = measured()
     if not at_last < 0.15:
-        return (f"the loss on {len(images)} pictures went from {at_first:.2f} to {at_last:.2f}; below 0.1 is usual: "
-                "are the gradients set to zero before each step, and the noise the one that was added?")
+        return (f"the loss on {len(images)} pictures went from {at_first:.2f} to {at_last:.2f}; "
+                "below 0.1 is usual: are the gradients set to zero before each step, "
+                "and the noise the one that was added?")
     return None
 
 
@@ -325,9 +349,9 @@ def check_batches(seen, images):
     if max(len(part.unique()) for _, part in seen) == 1:
         return "all images of a step have the same t: draw one for each"
     if len(t.unique()) < 500 or t.min() > 50 or t.max() < 950:
-        return (f"t took {len(t.unique())} values from {int(t.min())} to {int(t.max())}: one from 0 to T - 1 for "
-                "every image, anew in each step")
-    noise = torch.nn.functional.normalize(x[t > 950].flatten(1))         # there hardly anything else is left
+        return (f"t took {len(t.unique())} values from {int(t.min())} to {int(t.max())}: "
+                "one from 0 to T - 1 for every image, anew in each step")
+    noise = torch.nn.functional.normalize(x[t > 950].flatten(1))    # hardly anything else is left
     if float((noise @ noise.T).fill_diagonal_(0).max()) > 0.8:
         return "the same noise comes twice: draw it anew for every image in each step"
     clean = x[t < 30].flatten(1)
@@ -356,9 +380,11 @@ def check_draw(draw):
     for steps in (10, 20):
         x_T, levels = random(5, 1, 3, 3), range(999, -1, -1000 // steps)
         right = walk(x_T, levels, 1.0)
-        mistakes = [(walk(x_T, levels, ab[-1]), "the last step goes to alpha_bar[-1], which Python takes for the "
-                     "noisiest: the clean image has alpha_bar 1"),
-                    (walk(x_T, levels, ab[0]), "the last step ends at t = 0, where a little noise is left")]
+        mistakes = [
+            (walk(x_T, levels, ab[-1]),
+             "the last step goes to alpha_bar[-1], which Python takes for the noisiest: "
+             "the clean image has alpha_bar 1"),
+            (walk(x_T, levels, ab[0]), "the last step ends at t = 0, where a little noise is left")]
         calls.clear()
         found = draw(model, x_T.clone(), ab.clone(), steps)
         if found is None:

@@ -1,4 +1,4 @@
-"""Networks. A model is any callable `model(x_t, t, y=None)` that returns a tensor shaped like x_t."""
+"""Networks. A model is any callable `model(x_t, t, y=None)` that returns a tensor like x_t."""
 
 import inspect
 
@@ -10,16 +10,17 @@ MODELS = {"simple": SimpleUNet, "attention": AttentionUNet}
 
 
 def model_defaults(name):
-    """The settings of a network where none are given, without grad_checkpoint, which changes no result."""
+    """The default settings of a network, without grad_checkpoint, which changes no result."""
     settings = inspect.signature(MODELS[name]).parameters
-    return {setting: row.default for setting, row in settings.items() if setting != "grad_checkpoint"}
+    return {setting: row.default for setting, row in settings.items()
+            if setting != "grad_checkpoint"}
 
 
 def create_model(name="simple", **config):
     """Build a network by name: create_model(base_channels=64), or 32 when memory is short.
 
-    add_input=True, the default, suits a network that predicts the noise, which x_t mostly is; one that is to
-    predict "x0" or "v" takes add_input=False, as train.py does.
+    add_input=True, the default, suits a network that predicts the noise, which x_t mostly is; one
+    that is to predict "x0" or "v" takes add_input=False, as train.py does.
     Raises ValueError for an unknown name or a setting that the network does not have.
     """
     if name not in MODELS:
@@ -28,5 +29,6 @@ def create_model(name="simple", **config):
         return MODELS[name](**config)
     except TypeError as error:
         foreign = sorted(set(config) - set(inspect.signature(MODELS[name]).parameters))
-        reason = f"it has no setting {', '.join(foreign)}" if foreign else str(error).splitlines()[0]
+        reason = (f"it has no setting {', '.join(foreign)}" if foreign
+                  else str(error).splitlines()[0])
         raise ValueError(f"model {name!r}: {reason}") from error

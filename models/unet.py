@@ -1,4 +1,4 @@
-"""The first network to read: a small U-Net that looks at a noisy image and predicts a tensor like it.
+"""The first network to read: a small U-Net that sees a noisy image and predicts a tensor like it.
 
     x_t [B, 1, 28, 28]                                                output [B, 1, 28, 28]
         |                                                                 |
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TimeEmbedding(nn.Module):
-    """Turn an integer t into sines and cosines of many wavelengths (Vaswani et al. 2017, section 3.5).
+    """Turn t into sines and cosines of many wavelengths (Vaswani et al. 2017, section 3.5).
 
     t: [B] integers -> [B, dim], dim even. Short wavelengths tell neighbours apart, long ones tell
     early from late. Nothing is learned here.
@@ -59,7 +59,7 @@ class DownBlock(nn.Module):
         self.norm2 = nn.GroupNorm(8, out_channels)
 
     def forward(self, x, t_emb):
-        # One number per channel, at every pixel, ahead of the SiLU: so the time opens and closes channels.
+        # One number per channel, at every pixel, before the SiLU: so t opens and closes channels.
         x = F.silu(self.norm1(self.conv1(x)) + self.time(t_emb)[:, :, None, None])
         return F.silu(self.norm2(self.conv2(x)))
 
@@ -80,12 +80,12 @@ class UNet(nn.Module):
     multiple: height and width must be multiples of this.  The other arguments: see SimpleUNet.
     """
 
-    def __init__(self, image_channels, multiple, time_emb_dim, time_hidden_dim, num_classes, add_input,
-                 grad_checkpoint):
+    def __init__(self, image_channels, multiple, time_emb_dim, time_hidden_dim, num_classes,
+                 add_input, grad_checkpoint):
         super().__init__()
         if image_channels < 1 or num_classes is not None and num_classes < 1:
-            raise ValueError(f"image_channels and num_classes must be at least 1, got {image_channels} and "
-                             f"{num_classes}; None for no classes")
+            raise ValueError("image_channels and num_classes must be at least 1, "
+                             f"got {image_channels} and {num_classes}; None for no classes")
         self.image_channels = image_channels
         self.add_input = add_input
         self.multiple = multiple
@@ -98,15 +98,15 @@ class UNet(nn.Module):
             nn.Linear(time_hidden_dim, time_emb_dim),
         )
         # Row 0 is "no class" (y = -1), rows 1.. are the classes.
-        # The weights that Embedding would draw itself. Drawn here, as on the device "meta" (load_model) torch would
-        # import its compiler for that, two seconds long.
-        self.class_emb = (nn.Embedding.from_pretrained(torch.randn(num_classes + 1, time_emb_dim), freeze=False)
-                          if num_classes else None)
+        # The weights that Embedding would draw itself. Drawn here, as on the device "meta"
+        # (load_model) torch would import its compiler for that, two seconds long.
+        self.class_emb = nn.Embedding.from_pretrained(
+            torch.randn(num_classes + 1, time_emb_dim), freeze=False) if num_classes else None
 
     def embed(self, t, y):
         """What every block is told: t [B], y [B] or None -> [B, time_emb_dim].
-        ValueError for a class that there is not (on a CPU; a GPU would have to be waited for, and a compiled
-        network cut in two)."""
+        ValueError for a class that there is not (on a CPU; a GPU would have to be waited for, and a
+        compiled network cut in two)."""
         if self.class_emb is None:
             return self.time_mlp(t)
         y = torch.full_like(t, -1) if y is None else y
@@ -119,18 +119,21 @@ class UNet(nn.Module):
         """Raise ValueError for images that the network cannot take."""
         channels, height, width = x_t.shape[1:]
         if channels != self.image_channels:
-            raise ValueError(f"the model takes {self.image_channels} channels, the images have {channels}")
+            raise ValueError(f"the model takes {self.image_channels} channels, "
+                             f"the images have {channels}")
         if height % self.multiple or width % self.multiple:
-            raise ValueError(f"height and width must be multiples of {self.multiple}, got {height}x{width}")
+            raise ValueError(f"height and width must be multiples of {self.multiple}, "
+                             f"got {height}x{width}")
 
     def output(self, x_t, h):
-        """The prediction. Asked for the noise, a correction to the input: at high t, x_t nearly is that noise;
-        copied through the convolutions and norms it came out 2 % wrong after 5 epochs of MNIST, and
-        predict_x0 multiplies that by up to 157. Asked for x0 or v, at high t x_t is what has to vanish."""
+        """The prediction. Asked for the noise, a correction to the input: at high t, x_t nearly is
+        that noise; copied through the convolutions and norms it came out 2 % wrong after 5 epochs
+        of MNIST, and predict_x0 multiplies that by up to 157. Asked for x0 or v, at high t x_t is
+        what has to vanish."""
         return x_t + h if self.add_input else h
 
     def run(self, block, *inputs):
-        """block(*inputs), forgetting what happens inside until the backward pass if grad_checkpoint."""
+        """block(*inputs); grad_checkpoint forgets what happens inside until the backward pass."""
         if self.grad_checkpoint and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -145,22 +148,25 @@ class SimpleUNet(UNet):
     num_classes:     None, or the number of classes that y may name; without it y is ignored.
     add_input:       the network gives a correction to x_t, which is added: for the eps objective.
     grad_checkpoint: recompute the blocks in the backward pass: less memory, about a third slower.
-    Height and width must be multiples of 4 (they are halved twice). Raises ValueError for a bad number.
+    Height and width must be multiples of 4 (they are halved twice).
+    Raises ValueError for a bad number.
     """
 
-    def __init__(self, image_channels=1, base_channels=64, time_emb_dim=256, num_classes=None, add_input=True,
-                 grad_checkpoint=False):
-        super().__init__(image_channels, 4, time_emb_dim, time_emb_dim, num_classes, add_input, grad_checkpoint)
+    def __init__(self, image_channels=1, base_channels=64, time_emb_dim=256, num_classes=None,
+                 add_input=True, grad_checkpoint=False):
+        super().__init__(image_channels, 4, time_emb_dim, time_emb_dim, num_classes, add_input,
+                         grad_checkpoint)
         if not 8 <= base_channels <= 4096 or base_channels % 8:
-            raise ValueError(f"base_channels must be a multiple of 8 (GroupNorm) up to 4096, got {base_channels}")
+            raise ValueError("base_channels must be a multiple of 8 (GroupNorm) up to 4096, "
+                             f"got {base_channels}")
         b = base_channels
-        # The blocks work with features in 8 groups of channels, and an image has 1 or 3: convolve first.
+        # The blocks work with 8 groups of channels, and an image has 1 or 3: convolve first.
         self.conv_in = nn.Conv2d(image_channels, b, 3, padding=1)
         self.down1 = DownBlock(b, b, time_emb_dim)
         self.down2 = DownBlock(b, 2 * b, time_emb_dim)
         self.pool = nn.MaxPool2d(2)
         self.bottleneck = DownBlock(2 * b, 2 * b, time_emb_dim)
-        # Kernel 4, stride 2: every output pixel is covered equally often, which avoids checkerboards.
+        # Kernel 4, stride 2: output pixels are covered equally often, which avoids checkerboards.
         self.upsample1 = nn.ConvTranspose2d(2 * b, 2 * b, 4, stride=2, padding=1)
         self.up1 = UpBlock(4 * b, 2 * b, time_emb_dim)
         self.upsample2 = nn.ConvTranspose2d(2 * b, 2 * b, 4, stride=2, padding=1)

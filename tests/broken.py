@@ -1,4 +1,4 @@
-"""Does diagnose.py find what is wrong? Trains models that are broken in eleven ways, and four healthy ones.
+"""Does diagnose.py find what is wrong? Trains models broken in eleven ways, and four healthy ones.
 
     python tests/broken.py                                           # on digits that the code draws
     python tests/broken.py --dataset fashion_mnist --data_dir path/to/data --seed 1
@@ -16,13 +16,13 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command_line import Parser, command, positive_int, seed_number                        # noqa: E402
-from data import Batches, get_dataset                                                      # noqa: E402
-from diagnose import diagnose                                                              # noqa: E402
-from diffusion import DiffusionProcess                                                     # noqa: E402
-from loop import train_epoch                                                               # noqa: E402
-from models import create_model                                                            # noqa: E402
-from utils import EMA, seed_step                                                           # noqa: E402
+from command_line import Parser, command, positive_int, seed_number                 # noqa: E402
+from data import Batches, get_dataset                                               # noqa: E402
+from diagnose import diagnose                                                       # noqa: E402
+from diffusion import DiffusionProcess                                              # noqa: E402
+from loop import train_epoch                                                        # noqa: E402
+from models import create_model                                                     # noqa: E402
+from utils import EMA, seed_step                                                    # noqa: E402
 
 BROKEN = {  # what is broken: words of the true cause
     "images in [0, 1]": "images in [0, 1]",
@@ -45,7 +45,8 @@ class Deaf(nn.Module):
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.num_classes, self.image_channels = inner, inner.num_classes, inner.image_channels
+        self.inner, self.num_classes, self.image_channels = (
+            inner, inner.num_classes, inner.image_channels)
 
     def forward(self, x_t, t, y=None):
         return self.inner(x_t, torch.zeros_like(t), y)
@@ -69,7 +70,7 @@ class ColdAverage(EMA):
 
 
 def train_one(kind, images, labels, num_classes, seed, steps):
-    """Train a model that is broken in this way: (average, raw, process to sample with, losses, settings)."""
+    """Train a model broken this way: (average, raw, process to sample with, losses, settings)."""
     seed_step(seed, 0)
     settings = dict(learning_rate=1e-3, optimizer="adam", lr_schedule="constant")
     process = DiffusionProcess()
@@ -97,15 +98,18 @@ def train_one(kind, images, labels, num_classes, seed, steps):
         steps = 60
     average = ColdAverage(model, 0.9995) if kind == "cold average" else EMA(model, 0.995)
     batches, losses = Batches(images, labels, 64, seed), []
-    stream = ((x, y) if kind != "images in [0, 1]" else ((x + 1) / 2, y) for x, y in batches.stream())
+    stream = ((x, y) if kind != "images in [0, 1]" else ((x + 1) / 2, y)
+              for x, y in batches.stream())
     optimizer = (torch.optim.SGD if kind == "diverged" else torch.optim.Adam)(
         model.parameters(), lr=settings["learning_rate"])
-    if kind == "diverged":                          # a good start, then steps that are far too large
+    if kind == "diverged":                          # a good start, then steps far too large
         good = torch.optim.Adam(model.parameters(), lr=1e-3)
-        train_epoch(model, stream, good, process, "cpu", ema=average, seed=seed, steps=steps // 2, losses=losses)
+        train_epoch(model, stream, good, process, "cpu", ema=average, seed=seed, steps=steps // 2,
+                    losses=losses)
     try:
-        train_epoch(model, stream, optimizer, process, "cpu", ema=average, seed=seed, first_step=len(losses),
-                    steps=steps - len(losses), losses=losses, label_drop=0.1 if num_classes else 0.0)
+        train_epoch(model, stream, optimizer, process, "cpu", ema=average, seed=seed,
+                    first_step=len(losses), steps=steps - len(losses), losses=losses,
+                    label_drop=0.1 if num_classes else 0.0)
     except ValueError:
         if kind != "diverged":
             raise
@@ -118,7 +122,8 @@ def train_one(kind, images, labels, num_classes, seed, steps):
 
 @command
 def main(argv=None):
-    parser = Parser(description="Break models in eleven ways, and see whether diagnose.py finds out.")
+    parser = Parser(
+        description="Break models in eleven ways, and see whether diagnose.py finds out.")
     add = parser.add
     add("--dataset", "labelled images", "synthetic_digits")
     add("--data_dir")
@@ -136,20 +141,23 @@ def main(argv=None):
         seen, seen_labels = held, held_labels
         if kind == "cosine, v, colour":
             cloth, _ = get_dataset(args.colour, args.data_dir, image_size=32, channels=3)
-            data, seen, seen_labels = (cloth[:-500], torch.full((len(cloth) - 500,), -1), None), cloth[-500:], None
+            data, seen, seen_labels = (
+                (cloth[:-500], torch.full((len(cloth) - 500,), -1), None), cloth[-500:], None)
         average, raw, process, losses, settings = train_one(kind, *data, args.seed, args.steps)
-        causes, ratios = diagnose(average, raw, process, data[0], seen, seen_labels, losses, settings)
+        causes, ratios = diagnose(average, raw, process, data[0], seen, seen_labels, losses,
+                                  settings)
         names = [cause.what for cause in causes]
         if kind in BROKEN:
             first += any(BROKEN[kind] in name for name in names[:1])
             both += any(BROKEN[kind] in name for name in names[:2])
         else:
             silent += not names
-        print(f"{kind:<20} {time.perf_counter() - start:4.0f} s   " + ("; ".join(names[:2]) or "nothing"), flush=True)
+        print(f"{kind:<20} {time.perf_counter() - start:4.0f} s   "
+              + ("; ".join(names[:2]) or "nothing"), flush=True)
         print(" " * 29 + f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}; ratios "
               + " ".join(f"{ratio:.2f}" for ratio in next(iter(ratios.values()))), flush=True)
-    print(f"the true cause is named first for {first} of {len(BROKEN)}, first or second for {both}; "
-          f"silent on {silent} of {len(HEALTHY)} healthy models")
+    print(f"the true cause is named first for {first} of {len(BROKEN)}, "
+          f"first or second for {both}; silent on {silent} of {len(HEALTHY)} healthy models")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all tests share: the repository on the import path, the folder of real data, a tiny model."""
+"""What tests share: the repository on the import path, the folder of real data, a tiny model."""
 
 import os
 import sys
@@ -22,10 +22,11 @@ def same(a, b):
 
 @pytest.fixture
 def data_dir():
-    """The folder with real MNIST and Fashion-MNIST: $DIFFUSION_DATA, else ./data; skips where absent."""
+    """The folder of real MNIST and Fashion-MNIST, $DIFFUSION_DATA or ./data; skips where absent."""
     folder = Path(os.environ.get("DIFFUSION_DATA", ROOT / "data"))
     if not (folder / "MNIST" / "raw").is_dir():
-        pytest.skip(f"no MNIST under {folder}; set DIFFUSION_DATA to the folder that holds MNIST/raw")
+        pytest.skip(f"no MNIST under {folder}; "
+                    "set DIFFUSION_DATA to the folder that holds MNIST/raw")
     return str(folder)
 
 
@@ -38,7 +39,7 @@ def tiny_model():
 
 
 def awake(module):
-    """The module with something random in the layers that begin with zeros, as after some training."""
+    """The module with something random in layers that begin with zeros, as after some training."""
     for p in module.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.2)
@@ -51,11 +52,14 @@ def two_shades(tmp_path_factory):
     import data
     import train
     folder = tmp_path_factory.mktemp("shades")
-    images = torch.cat([torch.full((32, 1, 8, 8), 40), torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
+    images = torch.cat([torch.full((32, 1, 8, 8), 40),
+                        torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.DATASETS, "shades", data.Dataset(None, ("dark", "bright")))
-        patch.setattr(train, "get_dataset", lambda *args, **settings: (images, torch.arange(64) // 32))
-        train.train("shades", steps=250, learning_rate=2e-3, ema_decay=0.95, objective="x0", timesteps=50,
-                    label_drop=0.5, base_channels=16, time_emb_dim=16, batch_size=16, device="cpu",
-                    precision="float32", num_samples=4, sample_every=1000, output_dir=folder)
+        patch.setattr(train, "get_dataset",
+                      lambda *args, **settings: (images, torch.arange(64) // 32))
+        train.train("shades", steps=250, learning_rate=2e-3, ema_decay=0.95, objective="x0",
+                    timesteps=50, label_drop=0.5, base_channels=16, time_emb_dim=16, batch_size=16,
+                    device="cpu", precision="float32", num_samples=4, sample_every=1000,
+                    output_dir=folder)
     return folder / "model_final.pt"

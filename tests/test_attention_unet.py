@@ -1,4 +1,4 @@
-"""AttentionUNet: the published sizes, the attention against its formula, and what each input is for."""
+"""AttentionUNet: the published sizes, attention against its formula, and what each input is for."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from conftest import awake
 from models.attention_unet import AttentionUNet, ResBlock, SelfAttention
 from utils import count_parameters
 
-SMALL = dict(base_channels=8, multipliers=(1, 2), num_blocks=1, attention_levels=(1,), heads=2, groups=4,
-             time_emb_dim=16)
+SMALL = dict(base_channels=8, multipliers=(1, 2), num_blocks=1, attention_levels=(1,), heads=2,
+             groups=4, time_emb_dim=16)
 
 
 def conv(kernel, i, o):
@@ -17,8 +17,9 @@ def conv(kernel, i, o):
 
 
 def block(i, o):
-    """Two norms, two 3x3 convolutions, the time's linear layer, a 1x1 convolution if the width changes."""
-    return 2 * i + conv(3, i, o) + 257 * o + 2 * o + conv(3, o, o) + (conv(1, i, o) if i != o else 0)
+    """Two norms, two 3x3 convolutions, the time's linear layer, a 1x1 one if the width changes."""
+    return (2 * i + conv(3, i, o) + 257 * o + 2 * o + conv(3, o, o)
+            + (conv(1, i, o) if i != o else 0))
 
 
 def attention(c):
@@ -26,7 +27,7 @@ def attention(c):
 
 
 def test_the_ct_shape_has_the_listed_layers_and_12356161_parameters():
-    """64 to 128 to 256 channels, two blocks a level, attention at levels 1 and 2, time 256 -> 1024 -> 256."""
+    """64-128-256 channels, two blocks a level, attention at levels 1 and 2, time 256-1024-256."""
     by_hand = (
         257 * 1024 + 1025 * 256 + conv(3, 1, 64)
         + 2 * block(64, 64) + conv(3, 64, 64)
@@ -40,7 +41,8 @@ def test_the_ct_shape_has_the_listed_layers_and_12356161_parameters():
     with torch.device("meta"):
         model = AttentionUNet()
     assert by_hand == 12_356_161 and count_parameters(model) == by_hand
-    shrinking = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)]
+    shrinking = [m for m in model.modules()
+                 if isinstance(m, torch.nn.Conv2d) and m.stride == (2, 2)]
     assert len(shrinking) == 2
     assert all(m.num_groups == 32 for m in model.modules() if isinstance(m, torch.nn.GroupNorm))
 
@@ -52,13 +54,14 @@ def test_the_fabrics_shape_has_34_million_parameters():
 
 
 def test_patches_are_channels_of_a_smaller_image():
-    """The same weights see 8x8 grey pixels as 4x4 places with 4 channels: rows first, as in a page of text."""
+    """The same weights see 8x8 grey pixels as 4x4 places of 4 channels: rows first, as in text."""
     torch.manual_seed(0)
     patched = awake(AttentionUNet(1, patch_size=2, **SMALL)).eval()
     plain = AttentionUNet(4, **SMALL).eval()
     plain.load_state_dict(patched.state_dict())
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
-    by_hand = torch.stack([x[:, 0, i::2, j::2] for i in (0, 1) for j in (0, 1)], dim=1)     # [2, 4, 4, 4]
+    by_hand = torch.stack([x[:, 0, i::2, j::2] for i in (0, 1) for j in (0, 1)],
+                          dim=1)                                            # [2, 4, 4, 4]
     out = plain(by_hand, t)
     for k, (i, j) in enumerate((i, j) for i in (0, 1) for j in (0, 1)):
         torch.testing.assert_close(patched(x, t)[:, 0, i::2, j::2], out[:, k])
@@ -67,7 +70,7 @@ def test_patches_are_channels_of_a_smaller_image():
 
 
 def test_the_fused_attention_is_used():
-    """It wants the last dimension side by side in memory, and otherwise makes way without a word."""
+    """It wants the last dimension side by side in memory, and otherwise silently makes way."""
     layer = SelfAttention(8, heads=2, groups=4).eval()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         layer(torch.randn(2, 8, 4, 4))
@@ -85,7 +88,7 @@ def test_attention_equals_softmax_written_as_a_loop():
                 scores = torch.stack([q[b, rows, i] @ k[b, rows, j] / 4 ** 0.5 for j in range(15)])
                 mixed[b, rows, i] = v[b, rows] @ (scores.exp() / scores.exp().sum())
     want = x + layer.out(mixed.reshape(2, 8, 3, 5))
-    torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)         # written out, as a CPU trains
+    torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)  # written out, as a CPU trains
     assert layer.weights is None
     torch.testing.assert_close(layer.eval()(x), want, atol=1e-5, rtol=1e-5)  # fused
     layer.record = True
@@ -105,15 +108,16 @@ def test_blocks_and_attention_begin_as_copies_and_the_network_with_nothing_to_sa
 
 
 def test_scale_shift_is_the_published_formula():
-    """y_s GroupNorm(h) + y_b, then the activation (Dhariwal & Nichol 2021, section 3.1), with 1 + scale as y_s so
-    that zeros change nothing; norm and convolutions here by their definitions."""
+    """y_s GroupNorm(h) + y_b, then the activation (Dhariwal & Nichol 2021, section 3.1), with
+    1 + scale as y_s so that zeros change nothing; norm and convolutions here by definition."""
     torch.manual_seed(0)
     block = awake(ResBlock(4, 6, 5, groups=2, scale_shift=True)).double()
     x, t_emb = torch.randn(2, 4, 5, 5).double(), torch.randn(2, 5).double()
 
     def norm(h, layer):
         groups = h.reshape(2, 2, -1)
-        h = (groups - groups.mean(-1, keepdim=True)) / (groups.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        h = ((groups - groups.mean(-1, keepdim=True))
+             / (groups.var(-1, keepdim=True, correction=0) + 1e-5).sqrt())
         return h.reshape(2, -1, 5, 5) * layer.weight[:, None, None] + layer.bias[:, None, None]
 
     def silu(h):
@@ -124,11 +128,13 @@ def test_scale_shift_is_the_published_formula():
     scale, shift = numbers[:, :6, None, None], numbers[:, 6:, None, None]
     want = block.shortcut(x) + block.conv2[3](silu(norm(h, block.conv2[0]) * (1 + scale) + shift))
     torch.testing.assert_close(block(x, t_emb), want)
-    assert torch.equal(ResBlock(8, 8, 16, groups=4, scale_shift=True)(torch.ones(1, 8, 4, 4), torch.ones(1, 16)),
-                       torch.ones(1, 8, 4, 4))
+    assert torch.equal(
+        ResBlock(8, 8, 16, groups=4, scale_shift=True)(torch.ones(1, 8, 4, 4), torch.ones(1, 16)),
+        torch.ones(1, 8, 4, 4))
 
 
-@pytest.mark.parametrize("channels, size, levels", [(1, 28, (1, 2)), (3, 32, (1, 2, 2)), (3, 8, (1, 1, 2, 2))])
+@pytest.mark.parametrize("channels, size, levels", [
+    (1, 28, (1, 2)), (3, 32, (1, 2, 2)), (3, 8, (1, 1, 2, 2))])
 def test_any_number_of_levels_and_blocks_keeps_the_shape(channels, size, levels):
     for blocks in (1, 3):
         model = AttentionUNet(channels, **{**SMALL, "multipliers": levels, "num_blocks": blocks})
@@ -136,11 +142,13 @@ def test_any_number_of_levels_and_blocks_keeps_the_shape(channels, size, levels)
         assert model(x, torch.tensor([0, 999])).shape == x.shape
 
 
-@pytest.mark.parametrize("activation, scale_shift", [("silu", False), ("silu", True), ("gelu", False), ("relu", True)])
+@pytest.mark.parametrize("activation, scale_shift", [
+    ("silu", False), ("silu", True), ("gelu", False), ("relu", True)])
 @pytest.mark.parametrize("num_classes", [None, 3])
 def test_every_parameter_gets_a_gradient(activation, scale_shift, num_classes):
     torch.manual_seed(0)
-    model = awake(AttentionUNet(**SMALL, num_classes=num_classes, activation=activation, scale_shift=scale_shift))
+    model = awake(AttentionUNet(**SMALL, num_classes=num_classes, activation=activation,
+                                scale_shift=scale_shift))
     y = torch.tensor([-1, 0, 1, 2]) if num_classes else None
     model(torch.randn(4, 1, 8, 8), torch.tensor([0, 5, 500, 999]), y).square().mean().backward()
     for name, p in model.named_parameters():
@@ -155,7 +163,7 @@ def test_time_class_and_each_skip_change_the_output():
     assert (model(x, torch.tensor([400]), y) - whole).abs().max() > 1e-3
     assert (model(x, t, torch.tensor([2])) - whole).abs().max() > 1e-3
     assert torch.equal(model(x, t), model(x, t, torch.tensor([-1])))
-    for level, width in zip(model.up, (16, 8)):                     # the skip lies in the last channels
+    for level, width in zip(model.up, (16, 8)):                 # the skip lies in the last channels
         def cut(_, inputs, width=width):
             return torch.cat([inputs[0][:, :-width], 0 * inputs[0][:, -width:]], 1), inputs[1]
         hook = level.register_forward_pre_hook(cut)
@@ -165,7 +173,8 @@ def test_time_class_and_each_skip_change_the_output():
 
 def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
-    model, x, t = awake(AttentionUNet(**SMALL, dropout=0.5)), torch.randn(1, 1, 8, 8), torch.tensor([5])
+    model, x, t = (awake(AttentionUNet(**SMALL, dropout=0.5)), torch.randn(1, 1, 8, 8),
+                   torch.tensor([5]))
     assert not torch.equal(model(x, t), model(x, t))
     model.eval()
     assert torch.equal(model(x, t), model(x, t))

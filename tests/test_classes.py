@@ -20,8 +20,8 @@ from test_commands import fails
 from test_figures import write_model
 from train import train
 
-TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, image_size=8, device="cpu", precision="float32",
-            num_samples=4, sample_every=1000)
+TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, image_size=8, device="cpu",
+            precision="float32", num_samples=4, sample_every=1000)
 
 
 class Watching(torch.nn.Module):
@@ -43,7 +43,8 @@ def test_the_class_asked_for_is_the_class_drawn(two_shades):
     for guidance in (1.0, 2.0):
         images, _ = generate(model, diffusion, 16, 8, y=torch.arange(16) // 8, guidance=guidance)
         dark, bright = images[:8].mean((1, 2, 3)), images[8:].mean((1, 2, 3))
-        assert dark.max() < -0.15 and bright.min() > 0.15, (dark, bright)        # the data: -0.69 and 0.69
+        # the data: -0.69 and 0.69
+        assert dark.max() < -0.15 and bright.min() > 0.15, (dark, bright)
 
 
 def test_without_a_class_both_are_drawn(two_shades):
@@ -76,7 +77,8 @@ def test_one_image_in_ten_is_trained_on_without_its_class():
 
 
 @pytest.mark.parametrize("labels, classes", [(None, 10), (True, 10), (False, None)])
-def test_a_labelled_set_is_trained_with_its_classes_unless_asked_otherwise(labels, classes, tmp_path, monkeypatch):
+def test_a_labelled_set_is_trained_with_its_classes_unless_asked_otherwise(labels, classes,
+                                                                           tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 32)
     model, *_ = train("synthetic_digits", steps=1, labels=labels, output_dir=tmp_path, **TINY)
     entries = load_checkpoint(tmp_path / "model_final.pt")
@@ -90,7 +92,8 @@ CLOTHES = ["shirt", "sneaker", "bag"]
 
 
 @pytest.mark.parametrize("text, classes, labels, columns", [
-    (None, CLOTHES, [0, 1, 2, 0, 1, 2, 0], None), (None, None, None, None), ("none", CLOTHES, [-1] * 7, None),
+    (None, CLOTHES, [0, 1, 2, 0, 1, 2, 0], None), (None, None, None, None),
+    ("none", CLOTHES, [-1] * 7, None),
     ("1", CLOTHES, [1] * 7, None), ("sneaker", CLOTHES, [1] * 7, None),
     ("bag, shirt", CLOTHES, [2, 2, 2, 2, 0, 0, 0, 0], 4), ("bag,bag", CLOTHES, [2] * 8, 4),
     ("all", CLOTHES, [0, 0, 0, 1, 1, 1, 2, 2, 2], 3),
@@ -105,12 +108,14 @@ def test_labels_are_names_or_numbers_and_have_rows_of_their_own(text, classes, l
     ("0,1", 64, 4, 8), ("0,1,2", 64, 3, 8), ("all", 64, 3, 8), ("0,1", 10, 2, 3), ("1,0", 2, 1, 1)])
 def test_the_grid_of_several_labels_is_nearly_square_and_full(text, num_images, rows, columns):
     y, got = choose_labels(text, CLOTHES, num_images)
-    assert got == columns and len(y) == rows * columns * (3 if text == "all" else text.count(",") + 1) >= num_images
+    assert (got == columns and len(y)
+            == rows * columns * (3 if text == "all" else text.count(",") + 1) >= num_images)
     assert all(len(row.unique()) == 1 for row in y.view(-1, columns))
 
 
 @pytest.mark.parametrize("text, count, counts", [
-    ("0,1", 2000, [1000, 1000]), ("0,1", 10, [5, 5]), ("all", 1000, [334, 333, 333]), ("2", 7, [0, 0, 7])])
+    ("0,1", 2000, [1000, 1000]), ("0,1", 10, [5, 5]), ("all", 1000, [334, 333, 333]),
+    ("2", 7, [0, 0, 7])])
 def test_where_there_is_no_sheet_each_label_is_drawn_as_often(text, count, counts):
     """The rows of a sheet are full and hold more; what was over came off the last label alone."""
     y, _ = choose_labels(text, CLOTHES, count)
@@ -122,7 +127,8 @@ def test_where_there_is_no_sheet_each_label_is_drawn_as_often(text, count, count
     (["--label", "purple"], "unknown class 'purple'; choose from all, none, 0 (dark), 1 (bright)"),
     (["--label", "2"], "unknown class '2'"), (["--label", ""], "--label is given, but empty"),
     (["--guidance", "2", "--label", "none"], "needs classes to guide towards"),
-    (["--guidance", "-1"], "is no number from 0 to 100"), (["--guidance", "nan"], "'nan' is no number")])
+    (["--guidance", "-1"], "is no number from 0 to 100"),
+    (["--guidance", "nan"], "'nan' is no number")])
 def test_a_class_that_is_not_there_is_one_line(argv, words, two_shades, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         sample.main(["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), *argv])
@@ -135,20 +141,23 @@ def test_a_network_without_classes_says_so(tmp_path, monkeypatch, capsys):
     train("synthetic_digits", steps=1, labels=False, output_dir=tmp_path, **TINY)
     for argv in (["--label", "7"], ["--guidance", "2"]):
         with pytest.raises(SystemExit) as exit_:
-            sample.main(["--checkpoint", str(tmp_path / "model_final.pt"), "--output_dir", str(tmp_path), *argv])
+            sample.main(["--checkpoint", str(tmp_path / "model_final.pt"),
+                         "--output_dir", str(tmp_path), *argv])
         assert exit_.value.code == 2 and "trained without" in capsys.readouterr().err
 
 
 # ---- A picture tells how it was made
 
 def drawn(two_shades, folder, *argv):
-    sample.main(["--checkpoint", str(two_shades), "--output_dir", str(folder), "--device", "cpu", *argv])
+    sample.main(["--checkpoint", str(two_shades), "--output_dir", str(folder), "--device", "cpu",
+                 *argv])
 
 
 @pytest.mark.parametrize("argv", [
-    ["--num_images", "5"], ["--sampler", "ddpm_beta", "--steps", "7", "--seed", "3", "--label", "bright, dark"],
-    ["--sampler", "dpmpp_2m_sde", "--guidance", "2.5", "--first_index", "6", "--batch_size", "3", "--num_images", "8",
-     "--upscale", "2", "--spacing", "karras", "--eta", "0.7"]])
+    ["--num_images", "5"],
+    ["--sampler", "ddpm_beta", "--steps", "7", "--seed", "3", "--label", "bright, dark"],
+    ["--sampler", "dpmpp_2m_sde", "--guidance", "2.5", "--first_index", "6", "--batch_size", "3",
+     "--num_images", "8", "--upscale", "2", "--spacing", "karras", "--eta", "0.7"]])
 def test_a_picture_is_made_again_byte_for_byte(argv, two_shades, tmp_path, capsys):
     drawn(two_shades, tmp_path, *argv)
     picture = tmp_path / "generated_samples.png"
@@ -160,7 +169,7 @@ def test_a_picture_is_made_again_byte_for_byte(argv, two_shades, tmp_path, capsy
 
 
 def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):
-    """Away from its like a model goes nowhere; and the picture is made again with the same weak model only."""
+    """Away from its like a model goes nowhere; only the same weak model makes the picture again."""
     entries = load_checkpoint(two_shades)
     weight = next(iter(entries["ema"].values()))
     entries["ema"] = {**entries["ema"], next(iter(entries["ema"])): weight + 1e-7}
@@ -178,13 +187,14 @@ def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):
     drawn(two_shades, tmp_path, "--recreate", str(picture), "--weak", str(weak))
     assert "byte for byte the same" in capsys.readouterr().out
     torch.set_num_threads(threads)
-    assert "name it" in fails(capsys, sample.main, "--checkpoint", two_shades, "--output_dir", tmp_path, "--recreate", picture)
+    assert "name it" in fails(capsys, sample.main, "--checkpoint", two_shades,
+                              "--output_dir", tmp_path, "--recreate", picture)
 
 
 def test_a_weak_model_of_another_process_is_refused(two_shades, tmp_path, capsys):
     write_model(tmp_path / "other.pt")
-    assert "another schedule" in fails(capsys, sample.main, "--checkpoint", two_shades, "--output_dir", tmp_path,
-                                       "--weak", tmp_path / "other.pt")
+    assert "another schedule" in fails(capsys, sample.main, "--checkpoint", two_shades,
+                                       "--output_dir", tmp_path, "--weak", tmp_path / "other.pt")
 
 
 def test_a_sheet_larger_than_memory_is_refused_before_it_is_drawn(two_shades, tmp_path, capsys):
@@ -194,7 +204,8 @@ def test_a_sheet_larger_than_memory_is_refused_before_it_is_drawn(two_shades, tm
 
 
 def test_a_single_image_is_made_again_byte_for_byte(two_shades, tmp_path, capsys):
-    drawn(two_shades, tmp_path, "--num_images", "4", "--batch_size", "2", "--single_images", "--steps", "5")
+    drawn(two_shades, tmp_path, "--num_images", "4", "--batch_size", "2", "--single_images",
+          "--steps", "5")
     singles = sorted((tmp_path / "generated_samples").iterdir())
     assert [path.name for path in singles] == ["0000.png", "0001.png", "0002.png", "0003.png"]
     drawn(two_shades, tmp_path / "again", "--recreate", str(singles[3]))
@@ -205,8 +216,10 @@ def test_the_note_tells_all_that_decides_the_pixels_and_nothing_private(two_shad
     drawn(two_shades, tmp_path, "--steps", "3")
     raw = (tmp_path / "generated_samples.png").read_bytes()
     note = read_note(tmp_path / "generated_samples.png")
-    assert note["weights"] == load_model(two_shades)[2]["digest"] and note["steps"] == 3 and note["eta"] == 0
-    assert note["command"].startswith("sample.py --num_images=64") and note["threads"] == torch.get_num_threads()
+    assert (note["weights"] == load_model(two_shades)[2]["digest"] and note["steps"] == 3
+            and note["eta"] == 0)
+    assert (note["command"].startswith("sample.py --num_images=64")
+            and note["threads"] == torch.get_num_threads())
     assert str(tmp_path).encode() not in raw and "/" not in str(note)
 
 
@@ -216,15 +229,19 @@ def test_another_checkpoint_and_other_pictures_are_refused(two_shades, tmp_path,
     entries["ema"] = {name: value * 1.001 for name, value in entries["ema"].items()}
     save_checkpoint(tmp_path / "other.pt", entries)
     Image.new("L", (8, 8)).save(tmp_path / "plain.png")
-    (tmp_path / "real.png").write_bytes(png_bytes(np.zeros((8, 8, 3), np.uint8), note={"made_from": "a photo"}))
+    (tmp_path / "real.png").write_bytes(
+        png_bytes(np.zeros((8, 8, 3), np.uint8), note={"made_from": "a photo"}))
     (tmp_path / "half.png").write_bytes(png_bytes(np.zeros((8, 8, 3), np.uint8), note={"seed": 1}))
     (tmp_path / "text.png").write_text("no picture")
     picture = str(tmp_path / "generated_samples.png")
     capsys.readouterr()
     for path, checkpoint, words in (
-            (picture, tmp_path / "other.pt", "was not made with"), (tmp_path / "plain.png", two_shades, "does not tell"),
-            (tmp_path / "real.png", two_shades, "made from 'a photo'"), (tmp_path / "half.png", two_shades, "does not tell its num_images"),
-            (tmp_path / "text.png", two_shades, "does not tell"), (tmp_path / "no.png", two_shades, "No such file")):
+            (picture, tmp_path / "other.pt", "was not made with"),
+            (tmp_path / "plain.png", two_shades, "does not tell"),
+            (tmp_path / "real.png", two_shades, "made from 'a photo'"),
+            (tmp_path / "half.png", two_shades, "does not tell its num_images"),
+            (tmp_path / "text.png", two_shades, "does not tell"),
+            (tmp_path / "no.png", two_shades, "No such file")):
         with pytest.raises(SystemExit) as exit_:
             drawn(checkpoint, tmp_path / "again", "--recreate", str(path))
         error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The three commands as a user meets them: what they write, and one clear line for every mistake."""
+"""The three commands as a user meets them: what they write, and a clear line for every mistake."""
 
 import importlib
 import math
@@ -35,7 +35,8 @@ def checkpoint(tmp_path):
     model = create_model(**config)
     path = tmp_path / "model.pt"
     save_checkpoint(path, {
-        "model_name": "simple", "model_config": config, "diffusion_config": DiffusionProcess(40).config,
+        "model_name": "simple", "model_config": config,
+        "diffusion_config": DiffusionProcess(40).config,
         "data": {"name": "mnist", "image_size": 8, "channels": 1, "classes": None},
         "model": model.state_dict(), "ema": model.state_dict()})
     return path
@@ -57,8 +58,10 @@ def fails(capsys, main, *argv):
 @pytest.mark.parametrize("columns, padding", [(None, 2), (3, 0), (20, 1)])
 def test_a_grid_is_that_of_torchvision(shape, columns, padding):
     from torchvision.utils import make_grid
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    want = make_grid(images, nrow=columns or math.ceil(len(images)**0.5), padding=padding, pad_value=255)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
+    want = make_grid(images, nrow=columns or math.ceil(len(images)**0.5), padding=padding,
+                     pad_value=255)
     assert torch.equal(image_grid(images, columns, padding), want.permute(1, 2, 0))
 
 
@@ -74,7 +77,8 @@ def test_one_image_of_each_class_comes_before_a_second_of_any():
     order = visualize_diffusion.different_ones(labels, 57, seed=3)
     assert sorted(order.tolist()) == list(range(57))
     assert [sorted(labels[order[k:k + 3]].tolist()) for k in (0, 3)] == [[0, 1, 2]] * 2
-    assert sorted(labels[order[6:12]].tolist()) == [0, 0, 0, 1, 1, 1] and set(labels[order[12:]].tolist()) == {0}
+    assert (sorted(labels[order[6:12]].tolist()) == [0, 0, 0, 1, 1, 1]
+            and set(labels[order[12:]].tolist()) == {0})
     assert not torch.equal(order, visualize_diffusion.different_ones(labels, 57, seed=4))
     assert len(set(visualize_diffusion.different_ones(None, 57).tolist())) == 57
 
@@ -84,25 +88,27 @@ def test_the_forward_figure_is_clean_at_the_left_and_static_at_the_right(tmp_pat
     monkeypatch.setattr(visualize_diffusion, "save_strip",
                         lambda rows, labels, path, title: seen.update(rows=rows, labels=labels))
     # From a generator of its own: one seeded like the figure's noise would correlate with it.
-    images = torch.randint(256, (8, 1, 28, 28), generator=torch.Generator().manual_seed(5)).to(torch.uint8)
+    images = torch.randint(256, (8, 1, 28, 28),
+                           generator=torch.Generator().manual_seed(5)).to(torch.uint8)
     visualize_diffusion.forward_figure(images, DiffusionProcess(), tmp_path / "x.png")
     assert seen["rows"].shape == (8, 8, 1, 28, 28)
     assert [int(re.search(r"t = (\d+)", label)[1]) for label in seen["labels"]] == [
         0, 50, 100, 200, 400, 600, 800, 999]
     x_0 = images.float() / 127.5 - 1
-    correlation = [float(torch.corrcoef(torch.stack([x_0.flatten(), seen["rows"][:, k].flatten()]))[0, 1])
-                   for k in range(8)]
+    correlation = [float(torch.corrcoef(torch.stack(
+        [x_0.flatten(), seen["rows"][:, k].flatten()]))[0, 1]) for k in range(8)]
     assert correlation[0] > 0.99 and abs(correlation[7]) < 0.05
     assert correlation == sorted(correlation, reverse=True)
 
 
 def test_sample_shows_the_way_and_ends_with_the_sample_itself(checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
-    sample.main(["--checkpoint", str(checkpoint), "--num_images", "5", "--batch_size", "3", "--steps", "6",
-                 "--show_intermediate", "--output_dir", str(out)])
+    sample.main(["--checkpoint", str(checkpoint), "--num_images", "5", "--batch_size", "3",
+                 "--steps", "6", "--show_intermediate", "--output_dir", str(out)])
     assert Image.open(out / "generation.gif").n_frames == 7
     frames = sorted(p.name for p in (out / "generation_frames").iterdir())
-    assert len(frames) == 7 and frames[0] == "frame_000_t039.png" and frames[-1] == "frame_006_finished.png"
+    assert (len(frames) == 7 and frames[0] == "frame_000_t039.png"
+            and frames[-1] == "frame_006_finished.png")
     assert Image.open(out / "generation_strip.png").width > 500
     said = capsys.readouterr().out
     assert "about" in said and "generated_samples.png" in said and "generation.gif" in said
@@ -110,12 +116,14 @@ def test_sample_shows_the_way_and_ends_with_the_sample_itself(checkpoint, tmp_pa
 
 def test_frames_carry_the_loops_own_levels_and_the_finished_sample_bit_for_bit(checkpoint):
     model, diffusion, _ = sample.load_model(checkpoint)
-    images, frames = sample.generate(model, diffusion, 4, 8, sampler="ddpm", steps=10, keep=sample.moments(10, 51))
+    images, frames = sample.generate(model, diffusion, 4, 8, sampler="ddpm", steps=10,
+                                     keep=sample.moments(10, 51))
     assert [t for t, _, _ in frames] == diffusion.timesteps(10)
     assert torch.equal(frames[-1][1], images)
     for t, x_t, x_0 in frames[:-1]:
         torch.testing.assert_close(x_0, diffusion.predict_x0(model, x_t, t), atol=1e-4, rtol=0)
-    few = sample.generate(model, diffusion, 4, 8, sampler="ddpm", keep=sample.moments(diffusion.num_timesteps, 5))[1]
+    few = sample.generate(model, diffusion, 4, 8, sampler="ddpm",
+                          keep=sample.moments(diffusion.num_timesteps, 5))[1]
     assert [t for t, _, _ in few] == [39, 29, 19, 9, -1]
 
 
@@ -140,11 +148,12 @@ def test_saved_pixels_are_the_images_range(tmp_path):
 # ---- Mistakes in numbers and names
 
 @pytest.mark.parametrize("argv", [
-    ["--dataset", "mnits"], ["--schedule", "quadratic"], ["--objective", "noise"], ["--epochs", "0"],
-    ["--epochs", "-1"], ["--batch_size", "0"], ["--lr", "nan"], ["--lr", "0"], ["--lr", "-1"],
-    ["--lr", "inf"], ["--timesteps", "0"], ["--ema_decay", "1"], ["--ema_decay", "nan"],
-    ["--base_channels", "12"], ["--image_size", "30"], ["--grad_clip", "-1"], ["--seed", "-1"],
-    ["--device", "abacus"], ["--precision", "int8"], ["--steps", "0"], ["--no_such_flag"]])
+    ["--dataset", "mnits"], ["--schedule", "quadratic"], ["--objective", "noise"],
+    ["--epochs", "0"], ["--epochs", "-1"], ["--batch_size", "0"], ["--lr", "nan"], ["--lr", "0"],
+    ["--lr", "-1"], ["--lr", "inf"], ["--timesteps", "0"], ["--ema_decay", "1"],
+    ["--ema_decay", "nan"], ["--base_channels", "12"], ["--image_size", "30"],
+    ["--grad_clip", "-1"], ["--seed", "-1"], ["--device", "abacus"], ["--precision", "int8"],
+    ["--steps", "0"], ["--no_such_flag"]])
 def test_train_refuses_impossible_settings(argv, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
     argv = argv if "--dataset" in argv else ["--dataset", "synthetic_digits", *argv]
@@ -154,11 +163,13 @@ def test_train_refuses_impossible_settings(argv, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [
-    ["--sampler", "euler"], ["--steps", "0"], ["--steps", "41"], ["--steps", "nan"], ["--num_images", "0"],
-    ["--eta", "11"], ["--sampler", "ddpm_beta", "--eta", "1.5"], ["--eta", "nan"], ["--seed", "-3"], ["--batch_size", "0"], ["--precision", "int8"],
+    ["--sampler", "euler"], ["--steps", "0"], ["--steps", "41"], ["--steps", "nan"],
+    ["--num_images", "0"], ["--eta", "11"], ["--sampler", "ddpm_beta", "--eta", "1.5"],
+    ["--eta", "nan"], ["--seed", "-3"], ["--batch_size", "0"], ["--precision", "int8"],
     ["--device", "abacus"]])
 def test_sample_refuses_impossible_settings(argv, checkpoint, tmp_path, capsys):
-    error = fails(capsys, sample.main, "--checkpoint", checkpoint, *argv, "--output_dir", tmp_path / "out")
+    error = fails(capsys, sample.main, "--checkpoint", checkpoint, *argv,
+                  "--output_dir", tmp_path / "out")
     assert argv[1] in error
     assert not list((tmp_path / "out").rglob("*.png"))
 
@@ -215,7 +226,8 @@ def make_bad(kind, good, path):
             start, count = z.start_dir, len(z.infolist())
         for _ in range(count):                          # the flags of each entry of the directory
             raw[start + 8] |= 1
-            start += 46 + sum(int.from_bytes(raw[start + k:start + k + 2], "little") for k in (28, 30, 32))
+            start += 46 + sum(int.from_bytes(raw[start + k:start + k + 2], "little")
+                              for k in (28, 30, 32))
         path.write_bytes(raw)
         return "encrypted or broken"
     if kind == "an endless pickle":
@@ -250,8 +262,9 @@ def make_bad(kind, good, path):
 
 
 @pytest.mark.parametrize("kind", [
-    "missing", "a folder", "empty", "truncated", "altered", "text", "bare weights", "old pickle", "malicious",
-    "zip bomb", "marked as encrypted", "an endless pickle", "newer", "another network", "monstrous network", "unknown network", "no weights", "no size",
+    "missing", "a folder", "empty", "truncated", "altered", "text", "bare weights", "old pickle",
+    "malicious", "zip bomb", "marked as encrypted", "an endless pickle", "newer",
+    "another network", "monstrous network", "unknown network", "no weights", "no size",
     "a huge size", "double precision", "not a number", "endless chain"])
 def test_a_bad_checkpoint_is_named_for_what_it_is(kind, checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -264,7 +277,7 @@ def test_a_bad_checkpoint_is_named_for_what_it_is(kind, checkpoint, tmp_path, ca
 
 @pytest.mark.parametrize("name", ["Data.pkl", "constants.pkl"])
 def test_a_pickle_of_another_name_is_not_read(name, tmp_path):
-    """torch looks for data.pkl in any case of letters: Data.pkl went past the check, and filled the memory."""
+    """torch finds data.pkl in any case of letters: Data.pkl passed the check, and filled memory."""
     path = tmp_path / "bad.pt"
     torch.save({"a": torch.zeros(3)}, tmp_path / "good.pt")
     with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(path, "w") as bad:
@@ -286,14 +299,16 @@ def test_a_pipe_is_not_replaced_by_a_file(checkpoint, tmp_path, capsys):
     import os
     import export
     os.mkfifo(tmp_path / "pipe")
-    assert "in the way" in fails(capsys, export.main, "--checkpoint", checkpoint, "--output", tmp_path / "pipe")
+    assert "in the way" in fails(capsys, export.main, "--checkpoint", checkpoint,
+                                 "--output", tmp_path / "pipe")
     with pytest.raises(OSError, match="neither a file"):
         write_file(tmp_path / "pipe", b"x")
     assert (tmp_path / "pipe").is_fifo() and not list(tmp_path.glob(".*"))
 
 
 def test_a_billion_images_are_refused_before_anything_is_made_for_them(tmp_path, capsys):
-    assert "at most" in fails(capsys, sample.main, "--num_images", 10**9, "--output_dir", tmp_path / "out")
+    assert "at most" in fails(capsys, sample.main, "--num_images", 10**9,
+                              "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -309,7 +324,8 @@ def test_a_malicious_checkpoint_that_passes_for_tensors_runs_no_code(tmp_path, m
 
 @pytest.mark.parametrize("tool", ["torture", "mutate", "broken"])
 def test_the_tools_beside_the_tests_say_what_they_take(tool):
-    run = subprocess.run([sys.executable, ROOT / "tests" / f"{tool}.py", "--help"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, ROOT / "tests" / f"{tool}.py", "--help"],
+                         capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith("usage"), run.stderr
 
 
@@ -322,16 +338,19 @@ def test_a_folder_in_the_way_of_a_result_is_found_before_the_training(name, tmp_
     assert name in error and "in the way" in error
 
 
-def test_a_disk_too_small_for_a_checkpoint_is_found_before_the_training(tmp_path, capsys, monkeypatch):
+def test_a_disk_too_small_for_a_checkpoint_is_found_before_the_training(tmp_path, capsys,
+                                                                        monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(plan.shutil, "disk_usage",
+                        lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     error = fails(capsys, train.main, "--dataset", "synthetic_digits", "--output_dir", tmp_path)
     assert "32 MB" in error and not list(tmp_path.rglob("*.png"))
 
 
 def test_an_empty_folder_of_images_is_an_error(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    error = fails(capsys, train.main, "--dataset", tmp_path / "empty", "--output_dir", tmp_path / "out")
+    error = fails(capsys, train.main, "--dataset", tmp_path / "empty",
+                  "--output_dir", tmp_path / "out")
     assert "no images found" in error
 
 
@@ -352,12 +371,14 @@ def test_a_folder_with_a_broken_image_trains_without_it(tmp_path, capsys):
 @pytest.mark.parametrize("main", [train.main, sample.main, visualize_diffusion.main])
 def test_an_output_folder_that_cannot_be_written_is_found_first(main, checkpoint, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    argv = ["--checkpoint", checkpoint] if main is sample.main else ["--dataset", "synthetic_digits"]
+    argv = (["--checkpoint", checkpoint] if main is sample.main
+            else ["--dataset", "synthetic_digits"])
     error = fails(capsys, main, *argv, "--output_dir", tmp_path / "file" / "out")
     assert "file" in error
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("unshare"), reason="needs Linux's unshare")
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("unshare"),
+                    reason="needs Linux's unshare")
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(checkpoint, tmp_path):
     """A real one: a tmpfs of 16 kB in a mount namespace of its own."""
     disk = tmp_path / "disk"
@@ -369,33 +390,38 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(checkpoint, tmp
     if "unshare" in run.stderr or "mount" in run.stderr:
         pytest.skip("this machine allows no mount namespace: " + run.stderr.strip())
     error = [line for line in run.stderr.splitlines() if "error" in line]
-    assert len(error) == 1 and "No space left on device" in error[0] and "Traceback" not in run.stderr
+    assert (len(error) == 1 and "No space left on device" in error[0]
+            and "Traceback" not in run.stderr)
     assert run.stdout.rstrip().endswith("code 2")               # and ls shows nothing after it
 
 
 # ---- The house
 
 def test_imports_run_one_way():
-    """A file knows only files of the lines above its own; train and sample do not know each other (README)."""
+    """A file knows only files of lines above; train and sample do not know each other (README)."""
     storeys = ("files models muon measures schedules", "images", "utils", "command_line diffusion",
                "checkpoint convergence distributed folders inside plan predictors synthetic",
-               "data figures interop loop presets recipe running", "classifier load reference session", "train",
+               "data figures interop loop presets recipe running",
+               "classifier load reference session", "train",
                "export sample", "benchmark evaluate interpolate run_figures",
                "contest diagnose edit visualize_diffusion", "visualize_model")
     below, everything = set(), set(" ".join(storeys).split())
     assert everything == {path.stem for path in ROOT.glob("*.py")} | {"models"}
     for storey in storeys:
         for name in storey.split():
-            for path in (ROOT / "models").glob("*.py") if name == "models" else [ROOT / f"{name}.py"]:
-                found = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)) & everything
+            for path in ((ROOT / "models").glob("*.py") if name == "models"
+                         else [ROOT / f"{name}.py"]):
+                found = set(re.findall(
+                    r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)) & everything
                 assert found - {name} <= below, path
         below.update(storey.split())
 
 
 def test_every_wrong_edit_finds_its_line_once():
-    """A line that was rewritten left its edit behind, which nobody saw until the whole table was run."""
+    """A line that was rewritten left its edit behind, unseen until the whole table was run."""
     from mutate import EDITS
-    lost = [(edit.name, edit.file) for edit in EDITS if (ROOT / edit.file).read_text().count(edit.right) != 1]
+    lost = [(edit.name, edit.file) for edit in EDITS
+            if (ROOT / edit.file).read_text().count(edit.right) != 1]
     assert not lost
 
 
@@ -419,8 +445,10 @@ def test_importing_a_file_runs_nothing(tmp_path):
 
 @pytest.mark.parametrize("file, names", [
     ("diffusion", "DiffusionProcess SAMPLERS"), ("models", "create_model"),
-    ("models.unet", "TimeEmbedding DownBlock UpBlock SimpleUNet"), ("train", "train_epoch sample_images train main"),
-    ("utils", "save_images plot_losses count_parameters get_device get_timesteps"), ("sample", "main load_model")])
+    ("models.unet", "TimeEmbedding DownBlock UpBlock SimpleUNet"),
+    ("train", "train_epoch sample_images train main"),
+    ("utils", "save_images plot_losses count_parameters get_device get_timesteps"),
+    ("sample", "main load_model")])
 def test_a_fixed_name_is_in_its_fixed_file(file, names):
     module = importlib.import_module(file)
     assert all(callable(getattr(module, name)) or name == "SAMPLERS" for name in names.split())

@@ -10,7 +10,8 @@ from test_commands import fails
 
 
 def test_a_training_ends_with_its_time():
-    images = torch.randint(256, (50, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, (50, 1, 8, 8), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
     batches, shares = [], []
 
     def step(x_0, share):
@@ -18,21 +19,26 @@ def test_a_training_ends_with_its_time():
         shares.append(share)
         return torch.zeros(())
 
-    seen, seconds = contest.train_for(0.3, 20, images, torch.device("cpu"), torch.float32, "test", step)
+    seen, seconds = contest.train_for(0.3, 20, images, torch.device("cpu"), torch.float32, "test",
+                                      step)
     assert 0.3 <= seconds < 3 and seen == sum(map(len, batches))
     assert shares == sorted(shares) and 0 <= shares[0] and shares[-1] < 1
     epoch = torch.cat(batches[:2])                  # no image twice, in [-1, 1]
-    assert len(epoch.flatten(1).unique(dim=0)) == 40 and -1 <= epoch.min() < -0.9 and 0.9 < epoch.max() <= 1
+    assert (len(epoch.flatten(1).unique(dim=0)) == 40 and -1 <= epoch.min() < -0.9
+            and 0.9 < epoch.max() <= 1)
 
 
-@pytest.mark.parametrize("name, package", [("ddpm_pytorch", "denoising_diffusion_pytorch"), ("diffusers", "diffusers")])
+@pytest.mark.parametrize("name, package", [
+    ("ddpm_pytorch", "denoising_diffusion_pytorch"), ("diffusers", "diffusers")])
 def test_another_library_trains_and_draws_or_is_named(name, package, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(contest.importlib.util, "find_spec", lambda wanted: None)
-    assert f"pip install {package}" in fails(capsys, contest.main, "--entrants", name, "--output_dir", tmp_path)
+    assert f"pip install {package}" in fails(capsys, contest.main, "--entrants", name,
+                                             "--output_dir", tmp_path)
     monkeypatch.undo()
     pytest.importorskip(package)
     monkeypatch.setattr(contest, "STEPS", 2)
-    images = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
     args = argparse.Namespace(minutes=0.02, num_images=3, seed=0)
     entry = contest.ENTRANTS[name](args, images, torch.device("cpu"), torch.float32)
     assert entry.images > 0 and entry.seconds >= 1.2 and entry.samples.shape == (3, 1, 28, 28)
@@ -42,4 +48,5 @@ def test_another_library_trains_and_draws_or_is_named(name, package, tmp_path, c
 def test_too_few_minutes_for_our_preset_are_refused():
     images = torch.zeros(64, 1, 28, 28, dtype=torch.uint8)
     with pytest.raises(ValueError, match="fewer than the preset takes to warm up"):
-        contest.enter_quick(argparse.Namespace(minutes=0.01, num_images=3, seed=0), images, torch.device("cpu"), torch.float32)
+        contest.enter_quick(argparse.Namespace(minutes=0.01, num_images=3, seed=0), images,
+                            torch.device("cpu"), torch.float32)

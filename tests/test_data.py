@@ -21,7 +21,8 @@ from data import DatasetUnavailable, class_names, get_dataset, get_default_datas
 
 # ---- Named sets
 
-@pytest.mark.parametrize("name, mean, std", [("mnist", 33.318, 78.567), ("fashion_mnist", 72.940, 90.021)])
+@pytest.mark.parametrize("name, mean, std", [
+    ("mnist", 33.318, 78.567), ("fashion_mnist", 72.940, 90.021)])
 def test_real_sets_load_as_they_lie(data_dir, name, mean, std):
     images, labels = get_dataset(name, data_dir)
     assert images.shape == (60_000, 1, 28, 28) and images.dtype == torch.uint8
@@ -33,8 +34,8 @@ def test_real_sets_load_as_they_lie(data_dir, name, mean, std):
 
 
 def test_cifar10_loads_from_torchvisions_layout(tmp_path, monkeypatch):
-    """Five pickled batches and a test batch, rows of 3 x 32 x 32 bytes. torchvision checks their md5 sums also
-    when it does not download, so a subclass brings those of this small archive."""
+    """Five pickled batches and a test batch, rows of 3 x 32 x 32 bytes. torchvision checks their
+    md5 sums also when it does not download, so a subclass brings those of this small archive."""
     folder, random = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
     folder.mkdir()
 
@@ -44,14 +45,17 @@ def test_cifar10_loads_from_torchvisions_layout(tmp_path, monkeypatch):
 
     names = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]
     rows = {name: random.integers(0, 256, (4, 3072), dtype=np.uint8) for name in names}
-    sums = [[name, write(name, {"data": rows[name], "labels": [k, 1, 2, 3]})] for k, name in enumerate(names)]
+    sums = [[name, write(name, {"data": rows[name], "labels": [k, 1, 2, 3]})]
+            for k, name in enumerate(names)]
     meta = {"filename": "batches.meta", "key": "label_names",
             "md5": write("batches.meta", {"label_names": class_names("cifar10")})}
-    tiny = type("Tiny", (torchvision.datasets.CIFAR10,), dict(train_list=sums[:5], test_list=sums[5:], meta=meta))
+    tiny = type("Tiny", (torchvision.datasets.CIFAR10,),
+                dict(train_list=sums[:5], test_list=sums[5:], meta=meta))
     monkeypatch.setitem(data.DATASETS, "cifar10", data.DATASETS["cifar10"]._replace(source=tiny))
     images, labels = get_dataset("cifar10", tmp_path)
     assert images.shape == (20, 3, 32, 32) and labels.tolist()[::4] == [0, 1, 2, 3, 4]
-    assert torch.equal(images.flatten(1), torch.from_numpy(np.concatenate([rows[name] for name in names[:5]])))
+    assert torch.equal(images.flatten(1),
+                       torch.from_numpy(np.concatenate([rows[name] for name in names[:5]])))
     assert get_dataset("cifar10", tmp_path, train=False)[0].shape == (4, 3, 32, 32)
     grey, _ = get_dataset("cifar10", tmp_path, channels=1, image_size=16)
     assert grey.shape == (20, 1, 16, 16)
@@ -67,8 +71,10 @@ def test_a_named_set_can_be_made_grey_or_colour(channels, monkeypatch):
         images, _ = get_dataset(name, channels=channels)
         plain, _ = get_dataset(name)
         assert images.shape[1] == channels
-        as_pil = [np.asarray(to_pil_image(x).convert("L" if channels == 1 else "RGB")) for x in plain]
-        expected = torch.from_numpy(np.stack(as_pil)).view(3, *images.shape[-2:], channels).permute(0, 3, 1, 2)
+        as_pil = [np.asarray(to_pil_image(x).convert("L" if channels == 1 else "RGB"))
+                  for x in plain]
+        expected = torch.from_numpy(np.stack(as_pil)).view(
+            3, *images.shape[-2:], channels).permute(0, 3, 1, 2)
         assert (images.int() - expected.int()).abs().max() <= 1               # PIL rounds down
 
 
@@ -99,7 +105,8 @@ def mnist_server(monkeypatch):
     rng = np.random.default_rng(0)
     files = {}
     for split, n in (("train", 30), ("t10k", 10)):
-        files[f"{split}-images-idx3-ubyte.gz"] = gzip.compress(idx(rng.integers(0, 256, (n, 28, 28))))
+        files[f"{split}-images-idx3-ubyte.gz"] = gzip.compress(
+            idx(rng.integers(0, 256, (n, 28, 28))))
         files[f"{split}-labels-idx1-ubyte.gz"] = gzip.compress(idx(rng.integers(0, 10, n)))
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -145,7 +152,8 @@ def silent_server():
 
 
 @pytest.mark.parametrize("kind", ["refused", "unknown", "silent"])
-def test_without_a_network_the_answer_comes_within_15_seconds(kind, silent_server, monkeypatch, tmp_path, capsys):
+def test_without_a_network_the_answer_comes_within_15_seconds(kind, silent_server, monkeypatch,
+                                                              tmp_path, capsys):
     mirror = {"refused": "http://127.0.0.1:9/", "unknown": "http://no.such.host.invalid/",
               "silent": silent_server}[kind]
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [mirror])
@@ -174,7 +182,7 @@ def test_damaged_files_are_called_damaged(mnist_server, tmp_path):
     for length in (1000, len(whole) - 784, 3, 0):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="damaged") as error:
-            get_default_dataset(tmp_path)                       # and no synthetic digits in their place
+            get_default_dataset(tmp_path)                       # and no synthetic digits instead
         assert not isinstance(error.value, DatasetUnavailable)
 
 

@@ -1,5 +1,5 @@
-"""The diagnosis against networks whose fault is known, because they are formulas. tests/broken.py trains real
-ones."""
+"""The diagnosis against networks whose fault is known, because they are formulas. tests/broken.py
+trains real ones."""
 
 import math
 
@@ -40,17 +40,19 @@ def test_the_linear_error_of_static_is_the_closed_form():
 
 
 def test_the_linear_error_is_that_of_a_filter_applied():
-    """Images with a spectrum of their own; the filter is applied to them as a matrix, in the plain way."""
+    """Images with a spectrum of their own; the filter is applied to them as a matrix, plainly."""
     random = torch.Generator().manual_seed(0)
     blur = torch.zeros(16, 16, dtype=torch.float64)
     for i in range(16):
         for k, weight in ((-1, 0.25), (0, 0.5), (1, 0.25)):
             blur[i, (i + k) % 16] = weight
-    x = torch.randn(4000, 16, generator=random, dtype=torch.float64) @ blur.T       # covariance: blur blur^T
+    # covariance: blur blur^T
+    x = torch.randn(4000, 16, generator=random, dtype=torch.float64) @ blur.T
     a, b = 0.7, 0.5
     noisy = a * x + b * torch.randn(x.shape, generator=random, dtype=torch.float64)
     covariance = blur @ blur.T
-    best = a * covariance @ torch.linalg.inv(a**2 * covariance + b**2 * torch.eye(16, dtype=torch.float64))
+    best = a * covariance @ torch.linalg.inv(
+        a**2 * covariance + b**2 * torch.eye(16, dtype=torch.float64))
     error = float((noisy @ best.T - x).square().mean())
     power = torch.fft.fft(x, norm="ortho").abs().square().mean(0)
     assert d.linear_error(power, a, b) == pytest.approx(error, rel=0.02)
@@ -64,7 +66,8 @@ def test_after_clip_loss_no_reading_looks_beyond_the_range(clip_loss, images):
     for reading in d.readings(process):
         low = 0 if reading.zero_to_one else -1
         if reading.objective == "x0":
-            tame = d.errors(lambda x, t, y=None: wild(x, t).clamp(low, 1), reading, images[:20], power)
+            tame = d.errors(lambda x, t, y=None: wild(x, t).clamp(low, 1), reading, images[:20],
+                            power)
             assert (d.errors(wild, reading, images[:20], power) == tame) == clip_loss
 
 
@@ -86,7 +89,8 @@ def test_the_best_network_for_static_scores_one_and_is_not_blamed(objective, ima
 def test_a_network_of_another_assumption_is_recognised(words, trained_with, images):
     process = DiffusionProcess(schedule="cosine")
     power = d.spectrum(images)
-    ratios = {r.name: d.errors(trained_with(process), r, images[:100], power) for r in d.readings(process)}
+    ratios = {r.name: d.errors(trained_with(process), r, images[:100], power)
+              for r in d.readings(process)}
     found = d.check_readings(ratios)
     assert len(found) == 1 and words in found[0].what
 
@@ -94,11 +98,12 @@ def test_a_network_of_another_assumption_is_recognised(words, trained_with, imag
 def test_a_deaf_network_is_found(images):
     process = DiffusionProcess()
     hearing = exact(*roots(process))
-    assert d.check_time(lambda x_t, t, y=None: hearing(x_t, torch.full_like(t, 300), y), process, images[:20])
+    assert d.check_time(lambda x_t, t, y=None: hearing(x_t, torch.full_like(t, 300), y), process,
+                        images[:20])
 
 
 def test_classes_are_missed_where_they_say_nothing():
-    """Dark and bright images; one network draws the shade of the class, the other forgets which is which."""
+    """Dark and bright images; a network draws its class's shade, another forgets which is which."""
     process, labels = DiffusionProcess(objective="x0"), torch.arange(64) % 2
     images = (40 + 175 * labels).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
 
@@ -107,13 +112,15 @@ def test_classes_are_missed_where_they_say_nothing():
 
     model.num_classes = 2
     assert not d.check_labels(model, process, images, labels)
-    assert d.check_labels(model, process, images, labels[torch.randperm(64, generator=torch.Generator().manual_seed(0))])
+    assert d.check_labels(model, process, images, labels[
+        torch.randperm(64, generator=torch.Generator().manual_seed(0))])
     model.num_classes = 1                       # there is no other to tell it
     assert not d.check_labels(model, process, images, labels * 0)
 
 
 def test_a_schedule_that_keeps_the_image_is_named():
-    assert "0.132" in d.check_schedule(DiffusionProcess(200, beta_start=1e-4, beta_end=0.02))[0].evidence
+    assert "0.132" in d.check_schedule(
+        DiffusionProcess(200, beta_start=1e-4, beta_end=0.02))[0].evidence
     assert not d.check_schedule(DiffusionProcess(200))
 
 
@@ -129,7 +136,8 @@ def test_weights_that_are_no_numbers_are_a_divergence():
 
 
 def test_an_average_that_lags_is_named():
-    assert d.check_average(0.9, 0.3) and not d.check_average(0.3, 0.31) and not d.check_average(0.3, None)
+    assert (d.check_average(0.9, 0.3) and not d.check_average(0.3, 0.31)
+            and not d.check_average(0.3, None))
 
 
 def test_copies_and_tints_are_seen(images):
@@ -140,8 +148,9 @@ def test_copies_and_tints_are_seen(images):
 
 
 def test_a_channel_that_never_changes_has_no_contrast_to_miss():
-    """Perfect samples of pictures without blue had 0 % of its contrast, and those off by one grey level 392 %."""
-    images = torch.randint(256, (300, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    """Perfect samples without blue had 0 % of its contrast, those off by one grey level 392 %."""
+    images = torch.randint(256, (300, 3, 8, 8), generator=torch.Generator().manual_seed(0),
+                           dtype=torch.uint8)
     images[:, 2] = 0
     for blue in (0, torch.arange(100).view(100, 1, 1) % 2):
         drawn = images[200:].clone()
@@ -161,14 +170,16 @@ def test_a_perfect_network_is_not_accused_by_the_whole_of_it(images):
 
 
 def test_the_command_says_what_to_do_next(two_shades, tmp_path, capsys, monkeypatch):
-    """The stored process of a good checkpoint is changed, as happens to people who write their own sampling."""
+    """A good checkpoint's stored process is changed, as happens in sampling code of one's own."""
     from checkpoint import load_checkpoint, save_checkpoint
     entries = load_checkpoint(two_shades)
     entries.pop("digest")
     entries["diffusion_config"] = DiffusionProcess(50, objective="eps").config          # it was x0
     save_checkpoint(tmp_path / "model.pt", entries)
-    shades = torch.cat([torch.full((32, 1, 8, 8), 40), torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
-    monkeypatch.setattr(d, "load_reference", lambda *args: (shades, shades, (torch.arange(64) // 32,) * 2, "images"))
+    shades = torch.cat([torch.full((32, 1, 8, 8), 40),
+                        torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
+    monkeypatch.setattr(d, "load_reference", lambda *args: (
+        shades, shades, (torch.arange(64) // 32,) * 2, "images"))
     monkeypatch.setattr(d, "same_classes", lambda *args: True)
     d.main(["--checkpoint", str(tmp_path / "model.pt"), "--device", "cpu"])
     out = capsys.readouterr().out
@@ -180,8 +191,9 @@ def test_a_missing_checkpoint_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rate, losses, causes", [
-    (1e-3, [0.3] * 400, ["few steps"]),                                 # an ordinary rate, data that stay hard
-    (1.5e-3, [0.3] * 400, ["rate", "few steps"]), (1.5e-3, [1 / (k + 1) for k in range(400)], ["few steps"]),
+    (1e-3, [0.3] * 400, ["few steps"]),             # an ordinary rate, data that stay hard
+    (1.5e-3, [0.3] * 400, ["rate", "few steps"]),
+    (1.5e-3, [1 / (k + 1) for k in range(400)], ["few steps"]),
     (2e-2, [1 / (k + 1) for k in range(400)], ["rate", "few steps"])])
 def test_the_rate_is_blamed_if_it_is_high_or_if_nothing_falls_any_more(rate, losses, causes):
     settings = {"learning_rate": rate, "optimizer": "adam"}
@@ -190,5 +202,5 @@ def test_the_rate_is_blamed_if_it_is_high_or_if_nothing_falls_any_more(rate, los
 
 
 def test_sixty_steps_are_few_however_small_the_error():
-    """The preset quick learns so fast that its error had said nothing, and its digits could not be read."""
+    """The preset quick learns so fast that its error said nothing; its digits were illegible."""
     assert [cause.key for cause in d.check_training(0.4, [0.3] * 60, {})] == ["few steps"]

@@ -20,7 +20,7 @@ MEAN, STD = -0.2, 0.25
 
 
 class GaussianModel:
-    """The exact answer for data N(MEAN, STD^2): E[x_0 | x_t], in the form that the process asks for.
+    """The exact answer for data N(MEAN, STD^2): E[x_0 | x_t], in the form the process asks for.
 
     Written from numpy's own tables, so that it shares no schedule code with what it tests.
     """
@@ -51,9 +51,10 @@ class CountingModel:
 # ---- Schedules
 
 TABLE = {  # t: (linear alpha_bar, dB, cosine alpha_bar, dB) at T = 1000, computed elsewhere
-    0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34), 250: (0.521, 0.37, 0.846, 7.39),
-    500: (0.078, -10.74, 0.492, -0.13), 750: (0.0033, -24.80, 0.143, -7.77),
-    900: (2.7e-4, -35.68, 0.0236, -16.16), 999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
+    0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34),
+    250: (0.521, 0.37, 0.846, 7.39), 500: (0.078, -10.74, 0.492, -0.13),
+    750: (0.0033, -24.80, 0.143, -7.77), 900: (2.7e-4, -35.68, 0.0236, -16.16),
+    999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
 
 
 @pytest.mark.parametrize("column, schedule", [(0, "linear"), (2, "cosine")])
@@ -65,8 +66,10 @@ def test_schedules_match_the_known_table(column, schedule):
 
 
 @pytest.mark.parametrize("T, values", [
-    (1000, {0: 0.9996997208, 100: 0.9600004766, 500: 0.4983428218, 900: 0.03898857754, 999: 3.00287e-7}),
-    (400, {0: 0.9992462354, 40: 0.9592356028, 200: 0.4958571139, 360: 0.03823697762, 399: 7.53772e-7})])
+    (1000, {0: 0.9996997208, 100: 0.9600004766, 500: 0.4983428218, 900: 0.03898857754,
+            999: 3.00287e-7}),
+    (400, {0: 0.9992462354, 40: 0.9592356028, 200: 0.4958571139, 360: 0.03823697762,
+           399: 7.53772e-7})])
 def test_the_sigmoid_schedule_is_the_one_of_denoising_diffusion_pytorch(T, values):
     """Its sigmoid_beta_schedule (version 2.3.4), cumulated in float64."""
     ab = DiffusionProcess(T, schedule="sigmoid").alpha_bar
@@ -134,10 +137,10 @@ def test_a_given_alpha_bar_is_used_as_it_is():
 
 
 @pytest.mark.parametrize("bad", [
-    dict(num_timesteps=0), dict(num_timesteps=-5), dict(num_timesteps=2.5), dict(schedule="quadratic"),
-    dict(objective="noise"), dict(beta_end=float("nan")), dict(beta_start=-1e-4),
-    dict(schedule="cosine", beta_end=0.02), dict(schedule=[0.5, 0.5]), dict(schedule=[1.0, 0.5]),
-    dict(schedule=[0.5, 0.0]), dict(schedule=[0.5, float("nan")])])
+    dict(num_timesteps=0), dict(num_timesteps=-5), dict(num_timesteps=2.5),
+    dict(schedule="quadratic"), dict(objective="noise"), dict(beta_end=float("nan")),
+    dict(beta_start=-1e-4), dict(schedule="cosine", beta_end=0.02), dict(schedule=[0.5, 0.5]),
+    dict(schedule=[1.0, 0.5]), dict(schedule=[0.5, 0.0]), dict(schedule=[0.5, float("nan")])])
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ValueError):
         DiffusionProcess(**bad)
@@ -156,7 +159,8 @@ def test_the_forward_jump_equals_the_chain_step_by_step(schedule):
     for t, beta in enumerate(betas):
         mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
         at = torch.tensor([t])
-        assert float(diffusion.forward_diffusion(x_0, at, 0 * unit)[0]) == pytest.approx(mean, abs=1e-6)
+        assert float(diffusion.forward_diffusion(x_0, at, 0 * unit)[0]) == pytest.approx(
+            mean, abs=1e-6)
         assert float(diffusion.forward_diffusion(0 * x_0, at, unit)[0]) == pytest.approx(
             math.sqrt(variance), abs=1e-6)
 
@@ -174,8 +178,10 @@ def test_forward_mixes_each_image_at_its_own_level():
 def test_forward_at_t_500_keeps_028_of_the_image_not_044():
     diffusion = DiffusionProcess()
     one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    assert float(diffusion.forward_diffusion(one, torch.tensor([500]), zero)[0]) == pytest.approx(0.279, abs=5e-4)
-    assert float(diffusion.forward_diffusion(one, torch.tensor([400]), zero)[0]) == pytest.approx(0.440, abs=5e-4)
+    assert float(diffusion.forward_diffusion(one, torch.tensor([500]), zero)[0]) == pytest.approx(
+        0.279, abs=5e-4)
+    assert float(diffusion.forward_diffusion(one, torch.tensor([400]), zero)[0]) == pytest.approx(
+        0.440, abs=5e-4)
 
 
 @pytest.mark.parametrize("t", [-1, 1000])
@@ -192,21 +198,24 @@ def test_the_loss_is_the_distance_to_the_target_of_the_objective(objective):
     x_0, noise = torch.rand(4, 1, 8, 8) * 2 - 1, torch.randn(4, 1, 8, 8)
     t = torch.tensor([0, 300, 700, 999])
     ab = diffusion.alpha_bar[t].view(-1, 1, 1, 1)
-    target = {"eps": noise, "x0": x_0, "v": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[objective].float()
+    target = {"eps": noise, "x0": x_0,
+              "v": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[objective].float()
     seen = []
 
     def model(x_t, t, y):
         seen.append(x_t)
         return target + 0.5
 
-    assert float(diffusion.training_loss(model, x_0, t=t, noise=noise)) == pytest.approx(0.25, abs=1e-5)
+    assert float(diffusion.training_loss(model, x_0, t=t, noise=noise)) == pytest.approx(
+        0.25, abs=1e-5)
     torch.testing.assert_close(seen[0], (ab.sqrt() * x_0 + (1 - ab).sqrt() * noise).float())
 
 
 def test_predicting_no_noise_scores_one_at_every_level():
     diffusion, x_0 = DiffusionProcess(), torch.zeros(64, 1, 28, 28)
     for t in (0, 500, 999):
-        loss = diffusion.training_loss(lambda x, t, y: torch.zeros_like(x), x_0, t=torch.full((64,), t))
+        loss = diffusion.training_loss(lambda x, t, y: torch.zeros_like(x), x_0,
+                                       t=torch.full((64,), t))
         assert float(loss) == pytest.approx(1.0, abs=0.03)
 
 
@@ -223,10 +232,11 @@ def test_training_visits_all_levels_evenly():
 
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])
 def test_min_snr_weighs_the_error_of_x0_alike_for_every_objective(objective):
-    """Hang et al. 2023: min(SNR, gamma) times the squared error of x_0, whatever the network predicts."""
+    """Hang et al. 2023: min(SNR, gamma) times the squared error of x_0, whatever is predicted."""
     diffusion = DiffusionProcess(100, "cosine", objective)
     generator = torch.Generator().manual_seed(0)
-    x_0, noise = torch.rand(100, 1, 2, 2, generator=generator) * 2 - 1, torch.randn(100, 1, 2, 2, generator=generator)
+    x_0, noise = (torch.rand(100, 1, 2, 2, generator=generator) * 2 - 1,
+                  torch.randn(100, 1, 2, 2, generator=generator))
     t = torch.arange(100)
     x_t, _ = diffusion.forward_diffusion(x_0, t, noise)
 
@@ -237,41 +247,46 @@ def test_min_snr_weighs_the_error_of_x0_alike_for_every_objective(objective):
     snr = (diffusion.alpha_bar / (1 - diffusion.alpha_bar)).view(-1, 1, 1, 1)
     expected = float((snr.clamp(max=5) * (guess - x_0).double() ** 2).mean())
     found = float(diffusion.training_loss(model, x_0, t=t, noise=noise, min_snr=5))
-    assert found == pytest.approx(expected, rel=1e-3)           # at the last t float32 divides by 1e-4
+    assert found == pytest.approx(expected, rel=1e-3)    # at the last t float32 divides by 1e-4
 
 
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])
 def test_clip_loss_forgives_what_clipping_mends_and_nothing_else(objective):
-    """Pixel by pixel: the image, what the model sees, and the error that is left, for estimates of x_0."""
-    cases = [(-1.0, -1.3, 0.0), (-1.0, 1.4, 2.4), (1.0, 1.2, 0.0), (1.0, -1.5, 2.5), (0.5, -1.2, 1.7), (0.5, 1.2, 0.7),
-             (-1.0, -0.9, 0.1)]
+    """Pixel by pixel: the image, what the model sees, and the error left in its estimate of x_0."""
+    cases = [(-1.0, -1.3, 0.0), (-1.0, 1.4, 2.4), (1.0, 1.2, 0.0), (1.0, -1.5, 2.5),
+             (0.5, -1.2, 1.7), (0.5, 1.2, 0.7), (-1.0, -0.9, 0.1)]
     x_0, seen, left = (torch.tensor(column).view(1, 1, 1, -1) for column in zip(*cases))
-    noise, t = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([40])
+    noise, t = (torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)),
+                torch.tensor([40]))
     for clip_loss, expected in ((True, left), (False, (seen - x_0).abs())):
         diffusion = DiffusionProcess(100, "cosine", objective, clip_loss=clip_loss)
         ab = float(diffusion.alpha_bar[40])
 
         def model(x_t, t, y=None):
             eps = (x_t - math.sqrt(ab) * seen) / math.sqrt(1 - ab)
-            return {"eps": eps, "x0": seen, "v": math.sqrt(ab) * eps - math.sqrt(1 - ab) * seen}[objective]
+            return {"eps": eps, "x0": seen,
+                    "v": math.sqrt(ab) * eps - math.sqrt(1 - ab) * seen}[objective]
 
-        factor = {"eps": ab / (1 - ab), "x0": 1, "v": 1 / (1 - ab)}[objective]      # of the squared error of x_0
+        # of the squared error of x_0
+        factor = {"eps": ab / (1 - ab), "x0": 1, "v": 1 / (1 - ab)}[objective]
         loss = float(diffusion.training_loss(model, x_0, t=t, noise=noise))
         assert loss == pytest.approx(float(factor * (expected**2).mean()), rel=1e-4)
         assert DiffusionProcess(**diffusion.config).clip_loss == clip_loss
 
 
 def test_clip_loss_leaves_the_best_answer_the_mean():
-    """Of one pixel that is -1, -1 and 0.5 with equal chance, and of one that is always -1: there any value
-    below."""
+    """Of one pixel that is -1, -1 and 0.5 with equal chance, and of one that is always -1:
+    there any value below."""
     x_0 = torch.tensor([[-1.0, -1], [-1, -1], [0.5, -1]]).view(3, 1, 1, 2)
-    diffusion, guesses = DiffusionProcess(10, objective="x0", clip_loss=True), torch.linspace(-2, 2, 401)
-    losses = [[float(diffusion.training_loss(lambda x, t, y: torch.where(torch.arange(2) == k, guess, -1.0).expand_as(x),
-                                             x_0, t=torch.zeros(3, dtype=torch.long))) for guess in guesses]
-              for k in range(2)]
+    diffusion, guesses = (DiffusionProcess(10, objective="x0", clip_loss=True),
+                          torch.linspace(-2, 2, 401))
+    losses = [[float(diffusion.training_loss(
+        lambda x, t, y: torch.where(torch.arange(2) == k, guess, -1.0).expand_as(x),
+        x_0, t=torch.zeros(3, dtype=torch.long))) for guess in guesses] for k in range(2)]
     varying, constant = (torch.tensor(row) for row in losses)
     assert float(guesses[varying.argmin()]) == pytest.approx(-0.5, abs=0.011)
-    assert (constant[guesses <= -1] == constant.min()).all() and (constant[guesses > -0.98] > constant.min()).all()
+    assert ((constant[guesses <= -1] == constant.min()).all()
+            and (constant[guesses > -0.98] > constant.min()).all())
 
 
 # ---- One step back
@@ -283,7 +298,8 @@ def test_forward_then_predict_returns_the_image(objective):
     x_0, t = torch.rand(4, 1, 8, 8) * 2 - 1, torch.tensor([0, 250, 500, 900])
     x_t, noise = diffusion.forward_diffusion(x_0, t)
     ab = diffusion.alpha_bar[t].view(-1, 1, 1, 1)
-    out = {"eps": noise, "x0": x_0, "v": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[objective].float()
+    out = {"eps": noise, "x0": x_0,
+           "v": ab.sqrt() * noise - (1 - ab).sqrt() * x_0}[objective].float()
     torch.testing.assert_close(diffusion.predict_x0(lambda *_: out, x_t, t), x_0, atol=1e-4, rtol=0)
 
 
@@ -303,7 +319,8 @@ def test_eta_1_is_the_posterior_of_ho_et_al(schedule, t):
     x_0 = x_0.clamp(-1, 1)
     ab = diffusion.alpha_bar.numpy()
     beta = 1 - ab[t] / ab[t - 1]
-    mean = (math.sqrt(ab[t - 1]) * beta * x_0 + math.sqrt(1 - beta) * (1 - ab[t - 1]) * x_t) / (1 - ab[t])
+    mean = (math.sqrt(ab[t - 1]) * beta * x_0
+            + math.sqrt(1 - beta) * (1 - ab[t - 1]) * x_t) / (1 - ab[t])
     variance = (1 - ab[t - 1]) / (1 - ab[t]) * beta
     step = DiffusionProcess(schedule=schedule, objective="x0").reverse_diffusion_step
     got, seen = step(lambda *_: x_0, x_t, t, noise=z)
@@ -322,7 +339,8 @@ def test_a_long_stride_equals_the_published_ddim_step(eta):
     sigma = eta * math.sqrt((1 - a_s) / (1 - a_t)) * math.sqrt(1 - a_t / a_s)
     want = (math.sqrt(a_s) * (x_t - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)
             + math.sqrt(1 - a_s - sigma**2) * eps + sigma * z)
-    got, _ = diffusion.reverse_diffusion_step(lambda *_: eps, x_t, t, s, eta=eta, noise=z, clip=False)
+    got, _ = diffusion.reverse_diffusion_step(lambda *_: eps, x_t, t, s, eta=eta, noise=z,
+                                              clip=False)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
@@ -348,7 +366,8 @@ def test_impossible_steps_are_refused(bad):
 @pytest.mark.parametrize("eta", [10.5, -0.1, float("nan")])
 def test_the_loop_refuses_an_impossible_eta_like_the_step(eta):
     with pytest.raises(ValueError, match="eta must lie"):
-        DiffusionProcess(20).sample(CountingModel(), 4, 2, sampler="ddim", steps=5, eta=eta, device="cpu")
+        DiffusionProcess(20).sample(CountingModel(), 4, 2, sampler="ddim", steps=5, eta=eta,
+                                    device="cpu")
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
@@ -358,7 +377,8 @@ def test_the_last_step_adds_no_noise(sampler):
     *_, (t, x, x_0) = diffusion.trajectory(GaussianModel(diffusion), x_T, sampler=sampler)
     assert t == -1
     torch.testing.assert_close(x, x_0)
-    y, _ = diffusion.reverse_diffusion_step(GaussianModel(diffusion), x_T, 0, noise=torch.ones_like(x_T) * 9)
+    y, _ = diffusion.reverse_diffusion_step(GaussianModel(diffusion), x_T, 0,
+                                            noise=torch.ones_like(x_T) * 9)
     assert float(y.abs().max()) <= 1.0
 
 
@@ -386,7 +406,8 @@ def test_an_impossible_number_of_steps_is_refused(steps):
 def test_samplers_run_for_any_chain_length(T):
     diffusion = DiffusionProcess(T)
     for sampler in SAMPLERS:
-        images = diffusion.sample(GaussianModel(diffusion), 4, 2, seed=0, sampler=sampler, device="cpu")
+        images = diffusion.sample(GaussianModel(diffusion), 4, 2, seed=0, sampler=sampler,
+                                  device="cpu")
         assert images.shape == (2, 1, 4, 4) and images.isfinite().all() and images.abs().max() <= 1
 
 
@@ -396,25 +417,28 @@ def test_samplers_run_for_any_chain_length(T):
     ("ddim", 1000, 2.0), ("dpmpp_2m_sde", 250, 1.5)])
 def test_samplers_return_the_mean_and_spread_of_gaussian_data(schedule, sampler, steps, eta):
     diffusion = DiffusionProcess(schedule=schedule)
-    images = diffusion.sample(GaussianModel(diffusion), 32, 16, seed=1, sampler=sampler, steps=steps,
-                              eta=eta, clip=False)                      # 16,384 independent pixels
+    images = diffusion.sample(GaussianModel(diffusion), 32, 16, seed=1, sampler=sampler,
+                              steps=steps, eta=eta, clip=False)    # 16,384 independent pixels
     assert float(images.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(images.std()) == pytest.approx(STD, abs=0.02)
 
 
 def test_more_noise_washes_out_more_of_what_was_wrong_before():
-    """What is left at the end of a mistake at the start, from the same fresh noises; and all old noise can go."""
-    diffusion, start = DiffusionProcess(schedule="cosine"), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    """What is left of a mistake at the start, from the same fresh noises; all old noise can go."""
+    diffusion, start = (DiffusionProcess(schedule="cosine"),
+                        torch.zeros(1, 1, 1, 1, dtype=torch.float64))
     model, left = GaussianModel(diffusion), []
     for eta in (0, 0.5, 1, 1.5, 2):
         x, wrong = start, start + 1
         for t in range(500, 100, -10):
-            x, wrong = (diffusion.reverse_diffusion_step(model, each, t, t - 10, eta=eta, noise=start, clip=False)[0]
+            x, wrong = (diffusion.reverse_diffusion_step(model, each, t, t - 10, eta=eta,
+                                                         noise=start, clip=False)[0]
                         for each in (x, wrong))
         left.append(float(wrong - x))
     assert all(0 < b < 0.8 * a for a, b in zip(left, left[1:])), left
     noise = torch.randn(2, 1, 4, 4)
-    got = diffusion.step_towards(torch.zeros(2, 1, 4, 4), noise.flip(0), 900, 500, eta=10, noise=noise)
+    got = diffusion.step_towards(torch.zeros(2, 1, 4, 4), noise.flip(0), 900, 500, eta=10,
+                                 noise=noise)
     torch.testing.assert_close(got, math.sqrt(1 - float(diffusion.alpha_bar[500])) * noise)
 
 
@@ -428,8 +452,8 @@ def test_ddim_converges_to_the_exact_flow_at_first_order():
     diffusion = DiffusionProcess()
     x_T = seeded_noise(3, range(4), 0, (1, 16, 16)).double()
     want, model = exact_flow(diffusion, x_T), GaussianModel(diffusion)
-    errors = [float((diffusion.sample(model, x_T=x_T, sampler="ddim", steps=n, clip=False) - want).abs().mean())
-              for n in (10, 20, 40, 80)]
+    errors = [float((diffusion.sample(model, x_T=x_T, sampler="ddim", steps=n, clip=False)
+                     - want).abs().mean()) for n in (10, 20, 40, 80)]
     ratios = [a / b for a, b in zip(errors, errors[1:])]
     assert all(1.7 < ratio < 2.3 for ratio in ratios), (errors, ratios)
 
@@ -486,17 +510,21 @@ def test_guidance_pushes_away_from_the_answer_without_a_class():
         diffusion.predict_x0(model, x_t, 5, guidance=2.0)
 
 
-@pytest.mark.parametrize("clip_loss, clip, want", [(True, True, -1.0), (True, False, 0.7), (False, True, 0.7)])
-def test_guidance_pushes_on_what_lies_beyond_black_unless_that_was_never_asked_for(clip_loss, clip, want):
+@pytest.mark.parametrize("clip_loss, clip, want", [
+    (True, True, -1.0), (True, False, 0.7), (False, True, 0.7)])
+def test_guidance_pushes_on_what_lies_beyond_black_unless_that_was_never_asked_for(clip_loss, clip,
+                                                                                   want):
     """Both answers say black, -2 without the class and -1.1 with it."""
     diffusion = DiffusionProcess(objective="x0", clip_loss=clip_loss)
-    model = lambda x, t, y: torch.where(y.view(-1, 1, 1, 1) < 0, -2.0, -1.1).expand_as(x)      # noqa: E731
-    seen = diffusion.predict_x0(model, torch.zeros(2, 1, 4, 4), 5, torch.tensor([2, 4]), guidance=3.0, clip=clip)
+    model = lambda x, t, y: torch.where(                                        # noqa: E731
+        y.view(-1, 1, 1, 1) < 0, -2.0, -1.1).expand_as(x)
+    seen = diffusion.predict_x0(model, torch.zeros(2, 1, 4, 4), 5, torch.tensor([2, 4]),
+                                guidance=3.0, clip=clip)
     torch.testing.assert_close(seen, torch.full_like(seen, want))
 
 
 def test_after_clip_loss_an_inversion_reads_nothing_beyond_the_range():
-    """Two models that differ there alone have the same noise for a picture, and without clip_loss have not."""
+    """Two models that differ there only have one noise for a picture, and two without clip_loss."""
     x_0 = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for clip_loss in (True, False):
         diffusion = DiffusionProcess(50, "cosine", "x0", clip_loss=clip_loss)
@@ -516,21 +544,24 @@ def test_guidance_acts_in_its_interval_only():
     x = x_T = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     levels = [999, 799, 599, 399, 199, -1]
     for t, t_prev in zip(levels, levels[1:]):
-        ab, ab_prev = float(diffusion.alpha_bar[t]), float(diffusion.alpha_bar[t_prev]) if t_prev >= 0 else 1.0
+        ab, ab_prev = (float(diffusion.alpha_bar[t]),
+                       float(diffusion.alpha_bar[t_prev]) if t_prev >= 0 else 1.0)
         x_0 = 0.1 + 2.5 * 0.2 if 399 <= t <= 799 else 0.3
         x = ab_prev**0.5 * x_0 + (1 - ab_prev)**0.5 * (x - ab**0.5 * x_0) / (1 - ab)**0.5
-    drawn = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=5, y=7, guidance=2.5, guidance_interval=(399, 799))
+    drawn = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=5, y=7, guidance=2.5,
+                             guidance_interval=(399, 799))
     torch.testing.assert_close(drawn, x, atol=1e-5, rtol=0)
-    assert sorted(asked, reverse=True) == [(999, 7), (799, 7), (799, -1), (599, 7), (599, -1), (399, 7), (399, -1),
-                                           (199, 7)]
+    assert sorted(asked, reverse=True) == [(999, 7), (799, 7), (799, -1), (599, 7), (599, -1),
+                                           (399, 7), (399, -1), (199, 7)]
     assert model_calls(levels, 2.5, (399, 799)) == len(asked) and model_calls(levels, 2.5) == 10
-    assert [model_calls(levels, g) for g in (0, 1)] == [5, 5] and model_calls(levels, 2.5, (0, 198)) == 5
+    assert ([model_calls(levels, g) for g in (0, 1)] == [5, 5]
+            and model_calls(levels, 2.5, (0, 198)) == 5)
 
 
 def test_guidance_leads_away_from_a_weak_model_with_classes_and_without():
     diffusion = DiffusionProcess(objective="x0")
-    strong, weak = (lambda x, t, y, c=c: torch.full_like(x, c) + (0 if y is None else 0.01 * y.view(-1, 1, 1, 1))
-                    for c in (0.3, 0.1))
+    strong, weak = (lambda x, t, y, c=c: torch.full_like(x, c)
+                    + (0 if y is None else 0.01 * y.view(-1, 1, 1, 1)) for c in (0.3, 0.1))
     x_t = torch.zeros(2, 1, 4, 4)
     for g in (0.0, 1.0, 2.5):
         for y in (None, torch.tensor([2, 4])):
@@ -543,7 +574,8 @@ def test_guidance_leads_away_from_a_weak_model_with_classes_and_without():
 
 def test_the_trajectory_ends_with_the_sample_and_names_its_own_levels():
     diffusion, x_T = DiffusionProcess(), torch.randn(2, 1, 8, 8)
-    items = list(diffusion.trajectory(GaussianModel(diffusion), x_T, sampler="ddpm", steps=7, seed=5))
+    items = list(diffusion.trajectory(GaussianModel(diffusion), x_T, sampler="ddpm", steps=7,
+                                      seed=5))
     assert [t for t, _, _ in items] == diffusion.timesteps(7)[1:]
     picture = diffusion.sample(GaussianModel(diffusion), x_T=x_T, sampler="ddpm", steps=7, seed=5)
     assert torch.equal(items[-1][1], picture)
@@ -604,7 +636,7 @@ def test_sampling_switches_dropout_off_and_back_on():
 # ---- Calls from other code
 
 def test_a_schedule_of_ones_own_is_kept_and_can_be_saved(tmp_path):
-    """The caller's tensor was shared: written to afterwards, training and sampling no longer meant the same."""
+    """The caller's tensor was shared: once that changed, training and sampling no longer agreed."""
     mine = torch.linspace(0.99, 0.01, 20, dtype=torch.float64)
     diffusion = DiffusionProcess(schedule=mine)
     mine[0] = 0.5
@@ -631,11 +663,14 @@ def test_models_are_compared_without_dropout():
     model, diffusion, images = Dropping().train(), DiffusionProcess(20), digits(6, seed=0)[0]
     x_0 = to_signed(images)
     measures = {
-        "held_out_loss": lambda: held_out_loss(model, Batches(images, batch_size=4), diffusion, "cpu"),
+        "held_out_loss": lambda: held_out_loss(model, Batches(images, batch_size=4), diffusion,
+                                               "cpu"),
         "loss_by_timestep": lambda: loss_by_timestep(model, diffusion, x_0, bins=2)[1],
-        "predictor_errors": lambda: predictor_errors(diffusion, x_0, model, ranges=2)[1]["the model"],
-        "edit.solve": lambda: edit.solve(model, diffusion, x_0, edit.inpaint(torch.zeros(28, 28, dtype=torch.bool)),
-                                         x_0.shape, steps=2).tolist()}
+        "predictor_errors": lambda: predictor_errors(
+            diffusion, x_0, model, ranges=2)[1]["the model"],
+        "edit.solve": lambda: edit.solve(
+            model, diffusion, x_0, edit.inpaint(torch.zeros(28, 28, dtype=torch.bool)),
+            x_0.shape, steps=2).tolist()}
     for name, measure in measures.items():
         assert measure() == measure(), name
     assert model.training

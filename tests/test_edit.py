@@ -1,5 +1,5 @@
-"""The operators against their definition, the rule against closed-form posteriors, the command on a tiny
-model."""
+"""The operators against their definition, the rule against closed-form posteriors, the command on
+a tiny model."""
 
 import pytest
 import torch
@@ -25,12 +25,13 @@ def test_what_is_given_back_has_the_measurement_it_was_made_from(name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_measuring_and_giving_back_is_an_orthogonal_projection(name):
-    """Written out as a matrix, column by column, it is symmetric and its own square: then a correction
-    changes what contradicts the measurement and nothing else."""
+    """Written out as a matrix, column by column, it is symmetric and its own square: then a
+    correction changes what contradicts the measurement and nothing else."""
     operator, channels = OPERATORS[name]
     basis = torch.eye(channels * SIZE * SIZE).view(-1, channels, SIZE, SIZE)
     matrix = operator.back(operator.measure(basis)).flatten(1)
-    assert torch.allclose(matrix, matrix.T, atol=1e-4) and torch.allclose(matrix @ matrix, matrix, atol=1e-4)
+    assert (torch.allclose(matrix, matrix.T, atol=1e-4)
+            and torch.allclose(matrix @ matrix, matrix, atol=1e-4))
 
 
 def test_a_block_is_known_by_its_mean():
@@ -56,13 +57,14 @@ MEAN, STD, RHO = -0.1, 0.3, 0.8
 
 
 def correlated_pair(diffusion):
-    """The exact denoiser of pairs of pixels, Gaussian with correlation RHO: E[x_0 | x_t] from the joint
-    Gaussian."""
+    """The exact denoiser of pairs of pixels, Gaussian with correlation RHO: E[x_0 | x_t] from the
+    joint Gaussian."""
     covariance = STD**2 * torch.tensor([[1.0, RHO], [RHO, 1.0]], dtype=torch.float64)
 
     def model(x_t, t, y=None):
         ab = float(diffusion.alpha_bar[int(t[0])])
-        gain = ab**0.5 * covariance @ torch.linalg.inv(ab * covariance + (1 - ab) * torch.eye(2, dtype=torch.float64))
+        gain = ab**0.5 * covariance @ torch.linalg.inv(
+            ab * covariance + (1 - ab) * torch.eye(2, dtype=torch.float64))
         away = (x_t.double() - ab**0.5 * MEAN).flatten(1)
         return (MEAN + away @ gain.T).view_as(x_t).float()
 
@@ -81,19 +83,21 @@ def second_pixel(given, travel, steps=50, count=800):
     diffusion = DiffusionProcess(1000, objective="x0")
     operator = inpaint(torch.tensor([[True, False]]))
     known = torch.full((count, 1, 1, 2), given) * torch.tensor([1.0, 0.0])
-    found = solve(correlated_pair(diffusion), diffusion, known, operator, (count, 1, 1, 2), steps=steps, travel=travel)
+    found = solve(correlated_pair(diffusion), diffusion, known, operator, (count, 1, 1, 2),
+                  steps=steps, travel=travel)
     assert torch.equal(found[..., 0], known[..., 0])
     return found[..., 1]
 
 
 def test_a_missing_pixel_follows_its_neighbour_as_the_posterior_says(quick_noise):
-    """Given the first pixel, the second is Gaussian with mean m + rho (x_1 - m). The rule is too timid: it
-    takes the estimate at its word, as though it were certain. Going back up and down again makes good half of
-    that."""
+    """Given the first pixel, the second is Gaussian with mean m + rho (x_1 - m). The rule is too
+    timid: it takes the estimate at its word, as though it were certain. Going back up and down
+    again makes good half of that."""
     given = MEAN + 1.5 * STD
     expected = MEAN + RHO * (given - MEAN)
     errors = [abs(float(second_pixel(given, travel).mean()) - expected) for travel in (1, 5)]
-    assert errors[0] < 0.2 and errors[1] < 0.1 and errors[1] < 0.7 * errors[0]            # of a shift of 0.36
+    # the shift is one of 0.36
+    assert errors[0] < 0.2 and errors[1] < 0.1 and errors[1] < 0.7 * errors[0]
 
 
 def test_draws_are_as_varied_as_the_posterior(quick_noise):
@@ -103,10 +107,12 @@ def test_draws_are_as_varied_as_the_posterior(quick_noise):
 
 def test_an_image_depends_on_its_number_and_not_on_the_batch(tiny_model):
     diffusion, operator = DiffusionProcess(50), inpaint(read_mask("box", 8))
-    given = operator.measure(torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    given = operator.measure(
+        torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     settings = dict(steps=4, travel=2, seed=3)
     together = solve(tiny_model, diffusion, given, operator, (3, 1, 8, 8), **settings)
-    alone = solve(tiny_model, diffusion, given[2:], operator, (1, 1, 8, 8), first_index=2, **settings)
+    alone = solve(tiny_model, diffusion, given[2:], operator, (1, 1, 8, 8), first_index=2,
+                  **settings)
     assert torch.allclose(together[2:], alone, atol=1e-3)
 
 
@@ -117,7 +123,8 @@ def test_every_step_but_the_last_is_taken_again(tiny_model):
         calls.append(int(t[0]))
         return tiny_model(x_t, t, y)
 
-    solve(counting, DiffusionProcess(50), torch.zeros(1, 1, 8, 8), operator, (1, 1, 8, 8), steps=5, travel=3)
+    solve(counting, DiffusionProcess(50), torch.zeros(1, 1, 8, 8), operator, (1, 1, 8, 8),
+          steps=5, travel=3)
     assert calls == [*(t for t in (49, 39, 29, 19) for _ in range(3)), 9]
 
 
@@ -127,8 +134,9 @@ def test_known_pixels_stay_as_they_are(two_shades, tmp_path, capsys):
     from PIL import Image
     picture = Image.new("L", (8, 8), 40)
     picture.save(tmp_path / "a.png")
-    edit.main(["--checkpoint", str(two_shades), "--images", str(tmp_path / "a.png"), "--steps", "10", "--travel", "2",
-               "--output_dir", str(tmp_path / "out"), "--device", "cpu"])
+    edit.main(["--checkpoint", str(two_shades), "--images", str(tmp_path / "a.png"),
+               "--steps", "10", "--travel", "2", "--output_dir", str(tmp_path / "out"),
+               "--device", "cpu"])
     assert "PSNR, likeness to the originals: given" in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "edited_only.png") as result:
         pixels = torch.tensor(list(result.convert("L").resize((12, 12), Image.NEAREST).tobytes()))
@@ -137,7 +145,8 @@ def test_known_pixels_stay_as_they_are(two_shades, tmp_path, capsys):
     x = torch.full((1, 1, 8, 8), 40 / 127.5 - 1)
     from load import load_model
     model, diffusion, _ = load_model(two_shades)
-    found = solve(model, diffusion, operator.measure(x), operator, x.shape, steps=10, travel=2, y=torch.tensor([-1]))
+    found = solve(model, diffusion, operator.measure(x), operator, x.shape, steps=10, travel=2,
+                  y=torch.tensor([-1]))
     assert torch.equal(to_uint8(found)[..., :4, :], to_uint8(x)[..., :4, :])
     # The model knows dark squares and bright ones: below a dark half belongs a dark one.
     assert found[..., 4:, :].mean() < 0
@@ -148,8 +157,9 @@ def test_another_seed_is_another_answer_to_the_same_pictures(two_shades, tmp_pat
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
     monkeypatch.setattr(edit, "save_strip", lambda rows, *_, **__: asked.append(rows))
     for seed in "01":
-        edit.main(["--checkpoint", str(two_shades), "--dataset", "synthetic_digits", "--num_images", "4", "--steps", "3",
-                   "--travel", "1", "--seed", seed, "--output_dir", str(tmp_path), "--device", "cpu"])
+        edit.main(["--checkpoint", str(two_shades), "--dataset", "synthetic_digits",
+                   "--num_images", "4", "--steps", "3", "--travel", "1", "--seed", seed,
+                   "--output_dir", str(tmp_path), "--device", "cpu"])
     (first, _, answer), (second, _, other) = asked
     assert torch.equal(first, second) and not torch.equal(answer, other)
 
@@ -161,7 +171,8 @@ def test_another_seed_is_another_answer_to_the_same_pictures(two_shades, tmp_pat
     ([], "trained on 'shades'"),
     (["--dataset", "nothing"], "unknown dataset 'nothing'"),
     (["--task", "deblur", "--mask", "left"], "--mask belongs to --task inpaint"),
-    (["--images", "a.png", "--dataset", "mnist", "--num_images", "3"], "--dataset, --num_images would be of no use"),
+    (["--images", "a.png", "--dataset", "mnist", "--num_images", "3"],
+     "--dataset, --num_images would be of no use"),
     (["--mask", __file__], "--mask .*test_edit.py: "),
 ])
 def test_what_cannot_be_done_is_one_line(two_shades, tmp_path, capsys, flags, message):

@@ -1,4 +1,4 @@
-"""The measures against independent computations and against sets whose faults are known; the classifier."""
+"""The measures against independent computations and sets of known faults; the classifier."""
 
 import argparse
 import json
@@ -12,13 +12,15 @@ import classifier as classifier_module
 import data
 import evaluate
 from checkpoint import load_checkpoint
-from classifier import Classifier, get_classifier, load_classifier, look, save_classifier, train_classifier
+from classifier import (Classifier, get_classifier, load_classifier, look, save_classifier,
+                        train_classifier)
 from data import get_dataset
 from diffusion import seeded_noise
 from images import to_signed, to_uint8
 from load import load_model
-from measures import (copied_by_chance, copied_share, fine_power, frechet_between, frechet_distance, kernel_distance,
-                      nearest, nearest_images, precision_recall, psnr, single_share)
+from measures import (copied_by_chance, copied_share, fine_power, frechet_between,
+                      frechet_distance, kernel_distance, nearest, nearest_images,
+                      precision_recall, psnr, single_share)
 from reference import labels_like, load_reference
 from sample import generate
 from synthetic import digits
@@ -29,27 +31,31 @@ from test_commands import fails
 def test_the_distance_of_one_dimensional_gaussians_is_the_closed_form():
     """In one dimension it is (m_a - m_b)^2 + (s_a - s_b)^2."""
     one = torch.ones(1, 1, dtype=torch.float64)
-    assert frechet_between(torch.tensor([0.3]).double(), 4 * one, torch.tensor([-0.7]).double(), 9 * one) == \
-        pytest.approx(1 + 1)
+    assert frechet_between(torch.tensor([0.3]).double(), 4 * one, torch.tensor([-0.7]).double(),
+                           9 * one) == pytest.approx(1 + 1)
 
 
 def test_the_distance_equals_an_independent_matrix_root():
-    """The trace of (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of C_a C_b, here by NumPy, and the
-    covariances are summed one by one."""
+    """The trace of (C_a C_b)^(1/2) is the sum of the roots of the eigenvalues of C_a C_b, here by
+    NumPy, and the covariances are summed one by one."""
     random = np.random.default_rng(0)
-    a, b = random.normal(size=(400, 5)) @ random.normal(size=(5, 5)), random.normal(size=(300, 5)) + 0.5
+    a, b = (random.normal(size=(400, 5)) @ random.normal(size=(5, 5)),
+            random.normal(size=(300, 5)) + 0.5)
     covariances = []
     for x in (a, b):
         mean = sum(x) / len(x)
         covariances.append(sum(np.outer(row - mean, row - mean) for row in x) / (len(x) - 1))
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0))
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1]) - 2 * roots.sum()
-    assert frechet_distance(torch.tensor(a), torch.tensor(b))[0] == pytest.approx(expected, rel=1e-9)
+    expected = (((a.mean(0) - b.mean(0)) ** 2).sum()
+                + np.trace(covariances[0] + covariances[1]) - 2 * roots.sum())
+    assert frechet_distance(torch.tensor(a), torch.tensor(b))[0] == pytest.approx(
+        expected, rel=1e-9)
 
 
 def test_samples_of_known_gaussians_come_near_their_distance_and_within_the_error():
     generator = torch.Generator().manual_seed(1)
-    a, b = torch.randn(20_000, 4, generator=generator), 1.5 * torch.randn(20_000, 4, generator=generator) + 0.2
+    a, b = (torch.randn(20_000, 4, generator=generator),
+            1.5 * torch.randn(20_000, 4, generator=generator) + 0.2)
     found, error = frechet_distance(a, b)
     expected = 4 * (0.2**2 + 0.5**2)
     assert abs(found - expected) < 4 * error and error < 0.05 * expected
@@ -62,10 +68,12 @@ def test_a_covariance_without_full_rank_gives_a_number():
 
 def test_the_kernel_distance_equals_a_slow_loop():
     random = torch.Generator().manual_seed(0)
-    a, b = torch.randn(30, 3, generator=random).double(), torch.randn(30, 3, generator=random).double() + 1
+    a, b = (torch.randn(30, 3, generator=random).double(),
+            torch.randn(30, 3, generator=random).double() + 1)
     kernel = lambda x, y: (float(x @ y) / 3 + 1) ** 3                                   # noqa: E731
     n = len(a)
-    within = sum(kernel(x[i], x[j]) for x in (a, b) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within = sum(kernel(x[i], x[j]) for x in (a, b)
+                 for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
     across = sum(kernel(x, y) for x in a for y in b) / n**2
     assert kernel_distance(a, b)[0] == pytest.approx(within - 2 * across, rel=1e-9)
 
@@ -82,10 +90,12 @@ def test_the_error_of_the_kernel_distance_is_how_far_other_samples_come_out(far)
 
 def test_precision_falls_with_strangers_and_recall_with_missing_variety():
     random = torch.Generator().manual_seed(0)
-    left, right = torch.randn(200, 2, generator=random) - 10, torch.randn(200, 2, generator=random) + 10
+    left, right = (torch.randn(200, 2, generator=random) - 10,
+                   torch.randn(200, 2, generator=random) + 10)
     real = torch.cat([left, right])[torch.randperm(400, generator=random)]
     again = torch.randn(400, 2, generator=random) + torch.tensor([-10.0, 10.0]).repeat(200)[:, None]
-    strangers = torch.cat([again[:200], again[:200] * 0 + 100 * torch.randn(200, 2, generator=random)])
+    strangers = torch.cat([again[:200],
+                           again[:200] * 0 + 100 * torch.randn(200, 2, generator=random)])
     assert min(precision_recall(again, real)) > 0.9
     assert precision_recall(strangers, real)[0] < 0.6
     assert precision_recall(left.repeat(2, 1), real)[1] < 0.6
@@ -104,7 +114,7 @@ def test_nearest_equals_a_plain_loop():
 
 
 def test_the_two_nearest_are_found_in_different_blocks():
-    references = torch.randn(50_000, 4, generator=torch.Generator().manual_seed(0)) + 9        # three blocks
+    references = torch.randn(50_000, 4, generator=torch.Generator().manual_seed(0)) + 9  # 3 blocks
     references[[100, 25_000, 45_000]] = torch.tensor([[0.2], [0.0], [-0.1]]).expand(3, 4)
     distances, indices = nearest(torch.zeros(30, 4), references)
     assert (indices[0] == 25_000).all() and (indices[1] == 45_000).all()
@@ -112,8 +122,7 @@ def test_the_two_nearest_are_found_in_different_blocks():
 
 
 def test_planted_copies_are_counted_also_those_moved_by_a_pixel():
-    """10 % copies, half of them shifted, among images that the training set does not hold; and none among
-    those."""
+    """10 % copies, half shifted, among images that the training set lacks; and none among those."""
     images, _ = digits(3000, seed=5)
     training, held, others = images[:2000], images[2000:2500], images[2500:].clone()
     others[:25] = training[100:125]
@@ -122,26 +131,30 @@ def test_planted_copies_are_counted_also_those_moved_by_a_pixel():
     limit = nearest_images(held, training)[0][0]
     (distances, second), (index, _) = nearest_images(others, training)
     assert 0.08 <= copied_share(distances, limit) <= 0.12
-    assert index[:50].tolist() == [*range(100, 125), *range(200, 225)] and distances[:50].max() < 0.02
+    assert (index[:50].tolist() == [*range(100, 125), *range(200, 225)]
+            and distances[:50].max() < 0.02)
     assert copied_share(distances[50:], limit) <= 0.02
     assert single_share(torch.stack([distances, second])) == 0.1
 
 
 @pytest.mark.parametrize("num_held_out", [20, 47, 201, 500, 2000])
-@pytest.mark.parametrize("shape", [lambda u: u, lambda u: u**2, torch.special.ndtri], ids=["even", "steep", "Gaussian"])
+@pytest.mark.parametrize("shape", [lambda u: u, lambda u: u**2, torch.special.ndtri],
+                         ids=["even", "steep", "Gaussian"])
 def test_what_chance_gives_is_told_whatever_the_distances_are_like(num_held_out, shape):
-    """Cloth with 47 held-out images was said to be copied by chance in 0.5 % of the samples; it is 2.1 %."""
+    """Cloth with 47 held-out images: chance was said to copy 0.5 % of the samples; it is 2.1 %."""
     random = torch.Generator().manual_seed(0)
-    samples = shape((torch.arange(10_000) + 0.5) / 10_000)              # every quantile once: no chance of their own
+    samples = shape((torch.arange(10_000) + 0.5) / 10_000)    # every quantile once: without chance
     shares = torch.tensor([copied_share(samples, shape(torch.rand(num_held_out, generator=random)))
                            for _ in range(2000)])
     assert abs(shares.mean() - copied_by_chance(num_held_out)) < 4 * shares.std() / 2000**0.5
-    assert copied_by_chance(47) == 1 / 48 and copied_by_chance(10**7) == pytest.approx(0.005, rel=1e-4)
+    assert (copied_by_chance(47) == 1 / 48
+            and copied_by_chance(10**7) == pytest.approx(0.005, rel=1e-4))
 
 
 def test_plain_images_are_no_copies_of_one_image():
-    """An even grey is close to all nearly even greys, closer than any held-out image need be, and to none
-    alone; so is a copy of what the training set has twice. One image counts once, however it is moved."""
+    """An even grey is close to all nearly even greys, closer than any held-out image need be, and
+    to none alone; so is a copy of what the training set has twice. One image counts once, however
+    it is moved."""
     random = torch.Generator().manual_seed(0)
     plain = torch.randint(126, 131, (300, 1, 16, 16), generator=random, dtype=torch.uint8)
     busy = torch.randint(0, 256, (300, 1, 16, 16), generator=random, dtype=torch.uint8)
@@ -168,7 +181,7 @@ def test_turned_copies_are_found_when_asked_for():
 
 
 def test_classes_are_drawn_by_chance_as_the_training_images_have_them():
-    """Their numbers vary from seed to seed as those of a binomial do; with exact shares they would not."""
+    """Their numbers vary from seed to seed as a binomial's do; with exact shares they would not."""
     labels = torch.tensor([2] * 600 + [0] * 300 + [1] * 90 + [4] * 10)
     drawn = torch.stack([labels_like(labels, 500, seed) for seed in range(400)])
     for label, share in ((2, 0.6), (0, 0.3), (1, 0.09), (4, 0.01)):
@@ -188,8 +201,8 @@ def test_pictures_are_shown_in_the_order_of_their_classes():
 
 
 def test_test_images_come_in_random_order_with_their_labels(monkeypatch):
-    """MNIST's are sorted by who wrote them: the first 2,000 were taken for a floor, and it was three times
-    too high."""
+    """MNIST's are sorted by who wrote them: the first 2,000 were taken for a floor, and it was
+    three times too high."""
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 200)
     plain, plain_labels = data.get_dataset("synthetic_digits", train=False)
     like = {"name": "synthetic_digits", "image_size": 28, "channels": 1, "classes": None}
@@ -216,7 +229,7 @@ def test_turned_images_are_told_apart_without_labels():
     images, _ = digits(900, seed=0)
     trained = train_classifier(images[:800], epochs=4)
     turns, directions = classifier_module.turned(to_signed(images[800:]))
-    assert (trained(turns)[0].argmax(1) == directions).double().mean() > 0.5             # a guess: 0.25
+    assert (trained(turns)[0].argmax(1) == directions).double().mean() > 0.5    # a guess: 0.25
 
 
 def test_a_classifier_of_other_data_is_not_taken(tmp_path, monkeypatch, capsys):
@@ -233,38 +246,43 @@ def test_a_classifier_of_other_data_is_not_taken(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("classes, right", [(True, 0.3), (False, 0.25), (None, None)])
-def test_a_classifier_is_measured_on_images_that_it_has_not_seen(classes, right, tmp_path, monkeypatch):
-    """This one answers 0 to everything; three in ten are of class 0, and a fourth of the turned ones are upright."""
+def test_a_classifier_is_measured_on_images_that_it_has_not_seen(classes, right, tmp_path,
+                                                                 monkeypatch):
+    """This one answers 0 to all; three in ten are of class 0, a fourth of the turned upright."""
     class Zero(Classifier):
         def forward(self, x):
             return torch.eye(10)[torch.zeros(len(x), dtype=torch.long)], torch.zeros(len(x), 128)
 
     images, labels = digits(20, seed=0)
     monkeypatch.setattr(classifier_module, "Classifier", Zero)
-    monkeypatch.setattr(classifier_module, "train_classifier", lambda *args, **settings: Zero(1, 28, 10).eval())
+    monkeypatch.setattr(classifier_module, "train_classifier",
+                        lambda *args, **settings: Zero(1, 28, 10).eval())
     held_labels = torch.tensor([0, 0, 0, 1, 2, 3, 4, 5, 6, 7]) if classes else None
-    phrases = [get_classifier("x", images, None if classes is False else labels, images[:10], held_labels, tmp_path)[1]
-               for _ in range(2)]
+    phrases = [get_classifier("x", images, None if classes is False else labels, images[:10],
+                              held_labels, tmp_path)[1] for _ in range(2)]
     assert phrases[0] == phrases[1]
     assert (f"test accuracy {right:.2%}" in phrases[0]) if right else "accuracy" not in phrases[0]
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_shipped_files_know_the_real_images(name, data_dir, tmp_path, monkeypatch):
-    """Fingerprints once changed, and the shipped ones with them no longer fitted: evaluate.py trained a classifier of
-    its own, in whose features no distance of README is told, and nothing failed."""
+    """The fingerprint of images once changed, and the shipped classifiers carried the old one:
+    evaluate.py trained its own, in whose features no distance of README is told. Nothing failed."""
     images, labels = get_dataset(name, data_dir)
     monkeypatch.delattr(classifier_module, "train_classifier")
-    assert get_classifier(name, images, labels, images, labels, tmp_path)[1].startswith(f"classifier_{name}.pt")
+    assert get_classifier(name, images, labels, images, labels,
+                          tmp_path)[1].startswith(f"classifier_{name}.pt")
     card = load_checkpoint(classifier_module.PRETRAINED / f"{name}.pt")["card"]
     assert card["settings"]["images"] == data.Batches(images, labels).fingerprint()
     card = load_checkpoint(classifier_module.PRETRAINED / "synthetic_digits.pt")["card"]
-    assert card["settings"]["images"] == data.Batches(*get_dataset("synthetic_digits")).fingerprint()
+    assert card["settings"]["images"] == data.Batches(
+        *get_dataset("synthetic_digits")).fingerprint()
 
 
 def test_a_foreign_file_is_no_classifier(tmp_path):
     from checkpoint import save_checkpoint
-    save_checkpoint(tmp_path / "c.pt", {"classifier": {"a": torch.zeros(2)}, "settings": {}, "card": {}})
+    save_checkpoint(tmp_path / "c.pt",
+                    {"classifier": {"a": torch.zeros(2)}, "settings": {}, "card": {}})
     with pytest.raises(ValueError, match="another model"):
         load_classifier(tmp_path / "c.pt")
     save_checkpoint(tmp_path / "c.pt", {"model": {}})
@@ -273,8 +291,8 @@ def test_a_foreign_file_is_no_classifier(tmp_path):
 
 
 def test_spoilt_sets_score_worse_than_real_images(data_dir):
-    """Blurred, of one class only, and each image ten times: all worse than the test set, by the shipped
-    classifier."""
+    """Blurred, of one class only, and each image ten times: all worse than the test set,
+    by the shipped classifier."""
     images, labels = get_dataset("mnist", data_dir)
     held, held_labels = get_dataset("mnist", data_dir, train=False)
     shipped, card = load_classifier(classifier_module.PRETRAINED / "classifier_mnist.pt")
@@ -288,24 +306,29 @@ def test_spoilt_sets_score_worse_than_real_images(data_dir):
     blurred = torch.nn.functional.avg_pool2d(held[:1000].float(), 3, 1, 1).to(torch.uint8)
     spoilt = {"blurred": score(blurred), "one class": score(held[held_labels == 3][:1000]),
               "each ten times": score(held[:100].repeat(10, 1, 1, 1))}
-    assert all(value > floor + 2 * (error + own) for value, own in spoilt.values()), (floor, error, spoilt)
+    assert all(value > floor + 2 * (error + own) for value, own in spoilt.values()), (
+        floor, error, spoilt)
 
 
-def test_the_command_writes_its_numbers_and_tells_them_again(two_shades, tmp_path, monkeypatch, capsys):
-    """A model of dark and bright squares: the classifier agrees with the labels asked for, three dark to a
-    bright."""
-    shades = torch.cat([torch.full((48, 1, 8, 8), 40), torch.full((16, 1, 8, 8), 215)]).to(torch.uint8)
-    shades = (shades + torch.randint(0, 9, shades.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
+def test_the_command_writes_its_numbers_and_tells_them_again(two_shades, tmp_path, monkeypatch,
+                                                             capsys):
+    """A model of dark and bright squares: the classifier agrees with the labels asked for,
+    three dark to a bright."""
+    shades = torch.cat([torch.full((48, 1, 8, 8), 40),
+                        torch.full((16, 1, 8, 8), 215)]).to(torch.uint8)
+    shades = (shades + torch.randint(
+        0, 9, shades.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
     monkeypatch.setitem(data.DATASETS, "shades", data.Dataset(None, ("dark", "bright")))
-    monkeypatch.setattr("reference.get_dataset", lambda *args, **settings: (shades.repeat(4, 1, 1, 1),
-                                                                            (torch.arange(64) // 48).repeat(4)))
-    flags = ["--checkpoint", str(two_shades), "--num_images", "100", "--steps", "5", "--output_dir", str(tmp_path),
-             "--device", "cpu"]
+    monkeypatch.setattr("reference.get_dataset", lambda *args, **settings: (
+        shades.repeat(4, 1, 1, 1), (torch.arange(64) // 48).repeat(4)))
+    flags = ["--checkpoint", str(two_shades), "--num_images", "100", "--steps", "5",
+             "--output_dir", str(tmp_path), "--device", "cpu"]
     evaluate.main(flags)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["samples"]["agreement"] > 0.9 and found["samples"]["fd"] >= 0
     assert found["samples"]["classes"][0] == pytest.approx(0.75, abs=0.05)
-    assert "FD, small classifier" in capsys.readouterr().out and (tmp_path / "nearest.png").is_file()
+    assert ("FD, small classifier" in capsys.readouterr().out
+            and (tmp_path / "nearest.png").is_file())
     evaluate.main(flags)
     again = json.loads((tmp_path / "evaluation.json").read_text())
     assert again["samples"] == found["samples"]
@@ -321,64 +344,76 @@ def test_too_few_images_are_refused(capsys):
 def command(two_shades, tmp_path, monkeypatch):
     """evaluate.py on a tiny model, beside few digits."""
     monkeypatch.setattr("data.SYNTHETIC_SIZE", 120)
-    return ["--checkpoint", two_shades, "--output_dir", tmp_path, "--dataset", "synthetic_digits", "--device", "cpu"]
+    return ["--checkpoint", two_shades, "--output_dir", tmp_path, "--dataset", "synthetic_digits",
+            "--device", "cpu"]
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--race", "--sampler", "ddim"], "--race takes each sampler"), (["--race", "--eta", "0"], "--race takes each"),
-    (["--stages", "--label", "dark"], "--stages takes"), (["--stages", "--race"], "leave out --race"),
+    (["--race", "--sampler", "ddim"], "--race takes each sampler"),
+    (["--race", "--eta", "0"], "--race takes each"),
+    (["--stages", "--label", "dark"], "--stages takes"),
+    (["--stages", "--race"], "leave out --race"),
     (["--label", "north"], "unknown class 'north'"), (["--steps", "5000"], "5000")])
-def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(argv, message, command, capsys, monkeypatch):
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(argv, message, command,
+                                                                      capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "generate", None)
     assert message in fails(capsys, evaluate.main, *command, "--num_images", 100, *argv)
 
 
 def test_what_looks_at_the_first_samples_sees_every_class_that_was_asked_for():
-    """With --label all they came sorted: of 10,000 digits the 2,000 searched for copies were zeros and ones."""
+    """With --label all they came sorted: the 2,000 of 10,000 searched for copies were 0s and 1s."""
     args = argparse.Namespace(stages=False, label="all", num_images=1000, seed=0)
     y = evaluate.choose_classes(args, {"classes": list("0123456789")}, None, known=True)
     assert torch.bincount(y).tolist() == [100] * 10
     assert torch.bincount(y[:200], minlength=10).min() >= 8
 
 
-def test_the_race_compares_as_many_samples_as_there_are_real_images(command, tmp_path, monkeypatch, capsys):
+def test_the_race_compares_as_many_samples_as_there_are_real_images(command, tmp_path, monkeypatch,
+                                                                    capsys):
     monkeypatch.setattr(evaluate, "RACE", {"ddim": (1,)})
-    evaluate.main([*map(str, command), "--race", "--num_images", "150"])         # and 120 test digits
+    evaluate.main([*map(str, command), "--race", "--num_images", "150"])    # and 120 test digits
     assert json.loads((tmp_path / "race.json").read_text())["num_images"] == 120
     assert "cost: 120 images" in capsys.readouterr().out
 
 
 def test_stages_of_other_classes_take_guidance_from_none(tmp_path, monkeypatch):
-    """The card of the shipped digits asks for guidance, and garments have no class that it could follow."""
+    """The shipped digits' card asks for guidance, and garments have no class for it to follow."""
     monkeypatch.setattr("data.SYNTHETIC_SIZE", 120)
     monkeypatch.setattr(evaluate, "same_classes", lambda *given: False)
-    evaluate.main(["--checkpoint", "pretrained/synthetic_digits.pt", "--stages", "--num_images", "100", "--steps", "2",
-                   "--sampler", "ddim", "--output_dir", str(tmp_path), "--device", "cpu"])
+    evaluate.main(["--checkpoint", "pretrained/synthetic_digits.pt", "--stages",
+                   "--num_images", "100", "--steps", "2", "--sampler", "ddim",
+                   "--output_dir", str(tmp_path), "--device", "cpu"])
     found = json.loads((tmp_path / "stages.json").read_text())
-    assert found["guidance"] == 1 and found["guidance_interval"] is None and found["label"] == "none"
+    assert (found["guidance"] == 1 and found["guidance_interval"] is None
+            and found["label"] == "none")
 
 
 def test_several_labels_and_more_samples_than_held_out_images(command, tmp_path, capsys):
-    """Labels come in full rows, 202 for 201 pictures; and distances are those of as many samples as real
-    images."""
-    evaluate.main([*map(str, command), "--num_images", "201", "--label", "dark,bright", "--steps", "2"])
+    """Labels come in full rows, 202 for 201 pictures; and distances are those of as many samples
+    as real images."""
+    evaluate.main([*map(str, command), "--num_images", "201", "--label", "dark,bright",
+                   "--steps", "2"])
     found = json.loads((tmp_path / "evaluation.json").read_text())
     held = found["num_held_out"]
-    assert found["num_images"] == 201 and held < 201 and f"those of {held} samples" in capsys.readouterr().out
+    assert (found["num_images"] == 201 and held < 201
+            and f"those of {held} samples" in capsys.readouterr().out)
 
 
 def test_psnr_is_the_mean_of_that_of_each_image():
     """Of the pooled error, as it was, one bad picture makes the number: 15.0 here."""
     reference = torch.zeros(2, 1, 4, 4)
     images = reference + torch.tensor([0.01, 0.5]).view(2, 1, 1, 1)
-    assert psnr(images, reference) == pytest.approx((10 * math.log10(4e4) + 10 * math.log10(16)) / 2, abs=1e-4)
+    assert psnr(images, reference) == pytest.approx(
+        (10 * math.log10(4e4) + 10 * math.log10(16)) / 2, abs=1e-4)
     assert psnr(reference, reference) == pytest.approx(100, abs=1e-3)
 
 
 def test_fine_power_tells_waves_of_three_pixels_from_waves_of_six():
-    """A cosine of amplitude a has the mean square a^2 / 2, all of it (Parseval) at two frequencies of 12 x 12."""
+    """A cosine of amplitude a has the mean square a^2 / 2, all of it (Parseval) at two of
+    12 x 12 frequencies."""
     x = torch.arange(12)
-    short, long = ((128 + 90 * torch.cos(2 * math.pi * x / wave)).round().to(torch.uint8) for wave in (3, 6))
+    short, long = ((128 + 90 * torch.cos(2 * math.pi * x / wave)).round().to(torch.uint8)
+                   for wave in (3, 6))
     cycles = [min(k, 12 - k) / 12 for k in range(12)]
     fine = sum(math.hypot(u, v) > 1 / 4 for u in cycles for v in cycles)
     for images in (short.expand(2, 3, 12, 12), short[:, None].expand(2, 3, 12, 12)):
@@ -387,17 +422,19 @@ def test_fine_power_tells_waves_of_three_pixels_from_waves_of_six():
 
 
 def test_stages_noise_real_images_and_take_the_last_steps(command, tmp_path):
-    """A row is what a plain loop over the last levels makes of the held-out images; the first is those."""
-    evaluate.main([*map(str, command), "--stages", "--num_images", "100", "--steps", "5", "--sampler", "ddim",
-                   "--seed", "3"])
+    """Rows are the held-out images, then what a plain loop over the last levels makes of them."""
+    evaluate.main([*map(str, command), "--stages", "--num_images", "100", "--steps", "5",
+                   "--sampler", "ddim", "--seed", "3"])
     found = json.loads((tmp_path / "stages.json").read_text())
-    assert [row["steps"] for row in found["rows"]] == [0, 1, 2, 4, 5] and (tmp_path / "stages.png").is_file()
+    assert ([row["steps"] for row in found["rows"]] == [0, 1, 2, 4, 5]
+            and (tmp_path / "stages.png").is_file())
     model, diffusion, data = load_model(command[1])
     images, held = load_reference(data, "data", "synthetic_digits")[:2]
     network = load_classifier(tmp_path / "classifier.pt")[0]
     count = min(100, len(held))
     noise = seeded_noise(3, range(count), 0, (1, 8, 8))
-    for row, levels in zip(found["rows"], ([], [9, -1], [19, 9, -1], [39, 29, 19, 9, -1], [49, 39, 29, 19, 9, -1])):
+    for row, levels in zip(found["rows"], ([], [9, -1], [19, 9, -1], [39, 29, 19, 9, -1],
+                                           [49, 39, 29, 19, 9, -1])):
         x = to_signed(held[:count])
         if levels:
             ab = diffusion.alpha_bar[levels[0]].float()
@@ -407,13 +444,14 @@ def test_stages_noise_real_images_and_take_the_last_steps(command, tmp_path):
                 x, _ = diffusion.reverse_diffusion_step(model, x, t, t_prev, eta=0)
         distance = frechet_distance(look(network, to_uint8(x))[1], look(network, images)[1])[0]
         assert row["fd"] == pytest.approx(distance, rel=1e-3)
-        assert row["detail"] == pytest.approx(fine_power(to_uint8(x)) / fine_power(images), rel=1e-3)
+        assert row["detail"] == pytest.approx(fine_power(to_uint8(x)) / fine_power(images),
+                                              rel=1e-3)
 
 
 def test_the_race_draws_the_same_noises_by_every_sampler(command, tmp_path, monkeypatch):
-    """Each row's distance is that of what sample.py would draw; numbers of calls beyond the timesteps are
-    left out."""
-    monkeypatch.setattr(evaluate, "RACE", {"ddim": (1, 50, 1000)})             # the model has 50 timesteps
+    """Each row's distance is that of what sample.py would draw; numbers of calls beyond the
+    timesteps are left out."""
+    monkeypatch.setattr(evaluate, "RACE", {"ddim": (1, 50, 1000)})      # the model has 50 timesteps
     evaluate.main([*map(str, command), "--race", "--num_images", "100", "--seed", "3"])
     found = json.loads((tmp_path / "race.json").read_text())
     assert [(row["sampler"], row["steps"]) for row in found["rows"]] == [("ddim", 1), ("ddim", 50)]

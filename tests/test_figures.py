@@ -1,4 +1,4 @@
-"""The figures: what they show is what was computed, and the samplers' errors are against the truth."""
+"""The figures show what was computed, and the samplers' errors are those against the truth."""
 
 import math
 
@@ -25,16 +25,18 @@ from schedules import SPACINGS
 from test_commands import fails
 
 FACTS = {  # t: linear alpha_bar, dB, cosine alpha_bar, dB; computed elsewhere
-    0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34), 250: (0.521, 0.37, 0.846, 7.39),
-    500: (0.078, -10.74, 0.492, -0.13), 750: (0.0033, -24.80, 0.143, -7.77),
-    900: (2.7e-4, -35.68, 0.0236, -16.16), 999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
+    0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34),
+    250: (0.521, 0.37, 0.846, 7.39), 500: (0.078, -10.74, 0.492, -0.13),
+    750: (0.0033, -24.80, 0.143, -7.77), 900: (2.7e-4, -35.68, 0.0236, -16.16),
+    999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
 
 
-LOPSIDED = [(0.3, -0.5, 0.1), (0.7, 0.6, 0.25)]  # another weight and spread for each, so that none can be left out
+# Another weight and spread for each, so that none can be left out.
+LOPSIDED = [(0.3, -0.5, 0.1), (0.7, 0.6, 0.25)]
 
 
 def write_model(path, T=40, zero=False, **data_facts):
-    """The checkpoint of an untrained network of 8x8 images, which knows three classes; zero: it answers 0."""
+    """The checkpoint of an untrained network of 8x8 images, three classes; zero: it answers 0."""
     torch.manual_seed(0)
     config = dict(image_channels=1, base_channels=8, time_emb_dim=16, num_classes=3,
                   add_input=not zero)
@@ -42,9 +44,10 @@ def write_model(path, T=40, zero=False, **data_facts):
     for p in model.conv_out.parameters():
         p.data *= 0 if zero else 20
     save_checkpoint(path, {
-        "model_name": "simple", "model_config": config, "diffusion_config": DiffusionProcess(T).config,
-        "data": {"name": "synthetic_digits", "image_size": 8, "channels": 1, "classes": ["a", "b", "c"],
-                 **data_facts},
+        "model_name": "simple", "model_config": config,
+        "diffusion_config": DiffusionProcess(T).config,
+        "data": {"name": "synthetic_digits", "image_size": 8, "channels": 1,
+                 "classes": ["a", "b", "c"], **data_facts},
         "model": model.state_dict(), "ema": model.state_dict()})
     return path
 
@@ -68,7 +71,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run: sheets with one grey for each epoch and image, losses, a model that answers 0."""
+    """A run's folder: sheets, a grey for each epoch and image; losses; a model that answers 0."""
     folder = tmp_path / "run"
     for name in ("samples", "checkpoints"):
         (folder / name).mkdir(parents=True)
@@ -92,7 +95,8 @@ def sampled(checkpoint, count=3, **settings):
 def test_the_printed_table_has_the_known_numbers(tmp_path, capsys):
     figures.main(["--figure", "schedules", "--output_dir", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    rows = {int(line.split()[0]): [float(word) for word in line.split()[1:5]] for line in lines[1:8]}
+    rows = {int(line.split()[0]): [float(word) for word in line.split()[1:5]]
+            for line in lines[1:8]}
     assert list(rows) == list(FACTS)
     for t, want in FACTS.items():
         assert rows[t] == [pytest.approx(want[0], rel=0.02), pytest.approx(want[1], abs=0.006),
@@ -106,18 +110,20 @@ def test_the_printed_table_has_the_known_numbers(tmp_path, capsys):
 def test_the_exact_flow_of_one_gaussian_is_the_closed_form():
     x_T, ((_, mean, std),), ab = even_noise(200), MIXTURES["one Gaussian"], 0.3
     want = mean + std * (x_T - math.sqrt(ab) * mean) / math.sqrt(std**2 * ab + 1 - ab)
-    torch.testing.assert_close(exact_flow(MIXTURES["one Gaussian"], x_T, ab), want, atol=1e-12, rtol=0)
+    torch.testing.assert_close(exact_flow(MIXTURES["one Gaussian"], x_T, ab), want,
+                               atol=1e-12, rtol=0)
 
 
 def test_the_exact_flow_of_two_gaussians_is_what_runge_and_kutta_find():
-    """The probability-flow equation for y = x / sqrt(alpha_bar) at noise s is dy / ds = -s grad log p (Karras et
-    al. 2022, eq. 1); here along u = log s, in 600 steps of fourth order, the gradient taken by autograd."""
+    """The probability-flow equation for y = x / sqrt(alpha_bar) at noise s is
+    dy / ds = -s grad log p (Karras et al. 2022, eq. 1); here along u = log s, in 600 steps of
+    fourth order, the gradient taken by autograd."""
     mixture, ab = LOPSIDED, 0.01
 
     def slope(y, u):
         y = y.detach().requires_grad_()
-        logs = [math.log(w) - 0.5 * math.log(s**2 + math.exp(2 * u)) - (y - m)**2 / (2 * (s**2 + math.exp(2 * u)))
-                for w, m, s in mixture]
+        logs = [math.log(w) - 0.5 * math.log(s**2 + math.exp(2 * u))
+                - (y - m)**2 / (2 * (s**2 + math.exp(2 * u))) for w, m, s in mixture]
         grad, = torch.autograd.grad(torch.logsumexp(torch.stack(logs), 0).sum(), y)
         return -math.exp(2 * u) * grad
 
@@ -130,7 +136,7 @@ def test_the_exact_flow_of_two_gaussians_is_what_runge_and_kutta_find():
         b = slope(y + h / 2 * a, u + h / 2)
         c = slope(y + h / 2 * b, u + h / 2)
         y = y + h / 6 * (a + 2 * b + 2 * c + slope(y + h * c, u + h))
-    torch.testing.assert_close(exact_flow(mixture, x_T, ab), y, atol=1e-6, rtol=0)      # what is left: s = 1e-4
+    torch.testing.assert_close(exact_flow(mixture, x_T, ab), y, atol=1e-6, rtol=0)  # left: s = 1e-4
 
 
 def test_the_exact_denoiser_is_the_mean_of_what_could_have_been():
@@ -148,9 +154,9 @@ def test_the_exact_denoiser_is_the_mean_of_what_could_have_been():
 
 
 def test_errors_fall_with_the_order_of_the_sampler():
-    """On the Gaussian with its closed flow: DDIM halves from 10 to 20 to 40 to 80 (FACTS), 2M does better."""
-    errors = solver_errors(MIXTURES["one Gaussian"], solvers=("ddim", "dpmpp_2m"), spacings=("log_snr",),
-                           evaluations=(10, 20, 40, 80), count=100)
+    """Against a Gaussian's exact flow DDIM's error halves from 10 to 20, 40, 80 steps."""
+    errors = solver_errors(MIXTURES["one Gaussian"], solvers=("ddim", "dpmpp_2m"),
+                           spacings=("log_snr",), evaluations=(10, 20, 40, 80), count=100)
     ddim, fast = errors["ddim", "log_snr"], errors["dpmpp_2m", "log_snr"]
     assert all(1.7 < a / b < 2.3 for a, b in zip(ddim, ddim[1:])), ddim
     assert all(a < b / 5 for a, b in zip(fast, ddim))
@@ -179,18 +185,22 @@ def test_the_solvers_table_has_a_row_for_each_sampler_and_spacing(tmp_path, monk
     for spacing in SPACINGS:
         for sampler in convergence.SOLVERS:
             assert said.count(f"\n{sampler:10}{spacing:10}") == 2
-        assert f"ipndm     {spacing:10}" + "".join(f"{e:>9.1e}" for e in want["ipndm", spacing]) in said
+        assert (f"ipndm     {spacing:10}" + "".join(f"{e:>9.1e}" for e in want["ipndm", spacing])
+                in said)
     assert Image.open(tmp_path / "solvers.png").height > 800
 
 
 # ---- Figures of a model
 
-def test_the_reverse_figure_has_the_loops_own_levels_and_ends_with_the_sample(checkpoint, tmp_path, monkeypatch):
+def test_the_reverse_figure_has_the_loops_own_levels_and_ends_with_the_sample(checkpoint, tmp_path,
+                                                                              monkeypatch):
     seen = []
-    monkeypatch.setattr(figures, "save_generation_strip", lambda frames, *args, **settings: seen.extend(frames))
-    figures.main(["--figure", "reverse", "--checkpoint", str(checkpoint), "--steps", "10", "--seed", "5",
-                  "--num_images", "3", "--timesteps", "39", "30", "12", "0", "--output_dir", str(tmp_path)])
-    assert [t for t, _, _ in seen] == [39, 31, 11, 3, -1]       # ddim in 10 steps visits 39, 35, 31, ... 3
+    monkeypatch.setattr(figures, "save_generation_strip",
+                        lambda frames, *args, **settings: seen.extend(frames))
+    figures.main(["--figure", "reverse", "--checkpoint", str(checkpoint), "--steps", "10",
+                  "--seed", "5", "--num_images", "3", "--timesteps", "39", "30", "12", "0",
+                  "--output_dir", str(tmp_path)])
+    assert [t for t, _, _ in seen] == [39, 31, 11, 3, -1]    # ddim in 10 steps: 39, 35, 31, ... 3
     assert torch.equal(seen[-1][1], sampled(checkpoint, seed=5, sampler="ddim", steps=10))
     assert torch.equal(seen[0][1], seeded_noise(5, range(3), 0, (1, 8, 8)))
     with Image.open(tmp_path / "reverse_process.gif") as gif:
@@ -211,23 +221,26 @@ def test_the_step_explained_is_equation_7_of_ho_and_the_step_that_the_loop_makes
             + math.sqrt(1 - betas[25]) * (1 - ab[24]) / (1 - ab[25]) * step["x_t"])
     torch.testing.assert_close(step["mean"], mean, atol=1e-5, rtol=0)
     assert step["sigma"] == pytest.approx(math.sqrt((1 - ab[24]) / (1 - ab[25]) * betas[25]))
-    torch.testing.assert_close(step["x_prev"], mean + step["sigma"] * step["noise"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(step["x_prev"], mean + step["sigma"] * step["noise"],
+                               atol=1e-5, rtol=0)
     assert 0.7 < float(step["noise"].std()) < 1.3
 
 
 def test_the_numbers_printed_for_one_pixel_add_up(checkpoint, tmp_path, capsys):
-    figures.main(["--figure", "one_step", "--checkpoint", str(checkpoint), "--timesteps", "20", "--label", "c",
-                  "--output_dir", str(tmp_path)])
-    sums = [line.split("  ")[-1].split(" = ") for line in capsys.readouterr().out.splitlines() if " * " in line]
+    figures.main(["--figure", "one_step", "--checkpoint", str(checkpoint), "--timesteps", "20",
+                  "--label", "c", "--output_dir", str(tmp_path)])
+    sums = [line.split("  ")[-1].split(" = ")
+            for line in capsys.readouterr().out.splitlines() if " * " in line]
     assert len(sums) == 3
     for how, value in sums:
-        assert eval(how) == pytest.approx(float(value), abs=5e-4)           # of numbers with four digits
+        assert eval(how) == pytest.approx(float(value), abs=5e-4)   # of numbers with four digits
     assert Image.open(tmp_path / "one_step.png").height > 1000
 
 
 def test_steps_are_compared_from_the_same_noise(checkpoint, tmp_path, drawn, capsys):
-    figures.main(["--figure", "steps", "--checkpoint", str(checkpoint), "--steps_list", "4", "20", "40",
-                  "--seed", "2", "--num_images", "3", "--output_dir", str(tmp_path)])
+    figures.main(["--figure", "steps", "--checkpoint", str(checkpoint),
+                  "--steps_list", "4", "20", "40", "--seed", "2", "--num_images", "3",
+                  "--output_dir", str(tmp_path)])
     found = torch.stack(list(drawn["rows"]), dim=1)
     for steps, images, label in zip((4, 20, 40), found, drawn["labels"], strict=True):
         assert torch.equal(images, sampled(checkpoint, seed=2, sampler="ddim", steps=steps))
@@ -238,33 +251,40 @@ def test_steps_are_compared_from_the_same_noise(checkpoint, tmp_path, drawn, cap
 
 def test_default_steps_end_with_all_that_the_process_has(tmp_path, drawn):
     path = write_model(tmp_path / "t.pt", T=60)
-    figures.main(["--figure", "steps", "--checkpoint", str(path), "--num_images", "1", "--output_dir", str(tmp_path)])
+    figures.main(["--figure", "steps", "--checkpoint", str(path), "--num_images", "1",
+                  "--output_dir", str(tmp_path)])
     assert [label.split()[0] for label in drawn["labels"]] == ["50", "60"]
 
 
-def test_a_seed_gives_the_same_pictures_twice_and_other_seeds_give_others(checkpoint, tmp_path, drawn, capsys):
-    figures.main(["--figure", "seeds", "--checkpoint", str(checkpoint), "--seeds", "7", "8", "--steps", "5",
-                  "--num_images", "3", "--output_dir", str(tmp_path)])
+def test_a_seed_gives_the_same_pictures_twice_and_other_seeds_give_others(checkpoint, tmp_path,
+                                                                          drawn, capsys):
+    figures.main(["--figure", "seeds", "--checkpoint", str(checkpoint), "--seeds", "7", "8",
+                  "--steps", "5", "--num_images", "3", "--output_dir", str(tmp_path)])
     a, again, b, _ = drawn["rows"]
-    assert torch.equal(a, again) and torch.equal(b, sampled(checkpoint, seed=8, sampler="ddim", steps=5))
+    assert (torch.equal(a, again)
+            and torch.equal(b, sampled(checkpoint, seed=8, sampler="ddim", steps=5)))
     assert drawn["row_labels"] == ["seed 7", "again: equal", "seed 8", "again: equal"]
     apart = math.sqrt(float(((a - b)**2).mean()))
     assert apart > 0.1 and f"seeds 7 and 8 are nearest, {apart:.4f}" in capsys.readouterr().out
 
 
-def test_a_seed_that_gives_other_pictures_the_second_time_is_told(checkpoint, tmp_path, drawn, monkeypatch, capsys):
-    monkeypatch.setattr(figures, "generate", lambda *args, **settings: (torch.randn(8, 1, 8, 8), []))
-    figures.main(["--figure", "seeds", "--checkpoint", str(checkpoint), "--output_dir", str(tmp_path)])
+def test_a_seed_that_gives_other_pictures_the_second_time_is_told(checkpoint, tmp_path, drawn,
+                                                                  monkeypatch, capsys):
+    monkeypatch.setattr(figures, "generate",
+                        lambda *args, **settings: (torch.randn(8, 1, 8, 8), []))
+    figures.main(["--figure", "seeds", "--checkpoint", str(checkpoint),
+                  "--output_dir", str(tmp_path)])
     assert "again: NOT equal" in drawn["row_labels"] and "NOT equal" in capsys.readouterr().out
 
 
 def test_explore_writes_the_four_explorations(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 12)
     out = tmp_path / "out"
-    figures.main(["--figure", "explore", "--checkpoint", str(checkpoint), "--steps_list", "2", "4", "--steps", "4",
-                  "--num_images", "2", "--output_dir", str(out)])
-    names = ["forward_diffusion.png", "reverse_process.gif", "reverse_process.png", "seeds_compared.png",
-             "steps_compared.png"]
+    figures.main(["--figure", "explore", "--checkpoint", str(checkpoint),
+                  "--steps_list", "2", "4", "--steps", "4", "--num_images", "2",
+                  "--output_dir", str(out)])
+    names = ["forward_diffusion.png", "reverse_process.gif", "reverse_process.png",
+             "seeds_compared.png", "steps_compared.png"]
     said = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == names
     assert all(f"wrote {out / name}\n" in said for name in names)
@@ -274,17 +294,20 @@ def test_explore_writes_the_four_explorations(checkpoint, tmp_path, monkeypatch,
 
 def test_the_dataset_figure_has_a_row_for_each_class(tmp_path, drawn):
     images = torch.arange(30).view(30, 1, 1, 1).expand(30, 1, 4, 4).to(torch.uint8)
-    figures.dataset_figure(images, torch.arange(30) % 3, ["a", "b", "c"], tmp_path / "x.png", columns=11)
+    figures.dataset_figure(images, torch.arange(30) % 3, ["a", "b", "c"], tmp_path / "x.png",
+                           columns=11)
     assert drawn["row_labels"] == ["a", "b", "c"]
     for k, row in enumerate(drawn["rows"]):
         shades = to_uint8(row)[:, 0, 0, 0].tolist()
-        assert sorted(shades[:10]) == list(range(k, 30, 3)) and shades[10] == 255       # a class of ten: one blank
+        # a class of ten: one blank
+        assert sorted(shades[:10]) == list(range(k, 30, 3)) and shades[10] == 255
     figures.dataset_figure(images, None, None, tmp_path / "x.png", columns=4)
     assert len(drawn["rows"]) == 8 and drawn["row_labels"] is None
 
 
 def test_the_epochs_figure_shows_the_pixels_of_the_runs_own_sheets(run, tmp_path, drawn):
-    figures.main(["--figure", "epochs", "--run", str(run), "--num_images", "3", "--output_dir", str(tmp_path)])
+    figures.main(["--figure", "epochs", "--run", str(run), "--num_images", "3",
+                  "--output_dir", str(tmp_path)])
     assert drawn["labels"] == ["epoch 1", "epoch 2", "epoch 10"] and len(drawn["rows"]) == 3
     for i, row in enumerate(drawn["rows"]):
         for epoch, image in zip((1, 2, 10), row):
@@ -295,19 +318,23 @@ def test_the_epochs_figure_shows_the_pixels_of_the_runs_own_sheets(run, tmp_path
 def test_a_stranger_in_the_folder_of_a_run_is_no_file_of_it(run):
     (run / "model_fine.pt").write_bytes(b"x")
     (run / "samples" / "epoch_by_epoch.png").write_bytes(b"x")
-    assert run_figures.found_in(run, ["model_final.pt", "model_latest.pt"], "") == [run / "model_final.pt"]
+    assert run_figures.found_in(run, ["model_final.pt", "model_latest.pt"], "") == [
+        run / "model_final.pt"]
     assert [path.name for path in run_figures.found_in(run, "samples", "")] == [
         "epoch_001.png", "epoch_002.png", "epoch_010.png"]
 
 
 def test_the_predictors_of_a_process_without_a_model(data_dir, tmp_path, capsys):
-    figures.main(["--figure", "predictors", "--dataset", "mnist", "--data_dir", data_dir, "--num_timesteps", "200",
-                  "--beta_start", "1e-4", "--beta_end", "0.02", "--image_size", "32", "--num_images", "50",
-                  "--output_dir", str(tmp_path)])
+    figures.main(["--figure", "predictors", "--dataset", "mnist", "--data_dir", data_dir,
+                  "--num_timesteps", "200", "--beta_start", "1e-4", "--beta_end", "0.02",
+                  "--image_size", "32", "--num_images", "50", "--output_dir", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    found = [float(word) for word in next(line for line in lines if line.startswith(NO_PREDICTION)).split()[-4:]]
-    assert found == pytest.approx([0.04, 0.27, 0.65, 1.06], abs=0.03)         # of 28x28, computed elsewhere
-    assert (tmp_path / "predictors.png").is_file() and not any("the model" in line for line in lines)
+    found = [float(word) for word in next(
+        line for line in lines if line.startswith(NO_PREDICTION)).split()[-4:]]
+    # of 28x28, computed elsewhere
+    assert found == pytest.approx([0.04, 0.27, 0.65, 1.06], abs=0.03)
+    assert (tmp_path / "predictors.png").is_file() and not any(
+        "the model" in line for line in lines)
 
 
 def test_many_sheets_are_thinned_out_towards_the_end():
@@ -334,12 +361,14 @@ def test_a_model_that_predicts_no_noise_has_loss_one_at_every_level(run, tmp_pat
     """The target is unit Gaussian; and the other checkpoints' losses are those of a plain loop."""
     seen = {}
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 200)
-    monkeypatch.setattr(figures, "timestep_loss_figure",
-                        lambda edges, losses, names, *rest: seen.update(edges=edges, losses=losses, names=names))
+    monkeypatch.setattr(figures, "timestep_loss_figure", lambda edges, losses, names, *rest:
+                        seen.update(edges=edges, losses=losses, names=names))
     figures.main(["--figure", "loss_by_timestep", "--run", str(run), "--num_images", "130",
                   "--output_dir", str(tmp_path)])
-    assert seen["edges"] == list(range(0, 41, 2)) and seen["names"] == ["epoch 1", "epoch 2", "epoch 10"]
-    assert seen["losses"][0] == pytest.approx([1.0] * 20, abs=0.08)         # 130 x 64 numbers: 0.016 and more
+    assert (seen["edges"] == list(range(0, 41, 2))
+            and seen["names"] == ["epoch 1", "epoch 2", "epoch 10"])
+    # 130 x 64 numbers: 0.016 and more
+    assert seen["losses"][0] == pytest.approx([1.0] * 20, abs=0.08)
     assert seen["losses"][1] == seen["losses"][2] != seen["losses"][0]
     model, diffusion, _ = load_model(run / "model_final.pt")
     random, x_0 = torch.Generator().manual_seed(9), torch.zeros(6, 1, 8, 8)
@@ -370,7 +399,7 @@ def shades(count=50, size=32):
 
 
 def test_simple_predictors_score_what_the_formulas_say():
-    """Of 50 images of 1x32x32, T = 200, betas not scaled, in four ranges, as in a lesson that readers know."""
+    """Of 50 images of 1x32x32, T = 200, betas not scaled, in four ranges, as in a known lesson."""
     diffusion = DiffusionProcess(200, beta_start=1e-4, beta_end=0.02)
     edges, errors = predictor_errors(diffusion, shades())
     assert edges == [0, 50, 100, 150, 200]
@@ -378,32 +407,39 @@ def test_simple_predictors_score_what_the_formulas_say():
     copy = ((1 - np.sqrt(1 - a2))**2 + a2 * POWER).reshape(4, 50).mean(1)
     for name, want in {"zero": [1] * 4, "random noise": [2] * 4, "the noise itself": [0] * 4,
                        "the input, x_t": copy, NO_PREDICTION: [0.04, 0.27, 0.65, 1.06]}.items():
-        assert errors[name] == pytest.approx(list(want), abs=0.025), name     # 51,200 draws: +- 0.01
+        assert errors[name] == pytest.approx(list(want), abs=0.025), name   # 51,200 draws: +- 0.01
     assert "the model" not in errors
 
 
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])
 def test_the_noise_that_a_model_sees_follows_from_its_objective(objective):
-    """A model that answers 0 says: no noise; x_0 = 0, so that all of x_t is noise; or that v is 0."""
+    """A model that answers 0 says: no noise; x_0 = 0, so all of x_t is noise; or that v is 0."""
     diffusion = DiffusionProcess(200, "cosine", objective)
-    _, errors = predictor_errors(diffusion, shades(), lambda x_t, t, y=None: torch.zeros_like(x_t), ranges=2)
+    _, errors = predictor_errors(diffusion, shades(), lambda x_t, t, y=None: torch.zeros_like(x_t),
+                                 ranges=2)
     a2 = DiffusionProcess(200, "cosine").alpha_bar.numpy()
     want = {"eps": np.ones(200), "v": a2**2 + a2 * (1 - a2) * POWER}
-    if objective == "x0":                                   # a^2 / (1 - a^2) grows without end towards t = 0
+    if objective == "x0":                       # a^2 / (1 - a^2) grows without end towards t = 0
         last = slice(100, 200)
-        assert errors["the model"][1] == pytest.approx((a2 / (1 - a2) * POWER)[last].mean(), rel=0.02)
+        assert errors["the model"][1] == pytest.approx(
+            (a2 / (1 - a2) * POWER)[last].mean(), rel=0.02)
     else:
-        assert errors["the model"] == pytest.approx(list(want[objective].reshape(2, 100).mean(1)), abs=0.025)
+        assert errors["the model"] == pytest.approx(
+            list(want[objective].reshape(2, 100).mean(1)), abs=0.025)
 
 
 def test_the_predictors_are_printed_and_drawn(checkpoint, tmp_path, capsys):
-    figures.main(["--figure", "predictors", "--checkpoint", str(checkpoint), "--dataset", "synthetic_digits",
-                  "--output_dir", str(tmp_path), "--num_images", "100"])
+    figures.main(["--figure", "predictors", "--checkpoint", str(checkpoint),
+                  "--dataset", "synthetic_digits", "--output_dir", str(tmp_path),
+                  "--num_images", "100"])
     printed = capsys.readouterr().out
-    assert "100 images of synthetic_digits" in printed or "100 test images of synthetic_digits" in printed
-    rows = {line[:22].strip(): line[22:].split() for line in printed.splitlines() if line[22:].strip()}
+    assert ("100 images of synthetic_digits" in printed
+            or "100 test images of synthetic_digits" in printed)
+    rows = {line[:22].strip(): line[22:].split()
+            for line in printed.splitlines() if line[22:].strip()}
     assert rows["t"] == ["0-9", "10-19", "20-29", "30-39"]
-    assert all(abs(float(error) - 1) < 0.05 for error in rows["zero"]) and len(rows["the model"]) == 4
+    assert (all(abs(float(error) - 1) < 0.05 for error in rows["zero"])
+            and len(rows["the model"]) == 4)
     assert Image.open(tmp_path / "predictors.png").width > 600
 
 
@@ -413,7 +449,8 @@ def test_the_predictors_are_printed_and_drawn(checkpoint, tmp_path, capsys):
     (["--figure", "heads"], "invalid choice: 'heads'"),
     (["--timesteps", "1000"], "--timesteps 1000: there are 0 to 999"),
     (["--timesteps", "5", "5"], "each once"), (["--timesteps", "-1"], "no whole number"),
-    (["--figure", "seeds", "--seeds", "1", "1"], "--seeds takes up to 20 numbers, each once; got 2: 1 1"),
+    (["--figure", "seeds", "--seeds", "1", "1"],
+     "--seeds takes up to 20 numbers, each once; got 2: 1 1"),
     (["--num_images", "65"], "at most 64"),
     (["--figure", "solvers", "--num_timesteps", "4"], "fewest evaluations compared are 5"),
     (["--figure", "reverse", "--checkpoint", "no.pt"], "no checkpoint at no.pt"),
@@ -427,7 +464,8 @@ def test_the_predictors_are_printed_and_drawn(checkpoint, tmp_path, capsys):
 def test_what_cannot_be_drawn_is_one_line(argv, words, checkpoint, tmp_path, capsys):
     figure = argv[1] if argv[0] == "--figure" else "forward"
     used = figures.FIGURES[figure].flags if figure in figures.FIGURES else "checkpoint dataset"
-    flags = ["--checkpoint", checkpoint] * ("checkpoint" in used) + ["--dataset", "synthetic_digits"] * ("dataset" in used)
+    flags = (["--checkpoint", checkpoint] * ("checkpoint" in used)
+             + ["--dataset", "synthetic_digits"] * ("dataset" in used))
     assert words in fails(capsys, figures.main, *flags, *argv, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
@@ -437,22 +475,24 @@ def test_explore_shows_the_folder_that_a_model_was_trained_on(tmp_path, capsys, 
     for k in range(3):
         Image.new("L", (8, 8), 80 * k).save(tmp_path / "photos" / f"{k}.png")
     path, shown = write_model(tmp_path / "model.pt", name=str(tmp_path / "photos")), []
-    monkeypatch.setattr(figures, "forward_figure", lambda images, *rest, **settings: shown.append(images))
+    monkeypatch.setattr(figures, "forward_figure",
+                        lambda images, *rest, **settings: shown.append(images))
     monkeypatch.setattr(figures, "EXPLORE", ("forward", "one_step"))
-    figures.main(["--figure", "explore", "--checkpoint", str(path), "--output_dir", str(tmp_path / "o")])
+    figures.main(["--figure", "explore", "--checkpoint", str(path),
+                  "--output_dir", str(tmp_path / "o")])
     assert sorted(shown[0][:, 0, 0, 0].tolist()) == [0, 80, 160]
     capsys.readouterr()
     path = write_model(tmp_path / "model.pt", name="no/such/photos")
-    assert "'no/such/photos'" in fails(capsys, figures.main, "--figure", "explore", "--checkpoint", path,
-                                       "--output_dir", tmp_path / "o")
+    assert "'no/such/photos'" in fails(capsys, figures.main, "--figure", "explore",
+                                       "--checkpoint", path, "--output_dir", tmp_path / "o")
     # then others will do: the noise that they sink into is the same
-    figures.main(["--figure", "explore", "--checkpoint", str(path), "--dataset", str(tmp_path / "photos"),
-                  "--output_dir", str(tmp_path / "o")])
+    figures.main(["--figure", "explore", "--checkpoint", str(path),
+                  "--dataset", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "o")])
     assert len(shown) == 2
 
 
 def test_a_step_is_told_in_figures_that_are_not_rounded_away():
-    """Of two steps the first divides by 0.0064, and by 4e-5 with other schedules: it stood there as 0.0000."""
+    """The first of two steps divides by 0.0064, by 4e-5 with other schedules: it read 0.0000."""
     step = {name: torch.zeros(1, 2, 2) for name in ("x_t", "eps", "x_0", "mean", "noise", "x_prev")}
     numbers = dict(signal_weight=4e-5, noise_weight=1.0, to_x_0=0.5, to_x_t=0.5, sigma=0.1)
     rows = step_rows({**step, **numbers, "t": 999, "t_prev": 499, "objective": "v"})[1]
@@ -461,11 +501,11 @@ def test_a_step_is_told_in_figures_that_are_not_rounded_away():
 
 def test_a_foreign_table_or_sheet_is_one_line(run, tmp_path, capsys):
     (run / "training_loss.csv").write_text("a,b\n1,2\n")
-    assert "not a table that train.py wrote" in fails(capsys, figures.main, "--figure", "loss", "--run", run,
-                                                      "--output_dir", tmp_path)
+    assert "not a table that train.py wrote" in fails(capsys, figures.main, "--figure", "loss",
+                                                      "--run", run, "--output_dir", tmp_path)
     Image.new("RGB", (500, 300)).save(run / "samples" / "epoch_002.png")
-    assert "is no sheet of 8x8 images" in fails(capsys, figures.main, "--figure", "epochs", "--run", run,
-                                                "--output_dir", tmp_path)
+    assert "is no sheet of 8x8 images" in fails(capsys, figures.main, "--figure", "epochs",
+                                                "--run", run, "--output_dir", tmp_path)
 
 
 def test_nothing_is_written_among_the_images_that_a_model_was_trained_on(tmp_path, capsys):
@@ -473,8 +513,9 @@ def test_nothing_is_written_among_the_images_that_a_model_was_trained_on(tmp_pat
     (tmp_path / "photos").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "photos" / "a.png")
     write_model(tmp_path / "x.pt", name=str(tmp_path / "photos"))
-    for command, flags in ((figures, ["--figure", "reverse"]), (sample, []), (interpolate, ["--frames", "2"])):
-        said = fails(capsys, command.main, *flags, "--checkpoint", tmp_path / "x.pt", "--device", "cpu",
-                     "--output_dir", tmp_path / "photos")
+    for command, flags in ((figures, ["--figure", "reverse"]), (sample, []),
+                           (interpolate, ["--frames", "2"])):
+        said = fails(capsys, command.main, *flags, "--checkpoint", tmp_path / "x.pt",
+                     "--device", "cpu", "--output_dir", tmp_path / "photos")
         assert "are not apart" in said
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.png"]

@@ -1,4 +1,4 @@
-"""Folders of images: what comes out, what is skipped and named, the report of --verify, the cache."""
+"""Folders of images: what comes out, what is skipped and named, --verify's report, the cache."""
 
 import re
 import struct
@@ -47,7 +47,8 @@ def test_a_folder_is_read_nested_and_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("mode, suffix, channels, pixel", [
-    ("L", "png", 1, [100]), ("1", "png", 1, [255]), ("I;16", "png", 1, [100]), ("LA", "png", 1, [100]),
+    ("L", "png", 1, [100]), ("1", "png", 1, [255]),
+    ("I;16", "png", 1, [100]), ("LA", "png", 1, [100]),
     ("RGB", "png", 3, [100, 0, 50]), ("RGB", "bmp", 3, [100, 0, 50]),
     ("RGBA", "png", 3, [177, 127, 152])])                       # half transparent: shown on white
 def test_every_mode_becomes_grey_or_colour(tmp_path, mode, suffix, channels, pixel):
@@ -78,8 +79,10 @@ def test_scaling_down_averages_instead_of_skipping_pixels(tmp_path):
 def huge_png(path, side=40_000):
     """A valid header that claims 1.6 gigapixels, in under a hundred bytes."""
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        return (struct.pack(">I", len(body)) + kind + body
+                + struct.pack(">I", zlib.crc32(kind + body)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n"
+                     + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
                      + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b""))
 
 
@@ -123,9 +126,9 @@ def test_a_picture_that_is_not_square_is_cropped_or_stretched(tmp_path):
 
 
 def test_a_photo_that_lies_on_its_side_is_set_upright(tmp_path):
-    """Phones store the pixels as the sensor has them and note in the EXIF data which side was up."""
+    """Phones store pixels as the sensor has them and note in the EXIF data which side was up."""
     lying = np.zeros((16, 16, 3), np.uint8)
-    lying[:, :8] = 255                                          # white at the left; turned, it is at the top
+    lying[:, :8] = 255                                          # white at the left; turned, on top
     exif = Image.Exif()
     exif[0x0112] = 6
     for suffix, settings in (("jpg", dict(quality=95)), ("png", {})):
@@ -141,7 +144,8 @@ def test_every_side_is_turned_as_pil_turns_it(side, tmp_path):
     exif[0x0112] = side
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))
-    assert np.array_equal(get_dataset(str(tmp_path))[0][0].permute(1, 2, 0).numpy(), np.asarray(expected))
+    assert np.array_equal(get_dataset(str(tmp_path))[0][0].permute(1, 2, 0).numpy(),
+                          np.asarray(expected))
 
 
 @pytest.mark.parametrize("notes", [b"Exif\0\0II*\0", b"Exif\0\0nonsense", b"Exif\0\0"])
@@ -188,7 +192,7 @@ def test_the_cache_gives_the_same_images_and_is_made_once(colour, tmp_path, caps
     cached, _ = get_dataset(str(source), cache_dir=tmp_path / "cache")
     assert torch.equal(plain, cached) and cached.shape[1] == (3 if colour else 1)
     assert sum(path.suffix == ".npy" for path in (tmp_path / "cache").iterdir()) == 1
-    assert len(list((tmp_path / "cache").iterdir())) == 2       # the array and its notes: nothing left over
+    assert len(list((tmp_path / "cache").iterdir())) == 2       # the array and its notes, no more
     capsys.readouterr()
 
     def decode(*args):
@@ -201,7 +205,8 @@ def test_the_cache_gives_the_same_images_and_is_made_once(colour, tmp_path, caps
     assert len(get_dataset(str(source), cache_dir=tmp_path / "cache")[0]) == len(plain) + 1
 
 
-def test_a_file_that_could_not_be_read_for_a_while_is_not_missing_from_the_cache_for_ever(tmp_path, monkeypatch):
+def test_a_file_that_could_not_be_read_for_a_while_is_not_missing_from_the_cache_for_ever(
+        tmp_path, monkeypatch):
     save_numbered(tmp_path / "images", [1, 2, 3])
     with monkeypatch.context() as patch:
         opens = folders._open
@@ -261,7 +266,8 @@ def test_verify_counts_every_defect_exactly(tmp_path, capsys):
     counts = {title.split(",")[0].split(" (")[0]: int(count)
               for title, count in re.findall(r"^(.*): (\d+)$", said, re.M)}
     assert counts == {"unreadable": 5, "tiny": 2, "small": 1, "duplicates": 3, "other files": 1}
-    for name in ("broken_3.jpg", "empty.png", "tiny_1.png: 5x40", "small.png: 12x12", "again/0.png = 3.png"):
+    for name in ("broken_3.jpg", "empty.png", "tiny_1.png: 5x40", "small.png: 12x12",
+                 "again/0.png = 3.png"):
         assert name in said or name.replace("again/0.png = 3.png", "3.png = again/0.png") in said
     assert "16x16 (23)" in said and "L (24), RGB (1)" in said
     assert Image.open(tmp_path / "out" / "dataset_sheet.png").width > 300
@@ -297,10 +303,12 @@ def test_verify_names_images_without_a_class_where_classes_are_asked_for(tmp_pat
 def test_verify_tells_all_classes_and_names_the_empty_ones(tmp_path, capsys):
     for k in range(10):
         save_numbered(tmp_path / "images" / f"kind{k}", range(k + 1))
-    code, said = verify(capsys, tmp_path / "images", tmp_path / "out", "--image_size", "16", "--labels")
+    code, said = verify(capsys, tmp_path / "images", tmp_path / "out", "--image_size", "16",
+                        "--labels")
     assert code == 0 and "kind0 (1), kind1 (2)" in said and "kind9 (10)" in said
     (tmp_path / "images" / "notes").mkdir()
-    code, said = verify(capsys, tmp_path / "images", tmp_path / "out", "--image_size", "16", "--labels")
+    code, said = verify(capsys, tmp_path / "images", tmp_path / "out", "--image_size", "16",
+                        "--labels")
     assert code == 2 and "\n  notes\n" in said.split("without a usable image")[1]
 
 

@@ -1,4 +1,4 @@
-"""What a hostile tester broke once, each with its story. Nothing is lost, and bad input is one line."""
+"""What a hostile tester broke once, each with its story. Nothing is lost; bad input is one line."""
 
 import json
 import os
@@ -45,7 +45,8 @@ from test_figures import write_model
 from train import main as train_main
 from train import train
 
-TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, device="cpu", precision="float32", num_samples=4)
+TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, device="cpu", precision="float32",
+            num_samples=4)
 
 
 @pytest.fixture
@@ -66,13 +67,15 @@ def sheets(folder, count, size=16, seed=0):
 # ---- Nothing is lost
 
 def test_a_run_that_fails_at_once_has_replaced_nothing(few_digits, tmp_path):
-    """The files of a finished run were deleted before the first step of the next one, which then failed, and said
-    that earlier checkpoints were untouched."""
+    """The files of a finished run were deleted before the first step of the next one, which then
+    failed, and said that earlier checkpoints were untouched."""
     train(**few_digits, **TINY, steps=4, output_dir=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
     with pytest.raises(ValueError, match="earlier checkpoints are untouched"):
-        train(**few_digits, **TINY, steps=4, learning_rate=1e30, sample_every=4, save_every=4, output_dir=tmp_path)
-    assert len(before) > 1 and before == {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
+        train(**few_digits, **TINY, steps=4, learning_rate=1e30, sample_every=4, save_every=4,
+              output_dir=tmp_path)
+    assert len(before) > 1 and before == {path: path.read_bytes()
+                                          for path in tmp_path.rglob("*.pt")}
 
 
 def test_a_run_that_goes_well_replaces_all_of_the_earlier_one(few_digits, tmp_path):
@@ -84,8 +87,8 @@ def test_a_run_that_goes_well_replaces_all_of_the_earlier_one(few_digits, tmp_pa
 
 def test_single_images_of_other_places_and_of_other_people_stay(two_shades, tmp_path):
     """--first_index 4 deleted images 0 to 3, and whatever else began with a digit."""
-    flags = ["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), "--device", "cpu", "--num_images", "4",
-             "--steps", "1", "--single_images"]
+    flags = ["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), "--device", "cpu",
+             "--num_images", "4", "--steps", "1", "--single_images"]
     sample.main(flags)
     (tmp_path / "generated_samples" / "2024_my_favourite.png").write_bytes(b"mine")
     sample.main([*flags, "--first_index", "4"])
@@ -101,12 +104,13 @@ def test_what_is_read_is_not_written_over(two_shades, tmp_path, capsys):
     Image.new("L", (8, 8)).save(tmp_path / "edited_only.png")
     before = [path.read_bytes() for path in (picture, tmp_path / "edited_only.png")]
     assert "written over" in fails(capsys, sample.main, *flags, "--recreate", picture)
-    assert "written over" in fails(capsys, edit.main, *flags, "--images", tmp_path / "edited_only.png")
+    assert "written over" in fails(capsys, edit.main, *flags,
+                                   "--images", tmp_path / "edited_only.png")
     assert before == [path.read_bytes() for path in (picture, tmp_path / "edited_only.png")]
 
 
 def test_a_full_disk_ends_the_making_of_a_cache_in_good_order(tmp_path, monkeypatch):
-    """A page of a mapped file that found no place on the disk ended the process: a bus error, and half a file left."""
+    """A mapped page without room on disk ended the process (a bus error) and left half a file."""
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -118,7 +122,7 @@ def test_a_full_disk_ends_the_making_of_a_cache_in_good_order(tmp_path, monkeypa
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_closed_terminal_saves_and_nohup_goes_on():
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)               # or nohup pytest would decide
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)               # or nohup pytest decides
     try:
         with Signals(), pytest.raises(Stopped, match="SIGHUP"):
             signal.raise_signal(signal.SIGHUP)
@@ -134,29 +138,34 @@ def test_a_closed_terminal_saves_and_nohup_goes_on():
 # ---- Nothing is silently wrong
 
 @pytest.mark.parametrize("text, count", [("1,2,3,4", 100), ("1,2,3", 20), ("all", 221)])
-def test_a_sheet_of_several_labels_remembers_what_was_asked_for(text, count, two_shades, tmp_path, monkeypatch):
+def test_a_sheet_of_several_labels_remembers_what_was_asked_for(text, count, two_shades, tmp_path,
+                                                                monkeypatch):
     """It remembered the number drawn, 104 for 100, and 104 asked for makes 108."""
     classes = list("0123456789")
     y, columns = choose_labels(text, classes, count)
-    assert len(choose_labels(text, classes, len(y))[0]) != len(y)       # why the number drawn will not do
+    assert len(choose_labels(text, classes, len(y))[0]) != len(y)  # the number drawn will not do
     drawn = []
     monkeypatch.setattr(sample, "load_model", lambda *args, **settings: (
         *load_model(two_shades)[:2], {**load_model(two_shades)[2], "classes": classes}))
-    monkeypatch.setattr(sample, "generate", lambda model, diffusion, num_images, *args, **settings: (
-        drawn.append(settings["y"]) or torch.zeros(num_images, 1, 8, 8), []))
+    monkeypatch.setattr(
+        sample, "generate", lambda model, diffusion, num_images, *args, **settings: (
+            drawn.append(settings["y"]) or torch.zeros(num_images, 1, 8, 8), []))
     monkeypatch.setattr(sample, "seconds_for", lambda *args: 0.0)
     flags = ["--checkpoint", str(two_shades), "--device", "cpu"]
-    sample.main([*flags, "--label", text, "--num_images", str(count), "--output_dir", str(tmp_path)])
-    sample.main([*flags, "--recreate", str(tmp_path / "generated_samples.png"), "--output_dir", str(tmp_path / "b")])
+    sample.main([*flags, "--label", text, "--num_images", str(count),
+                 "--output_dir", str(tmp_path)])
+    sample.main([*flags, "--recreate", str(tmp_path / "generated_samples.png"),
+                 "--output_dir", str(tmp_path / "b")])
     assert torch.equal(drawn[0], y) and torch.equal(drawn[1], y)
 
 
 def test_classes_are_compared_by_name(two_shades, tmp_path):
-    """Ten folders named one, two, three were held against the digits in the order of the alphabet: 8 % agreement."""
+    """Ten folders (one, two, ...) were held against digits in alphabetical order: 8 % agreement."""
     for name in ("light", "night"):
         sheets(tmp_path / "in" / name, 60, 8)
-    evaluate.main(["--checkpoint", str(two_shades), "--dataset", str(tmp_path / "in"), "--num_images", "100",
-                   "--steps", "2", "--device", "cpu", "--output_dir", str(tmp_path / "out")])
+    evaluate.main(["--checkpoint", str(two_shades), "--dataset", str(tmp_path / "in"),
+                   "--num_images", "100", "--steps", "2", "--device", "cpu",
+                   "--output_dir", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert "agreement" not in found["samples"] and "set aside here" in found["held_out"]
 
@@ -165,26 +174,29 @@ def test_a_model_is_held_against_the_folder_that_was_held_out_beside_its_own(tmp
     """--val_dir was forgotten: the floor was that of images that were trained on."""
     own, others = sheets(tmp_path / "train", 30), sheets(tmp_path / "test", 12, seed=1)
     images, held = folders.load_folder(own)[0], folders.load_folder(others)[0]
-    about = {"name": str(own), "image_size": 16, "channels": 1, "classes": None, "val_fraction": 0.0, "seed": 0,
-             "val_dir": str(others), "images": Batches(images, None).fingerprint(),
+    about = {"name": str(own), "image_size": 16, "channels": 1, "classes": None,
+             "val_fraction": 0.0, "seed": 0, "val_dir": str(others),
+             "images": Batches(images, None).fingerprint(),
              "held_out": Batches(held, None).fingerprint()}
     found, aside, labels, what = load_reference(about, "data")
     assert torch.equal(found, images) and labels is None and what == f"images of {others}"
-    assert torch.equal(aside.flatten(1).double().mean(1).sort().values, held.flatten(1).double().mean(1).sort().values)
+    assert torch.equal(aside.flatten(1).double().mean(1).sort().values,
+                       held.flatten(1).double().mean(1).sort().values)
     assert "lies elsewhere" in load_reference({**about, "val_dir": "nowhere"}, "data")[3]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=f"--val_dir {tmp_path / 'empty'}: .*no images found"):
         load_reference({**about, "val_dir": str(tmp_path / "empty")}, "data")
-    assert load_reference({**about, "val_dir": "nowhere"}, "data", str(others))[3].endswith("set aside here")
+    assert load_reference({**about, "val_dir": "nowhere"}, "data",
+                          str(others))[3].endswith("set aside here")
 
 
 def test_held_out_images_of_a_folder_that_has_grown_are_not_called_held_out(tmp_path):
-    """One more picture, and another fifth of them was taken for the images that were not trained on."""
+    """One more picture, and another fifth of them was taken for the images not trained on."""
     folder = sheets(tmp_path / "in", 60)
     images, _ = folders.load_folder(folder)
     told = Batches(images, None, indices=split_held_out(60, 0.2, 0)[1]).fingerprint()
-    about = {"name": str(folder), "image_size": 16, "channels": 1, "classes": None, "val_fraction": 0.2, "seed": 0,
-             "held_out": told}
+    about = {"name": str(folder), "image_size": 16, "channels": 1, "classes": None,
+             "val_fraction": 0.2, "seed": 0, "held_out": told}
     assert load_reference(about, "data")[3] == "held-out images"
     sheets(tmp_path / "more", 61, seed=1)
     (tmp_path / "more" / "060.png").rename(folder / "0.png")           # before all others
@@ -196,8 +208,8 @@ def test_the_first_held_out_images_of_a_folder_are_like_all_of_them(share, tmp_p
     """The floor of 100 was that of the first sub-folder alone."""
     for k, name in enumerate(("dark", "light")):
         sheets(tmp_path / name, 150, seed=k)
-    about = {"name": str(tmp_path), "image_size": 16, "channels": 1, "classes": ["dark", "light"], "val_fraction": share,
-             "seed": 0}
+    about = {"name": str(tmp_path), "image_size": 16, "channels": 1, "classes": ["dark", "light"],
+             "val_fraction": share, "seed": 0}
     images, held, (_, labels), _ = load_reference(about, "data")
     half = len(held) // 2
     assert 0.2 < labels[:half].double().mean() < 0.8 and len(images) + len(held) == 300
@@ -229,14 +241,16 @@ def test_a_weak_model_of_other_images_is_refused(two_shades, tmp_path, capsys):
     entries = checkpoint.load_checkpoint(two_shades)
     entries["data"] = {**entries["data"], "classes": ["dark", "other"]}
     checkpoint.save_checkpoint(tmp_path / "other.pt", entries)
-    assert "other images" in fails(capsys, sample.main, "--checkpoint", two_shades, "--weak", tmp_path / "other.pt",
-                                   "--output_dir", tmp_path)
+    assert "other images" in fails(capsys, sample.main, "--checkpoint", two_shades,
+                                   "--weak", tmp_path / "other.pt", "--output_dir", tmp_path)
 
 
 def test_what_is_given_empty_is_not_taken_for_not_given(tmp_path, capsys):
     """--recreate "$NOT_SET" drew 64 new pictures over the old sheet."""
-    assert "--recreate is given, but empty" in fails(capsys, sample.main, "--recreate", "", "--output_dir", tmp_path)
-    assert "--images is given, but empty" in fails(capsys, edit.main, "--images", "", "--output_dir", tmp_path)
+    assert "--recreate is given, but empty" in fails(capsys, sample.main, "--recreate", "",
+                                                     "--output_dir", tmp_path)
+    assert "--images is given, but empty" in fails(capsys, edit.main, "--images", "",
+                                                   "--output_dir", tmp_path)
 
 
 def test_the_weights_that_made_a_picture_are_found():
@@ -265,16 +279,18 @@ def test_every_command_explains_itself():
 
 @pytest.mark.parametrize("change, reason", [
     ({"heads": 4.0}, "heads is 4.0"), ({"scale_shift": "no"}, "scale_shift is 'no'"),
-    ({"dropout": float("nan")}, "dropout"), ({"grad_checkpoint": torch.ones(3)}, "no setting 'grad_checkpoint'"),
+    ({"dropout": float("nan")}, "dropout"),
+    ({"grad_checkpoint": torch.ones(3)}, "no setting 'grad_checkpoint'"),
     ({"multipliers": (1, True)}, "multipliers is"), ({"num_classes": "3"}, "num_classes is '3'")])
 def test_settings_of_another_kind_do_not_make_a_network(tmp_path, change, reason):
-    config = dict(model_defaults("attention"), base_channels=8, multipliers=(1, 2), attention_levels=(1,),
-                  groups=4, time_emb_dim=16, num_classes=3)
+    config = dict(model_defaults("attention"), base_channels=8, multipliers=(1, 2),
+                  attention_levels=(1,), groups=4, time_emb_dim=16, num_classes=3)
     entries = checkpoint.load_checkpoint(write_model(tmp_path / "simple.pt"))
     entries.update(model_name="attention", ema=create_model("attention", **config).state_dict())
     checkpoint.save_checkpoint(tmp_path / "model.pt", {**entries, "model_config": config})
     load_model(tmp_path / "model.pt")
-    checkpoint.save_checkpoint(tmp_path / "other.pt", {**entries, "model_config": {**config, **change}})
+    checkpoint.save_checkpoint(tmp_path / "other.pt",
+                               {**entries, "model_config": {**config, **change}})
     with pytest.raises(ValueError, match=f"do not fit together.*{reason}"):
         load_model(tmp_path / "other.pt")
 
@@ -288,7 +304,8 @@ def test_levels_that_no_flag_could_name_are_not_taken_from_a_card(levels):
 
 def test_early_weights_are_no_data_set():
     """They lie beside the others, for --weak; alone they draw worse cloth."""
-    with pytest.raises(ValueError, match="choose from african_fabrics, fashion_mnist, mnist, synthetic_digits, or"):
+    with pytest.raises(ValueError, match="choose from african_fabrics, fashion_mnist, mnist, "
+                                         "synthetic_digits, or"):
         find_model(dataset="african_fabrics_early")
 
 
@@ -297,7 +314,8 @@ def test_images_are_mended_with_the_shipped_weights_that_know_them(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert find_model(images="fashion_mnist") == PRETRAINED / "fashion_mnist.pt"
     assert "fashion_mnist.pt" in capsys.readouterr().out
-    assert find_model(images="cifar10") == find_model(images="african_fabrics_early") == PRETRAINED / "mnist.pt"
+    assert (find_model(images="cifar10") == find_model(images="african_fabrics_early")
+            == PRETRAINED / "mnist.pt")
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "model_final.pt").touch()
     assert find_model(images="fashion_mnist") == "outputs/model_final.pt"            # your own
@@ -335,7 +353,8 @@ def test_a_picture_that_confuses_its_decoder_is_named_and_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("suffix, damage", [
-    (".json", b"{}"), (".json", b"[1]"), (".json", b""), (".npy", b""), (".npy", b"\x93NUMPY\x01\x00"),
+    (".json", b"{}"), (".json", b"[1]"), (".json", b""),
+    (".npy", b""), (".npy", b"\x93NUMPY\x01\x00"),
     (".json", json.dumps({"names": ["a"], "problems": []}).encode())])
 def test_a_damaged_cache_is_one_line(suffix, damage, tmp_path):
     folder = sheets(tmp_path / "in", 3)
@@ -349,7 +368,8 @@ def test_a_damaged_cache_is_one_line(suffix, damage, tmp_path):
 def test_labels_beyond_the_classes_are_damage(monkeypatch):
     class Source:
         def __init__(self, *args, **settings):
-            self.data, self.targets = torch.zeros(3, 28, 28, dtype=torch.uint8), torch.tensor([0, 9, 20])
+            self.data, self.targets = (torch.zeros(3, 28, 28, dtype=torch.uint8),
+                                       torch.tensor([0, 9, 20]))
 
     with pytest.raises(ValueError, match="one is 20"):
         data._torchvision_arrays("mnist", Source, "data", True)
@@ -360,12 +380,13 @@ def test_too_few_images_to_measure_is_said_before_anything_is_drawn(tmp_path, ca
     folder = sheets(tmp_path / "in", 8, 8)
     write_model(tmp_path / "model.pt")
     monkeypatch.setattr(evaluate, "generate", None)
-    assert "need 5 of each" in fails(capsys, evaluate.main, "--checkpoint", tmp_path / "model.pt", "--dataset",
-                                         folder, "--output_dir", tmp_path)
+    assert "need 5 of each" in fails(capsys, evaluate.main, "--checkpoint", tmp_path / "model.pt",
+                                     "--dataset", folder, "--output_dir", tmp_path)
 
 
 def test_reports_are_counted_without_counting_to_a_billion():
-    for plan in (Plan(17, 3, 5, 1, "step"), Plan(30, 3, 5, 1, "step"), Plan(12, 4, 20, 4, "epoch"), Plan(7, 7, 7, 1, "step")):
+    for plan in (Plan(17, 3, 5, 1, "step"), Plan(30, 3, 5, 1, "step"),
+                 Plan(12, 4, 20, 4, "epoch"), Plan(7, 7, 7, 1, "step")):
         step, count = 0, 0
         while step < plan.total_steps:
             step, count = plan.next_report(step), count + 1
@@ -385,7 +406,7 @@ def test_sheets_of_different_lengths_share_a_figure(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(run_figures, "save_strip", lambda rows, *args: drawn.extend(rows))
     run_figures.epochs_figure(tmp_path, tmp_path / "epochs.png", 16, 6)
-    assert [tuple(row.shape) for row in drawn] == [(2, 3, 16, 16)] * 2          # of two and four in a row
+    assert [tuple(row.shape) for row in drawn] == [(2, 3, 16, 16)] * 2    # of two and four in a row
 
 
 def test_a_picture_that_rests_too_long_is_one_line(tmp_path):
@@ -405,7 +426,8 @@ def test_a_gif_keeps_its_pace(fps, tmp_path):
 
 
 @pytest.mark.parametrize("rank, world", [("5", "1"), ("-1", "2"), ("0", "0"), ("0", "x"), ("", "")])
-def test_a_place_that_there_is_not_is_one_line(rank, world, few_digits, tmp_path, monkeypatch, capsys):
+def test_a_place_that_there_is_not_is_one_line(rank, world, few_digits, tmp_path, monkeypatch,
+                                               capsys):
     """RANK=5 of 1 waited for six hours; WORLD_SIZE=0 divided the memory by zero."""
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
@@ -427,17 +449,20 @@ def test_an_error_is_told_also_where_RANK_is_set_without_torchrun(monkeypatch, c
 
 
 @pytest.mark.parametrize("dataset, output", [
-    ("run/samples", "run"), ("in", "in"), ("in", "in/out"), ("run/samples/more", "run"), ("run/checkpoints", "run")])
+    ("run/samples", "run"), ("in", "in"), ("in", "in/out"),
+    ("run/samples/more", "run"), ("run/checkpoints", "run")])
 @pytest.mark.parametrize("flag", ["--dataset", "--val_dir", "--verify"])
-def test_a_run_keeps_apart_from_the_images_that_it_learns_from(flag, dataset, output, tmp_path, capsys):
-    """Six pictures called samples/epoch_001.png and so on, the data set, were deleted as those of an earlier run."""
+def test_a_run_keeps_apart_from_the_images_that_it_learns_from(flag, dataset, output, tmp_path,
+                                                               capsys):
+    """Six pictures samples/epoch_*.png, the data set, were deleted as those of an earlier run."""
     folder = sheets(tmp_path / dataset, 6)
     for k, path in enumerate(sorted(folder.iterdir())):
         path.rename(folder / f"epoch_{k:03d}.png")
     other = ["--dataset", "synthetic_digits"] if flag == "--val_dir" else []
     with pytest.raises(SystemExit) as exit_:
-        train_main([*other, "--dataset" if flag == "--verify" else flag, str(folder), *["--verify"] * (
-            flag == "--verify"), "--steps", "2", "--output_dir", str(tmp_path / output)])
+        train_main([*other, "--dataset" if flag == "--verify" else flag, str(folder),
+                    *["--verify"] * (flag == "--verify"),
+                    "--steps", "2", "--output_dir", str(tmp_path / output)])
     assert exit_.value.code == 2 and "are not apart" in capsys.readouterr().err
     assert len(list(folder.iterdir())) == 6
     data.keep_apart(str(folder), tmp_path / "elsewhere")
@@ -447,10 +472,12 @@ def test_a_run_keeps_apart_from_the_images_that_it_learns_from(flag, dataset, ou
 def test_a_class_with_another_name_is_another_run(tmp_path):
     for name in ("cat", "dog"):
         sheets(tmp_path / "in" / name, 8)
-    settings = dict(TINY, dataset_name=str(tmp_path / "in"), labels=True, output_dir=tmp_path / "out", batch_size=4)
+    settings = dict(TINY, dataset_name=str(tmp_path / "in"), labels=True,
+                    output_dir=tmp_path / "out", batch_size=4)
     train(**settings, num_epochs=1)
     (tmp_path / "in" / "cat").rename(tmp_path / "in" / "bat")
-    with pytest.raises(ValueError, match=r"other classes \(\['cat', 'dog'\] then, \['bat', 'dog'\] now"):
+    with pytest.raises(ValueError, match=r"other classes \(\['cat', 'dog'\] then, "
+                                         r"\['bat', 'dog'\] now"):
         train(**settings, num_epochs=2, resume="latest")
 
 
@@ -471,7 +498,7 @@ def test_the_other_processes_leave_quietly_when_the_first_has_stopped():
             pass                                                        # nothing stops here
         raise RuntimeError("Connection closed by peer")
     assert stop.value.told and stop.value.number == signal.SIGTERM
-    with pytest.raises(RuntimeError), Signals(ignore=True):             # no signal came: a fault of ours
+    with pytest.raises(RuntimeError), Signals(ignore=True):             # no signal: a fault of ours
         raise RuntimeError("Connection closed by peer")
 
 
@@ -485,19 +512,22 @@ def test_altered_counts_of_a_checkpoint_are_refused(few_digits, tmp_path):
     train(**few_digits, **TINY, steps=2, output_dir=tmp_path / "run")
     entries = checkpoint.load_checkpoint(tmp_path / "run" / "model_final.pt")
     groups = [{**entries["optimizer"]["param_groups"][0], **changed} for changed in (
-        {"eps": "x"}, {"amsgrad": True}, {"betas": (0.9,)}, {"maximize": True}, {"weight_decay": -1.0}, {"lr": "x"})]
+        {"eps": "x"}, {"amsgrad": True}, {"betas": (0.9,)}, {"maximize": True},
+        {"weight_decay": -1.0}, {"lr": "x"})]
     spoilt = [{"optimizer": {**entries["optimizer"], "param_groups": [group]}} for group in groups]
-    for change in ({"ema_updates": "x"}, {"ema_updates": -10}, {"reported": "x"}, {"held_out_losses": None},
-                   {"held_out_losses": {1: "x"}}, *spoilt):
+    for change in ({"ema_updates": "x"}, {"ema_updates": -10}, {"reported": "x"},
+                   {"held_out_losses": None}, {"held_out_losses": {1: "x"}}, *spoilt):
         checkpoint.save_checkpoint(tmp_path / "bad.pt", {**entries, **change})
         with pytest.raises(ValueError, match="cannot be resumed"):
-            train(**few_digits, **TINY, steps=2, resume=str(tmp_path / "bad.pt"), output_dir=tmp_path / "other")
+            train(**few_digits, **TINY, steps=2, resume=str(tmp_path / "bad.pt"),
+                  output_dir=tmp_path / "other")
 
 
 # ---- Taken for something else than it is
 
 def test_half_of_a_large_set_exchanged_is_another_set():
-    images = torch.randint(256, (2500, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, (2500, 1, 4, 4), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
     before = Batches(images).fingerprint()
     images[1::2] = 0
     assert Batches(images).fingerprint() != before
@@ -505,7 +535,8 @@ def test_half_of_a_large_set_exchanged_is_another_set():
 
 @pytest.mark.parametrize("images, labels, words", [
     (torch.rand(8, 1, 4, 4) * 2 - 1, None, "must be uint8"),
-    (torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.zeros(5, dtype=torch.long), "8 class indices"),
+    (torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.zeros(5, dtype=torch.long),
+     "8 class indices"),
     (torch.zeros(8, 1, 4, 4, dtype=torch.uint8), [0] * 8, "8 class indices")])
 def test_batches_of_the_wrong_kind_are_refused(images, labels, words):
     """Floats in [-1, 1] became black pictures."""
@@ -524,7 +555,8 @@ def test_a_mask_is_cut_as_the_picture_is(tmp_path):
 @pytest.mark.parametrize("folder", ["generated_samples", "generation_frames", "samples"])
 def test_what_sample_writes_does_not_replace_what_the_model_learnt_from(folder, tmp_path, capsys):
     path = write_model(tmp_path / "m.pt", name=str(tmp_path / "out" / folder))
-    assert "not apart" in fails(capsys, sample.main, "--checkpoint", path, "--output_dir", tmp_path / "out")
+    assert "not apart" in fails(capsys, sample.main, "--checkpoint", path,
+                                "--output_dir", tmp_path / "out")
 
 
 def test_only_frames_of_ours_are_cleared_away(tmp_path):
@@ -540,10 +572,12 @@ def test_only_frames_of_ours_are_cleared_away(tmp_path):
 
 def test_a_model_is_not_led_away_from_itself(tmp_path, capsys):
     path = write_model(tmp_path / "m.pt")
-    error = fails(capsys, sample.main, "--checkpoint", path, "--weak", path, "--output_dir", tmp_path)
+    error = fails(capsys, sample.main, "--checkpoint", path, "--weak", path,
+                  "--output_dir", tmp_path)
     assert "is the model itself" in error
     other = write_model(tmp_path / "other.pt", zero=True)
-    assert "--guidance 1 is none" in fails(capsys, sample.main, "--checkpoint", path, "--weak", other, "--guidance", 1,
+    assert "--guidance 1 is none" in fails(capsys, sample.main, "--checkpoint", path,
+                                           "--weak", other, "--guidance", 1,
                                            "--output_dir", tmp_path)
 
 
@@ -554,8 +588,8 @@ def test_a_model_is_not_led_away_from_itself(tmp_path, capsys):
     (["--label", "none", "--guidance_interval", "10,20"], "--label none has none"),
     (["--guidance", 1, "--guidance_interval", "10,20"], "--guidance 1 is none")])
 def test_guidance_that_cannot_act_is_refused_for_what_was_typed(flags, words, tmp_path, capsys):
-    assert words in fails(capsys, sample.main, "--checkpoint", write_model(tmp_path / "m.pt"), *flags,
-                          "--output_dir", tmp_path)
+    assert words in fails(capsys, sample.main, "--checkpoint", write_model(tmp_path / "m.pt"),
+                          *flags, "--output_dir", tmp_path)
 
 
 def test_export_writes_over_no_classifier(tmp_path, two_shades):
@@ -576,8 +610,8 @@ def test_a_linked_folder_is_named_and_is_no_class(tmp_path, capsys):
 
 def test_a_figure_of_a_folder_is_not_written_into_it(tmp_path, capsys):
     sheets(tmp_path / "set", 8)
-    assert "not apart" in fails(capsys, visualize_model.main, "--figure", "features", "--dataset", tmp_path / "set",
-                                "--output_dir", tmp_path / "set")
+    assert "not apart" in fails(capsys, visualize_model.main, "--figure", "features",
+                                "--dataset", tmp_path / "set", "--output_dir", tmp_path / "set")
 
 
 def test_the_bare_name_that_a_card_has_is_no_folder(tmp_path, monkeypatch):
@@ -589,8 +623,8 @@ def test_the_bare_name_that_a_card_has_is_no_folder(tmp_path, monkeypatch):
 
 
 def test_a_picture_that_is_not_there_is_called_so(tmp_path, capsys):
-    error = fails(capsys, edit.main, "--checkpoint", write_model(tmp_path / "m.pt"), "--images", "no.png",
-                  "--output_dir", tmp_path / "out")
+    error = fails(capsys, edit.main, "--checkpoint", write_model(tmp_path / "m.pt"),
+                  "--images", "no.png", "--output_dir", tmp_path / "out")
     assert error.strip().endswith("no.png: no such file")
 
 
@@ -608,21 +642,33 @@ def test_a_name_with_a_comma_is_one_name():
 
 
 @pytest.mark.parametrize("main, flags, words", [
-    (interpolate.main, ["--compare", "--loop", "--fps", "3"], "--fps, --loop would be of no use to --compare"),
-    (figures.main, ["--sampler", "ddpm", "--timesteps", "1"], "--sampler would be of no use to --figure forward"),
-    (figures.main, ["--figure", "explore", "--schedule", "cosine"], "--schedule would be of no use"),
-    (figures.main, ["--figure", "predictors", "--image_size", "8"], "--image_size would be of no use"),
-    (visualize_model.main, ["--figure", "time", "--label", "7"], "--label would be of no use to --figure time"),
-    (figures.main, ["--figure", "one_step", "--sampler", "ddim"], "--sampler would be of no use"),    # its default
+    (interpolate.main, ["--compare", "--loop", "--fps", "3"],
+     "--fps, --loop would be of no use to --compare"),
+    (figures.main, ["--sampler", "ddpm", "--timesteps", "1"],
+     "--sampler would be of no use to --figure forward"),
+    (figures.main, ["--figure", "explore", "--schedule", "cosine"],
+     "--schedule would be of no use"),
+    (figures.main, ["--figure", "predictors", "--image_size", "8"],
+     "--image_size would be of no use"),
+    (visualize_model.main, ["--figure", "time", "--label", "7"],
+     "--label would be of no use to --figure time"),
+    (figures.main, ["--figure", "one_step", "--sampler", "ddim"],       # its default
+     "--sampler would be of no use"),
     (train_main, ["--dataset", "synthetic_digits", "--fit", "crop", "--cache_dir", "c"],
      "--fit, --cache_dir would be of no use to synthetic_digits: no folder"),
-    (train_main, ["--dataset", "synthetic_digits", "--val_dir", "mnist", "--fit", "crop"], "--fit would be of no use"),
-    (train_main, ["--dataset", "photos", "--data_dir", "d"], "--data_dir would be of no use to photos"),
-    (train_main, ["--dataset", "photos", "--label_drop", 0.5], "--label_drop would be of no use to a training without"),
-    (train_main, ["--no-labels", "--label_drop", 0.1], "--label_drop would be of no use to a training without"),
-    (train_main, ["--dataset", "photos", "--val_dir", "others", "--val_fraction", 0.2], "give one of them"),
+    (train_main, ["--dataset", "synthetic_digits", "--val_dir", "mnist", "--fit", "crop"],
+     "--fit would be of no use"),
+    (train_main, ["--dataset", "photos", "--data_dir", "d"],
+     "--data_dir would be of no use to photos"),
+    (train_main, ["--dataset", "photos", "--label_drop", 0.5],
+     "--label_drop would be of no use to a training without"),
+    (train_main, ["--no-labels", "--label_drop", 0.1],
+     "--label_drop would be of no use to a training without"),
+    (train_main, ["--dataset", "photos", "--val_dir", "others", "--val_fraction", 0.2],
+     "give one of them"),
     (interpolate.main, ["--compare", "--frames", 10], "--compare draws 9 at most"),
-    (visualize_model.main, ["--figure", "table", "--model", "simple", "--checkpoint", "x.pt"], "give one of them")])
+    (visualize_model.main, ["--figure", "table", "--model", "simple", "--checkpoint", "x.pt"],
+     "give one of them")])
 def test_flags_that_would_be_passed_over_are_refused(main, flags, words, tmp_path, capsys):
     assert words in fails(capsys, main, *flags, "--output_dir", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -631,14 +677,16 @@ def test_flags_that_would_be_passed_over_are_refused(main, flags, words, tmp_pat
 def test_more_classes_than_pictures_are_refused(tmp_path, capsys):
     path = write_model(tmp_path / "m.pt")
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    assert "2 classes for 1 pictures" in fails(capsys, edit.main, "--checkpoint", path, "--images", tmp_path / "a.png",
-                                               "--label", "a,b", "--output_dir", tmp_path / "out")
-    assert "one picture is sampled" in fails(capsys, figures.main, "--figure", "one_step", "--checkpoint", path,
-                                             "--label", "a,b", "--output_dir", tmp_path / "out")
+    assert "2 classes for 1 pictures" in fails(capsys, edit.main, "--checkpoint", path,
+                                               "--images", tmp_path / "a.png", "--label", "a,b",
+                                               "--output_dir", tmp_path / "out")
+    assert "one picture is sampled" in fails(capsys, figures.main, "--figure", "one_step",
+                                             "--checkpoint", path, "--label", "a,b",
+                                             "--output_dir", tmp_path / "out")
 
 
 def test_an_interrupt_that_python_has_wrapped_is_still_one(capsys):
-    """A signal within __set_name__, which late imports of torch run: Python 3.11 makes a RuntimeError of it."""
+    """In __set_name__, run by torch's late imports, Python 3.11 makes a signal a RuntimeError."""
     @command
     def main(argv=None):
         raise RuntimeError("Error calling __set_name__") from Stopped(signal.SIGINT)
@@ -660,16 +708,19 @@ def test_a_set_of_which_only_the_weights_come_with_the_project_is_told_apart(tmp
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(sample_every=-1), "sample_every"), (dict(save_every=0), "save_every"), (dict(ema_every=0), "ema_every"),
-    (dict(warmup=-5), "warmup"), (dict(weight_decay=-1.0), "weight_decay"), (dict(grad_clip=-1.0), "grad_clip"), (dict(min_snr=-1.0), "min_snr"), (dict(label_drop=2.0), "label_drop")])
+    (dict(sample_every=-1), "sample_every"), (dict(save_every=0), "save_every"),
+    (dict(ema_every=0), "ema_every"), (dict(warmup=-5), "warmup"),
+    (dict(weight_decay=-1.0), "weight_decay"), (dict(grad_clip=-1.0), "grad_clip"),
+    (dict(min_snr=-1.0), "min_snr"), (dict(label_drop=2.0), "label_drop")])
 def test_settings_without_sense_are_refused_from_python_too(settings, words, tmp_path):
-    """A negative grad_clip turned the gradient round, and a negative sample_every never came to an end."""
+    """A negative grad_clip turned the gradient round; a negative sample_every never ended."""
     with pytest.raises(ValueError, match=words):
         train("synthetic_digits", steps=1, output_dir=tmp_path, **{**TINY, **settings})
 
 
 def test_numbers_without_sense_are_refused_by_process_and_network(tiny_model):
-    for settings in (dict(guidance=float("nan"), y=0), dict(guidance=2.0, y=0, guidance_interval=(5, 1))):
+    for settings in (dict(guidance=float("nan"), y=0),
+                     dict(guidance=2.0, y=0, guidance_interval=(5, 1))):
         with pytest.raises(ValueError, match="must be a number|must be .low, high"):
             DiffusionProcess(10).sample(tiny_model, 8, 1, **settings)
     with pytest.raises(ValueError, match="3 classes for 2 images"):
@@ -688,7 +739,7 @@ def test_numbers_without_sense_are_refused_by_process_and_network(tiny_model):
 
 @pytest.mark.parametrize("shape", [(4, 2, 8, 8), (4, 1, 1, 1)])
 def test_an_answer_of_another_shape_is_refused(shape):
-    """It was stretched to fit: a second channel, for a learned variance say, was taken for another image."""
+    """It was stretched to fit: a second channel (a learned variance, say) became another image."""
     def model(x_t, t, y=None):
         return torch.zeros(shape, requires_grad=True)
 
@@ -712,7 +763,8 @@ def test_a_picture_is_sampled_from_a_network_that_tells_nothing_of_itself():
 
 
 @pytest.mark.parametrize("main", [visualize_model.main, diagnose.main])
-def test_shipped_weights_are_those_of_the_images_they_are_shown(main, tmp_path, capsys, monkeypatch):
+def test_shipped_weights_are_those_of_the_images_they_are_shown(main, tmp_path, capsys,
+                                                                monkeypatch):
     """Garments were shown to the digits' weights, without a word."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 64)
@@ -720,12 +772,13 @@ def test_shipped_weights_are_those_of_the_images_they_are_shown(main, tmp_path, 
         monkeypatch.setattr(diagnose, "diagnose", lambda *args: ([], {}))
         main(["--dataset", "synthetic_digits"])
     else:
-        main(["--figure", "features", "--dataset", "synthetic_digits", "--num_images", "8", "--timesteps", "500"])
+        main(["--figure", "features", "--dataset", "synthetic_digits",
+              "--num_images", "8", "--timesteps", "500"])
     assert "pretrained/synthetic_digits.pt" in capsys.readouterr().out
 
 
 def test_another_library_s_network_is_built_with_all_it_needs(monkeypatch):
-    """The benchmark broke off at the first of them, and no test ran where the libraries were not installed."""
+    """The benchmark broke off at the first of them, and no test ran without the libraries."""
     class Stub(torch.nn.Identity):
         def __init__(self, **settings):
             super().__init__()
@@ -744,14 +797,15 @@ def test_two_folders_of_the_same_names_sizes_and_times_have_a_cache_each(tmp_pat
             path = tmp_path / place / "images" / f"{k}.bmp"
             Image.new("L", (8, 8), grey).save(path)
             os.utime(path, (0, 0))
-    greys = [folders.load_folder(tmp_path / place / "images", cache_dir=tmp_path / "cache")[0].float().mean().item()
-             for place in "ab"]
+    greys = [folders.load_folder(tmp_path / place / "images", cache_dir=tmp_path / "cache")[0]
+             .float().mean().item() for place in "ab"]
     assert greys == [40, 220]
 
 
 def test_a_folder_called_like_a_data_set_is_not_taken_for_it_once_exported(two_shades, tmp_path):
     entries = checkpoint.load_checkpoint(two_shades)
-    for name, want in ((str(tmp_path / "mnist"), "folder mnist"), ("mnist", "mnist"), (str(tmp_path / "x"), "x")):
+    for name, want in ((str(tmp_path / "mnist"), "folder mnist"), ("mnist", "mnist"),
+                       (str(tmp_path / "x"), "x")):
         entries["data"] = {**entries["data"], "name": name}
         checkpoint.save_checkpoint(tmp_path / "m.pt", entries)
         export.export(tmp_path / "m.pt", tmp_path / "small.pt")
@@ -759,21 +813,23 @@ def test_a_folder_called_like_a_data_set_is_not_taken_for_it_once_exported(two_s
 
 
 def test_classes_are_taken_over_by_their_names(tmp_path, capsys):
-    """A new class took the vector of whatever class had stood in its place; and a --val_dir with fewer classes was
-    measured without any, in silence."""
+    """A new class took the vector of whatever class had stood in its place; and a --val_dir with
+    fewer classes was measured without any, in silence."""
     for place, names in (("old", ("cat", "dog")), ("new", ("ant", "cat"))):
         for name in names:
             sheets(tmp_path / place / name, 8)
     (tmp_path / "val").mkdir()
     sheets(tmp_path / "val" / "cat", 8)
     settings = dict(TINY, labels=True, steps=1, learning_rate=1e-9, ema_decay=0.0)
-    old = train(str(tmp_path / "old"), output_dir=tmp_path / "a", seed=1, **settings)[1].class_emb.weight
+    old = train(str(tmp_path / "old"), output_dir=tmp_path / "a", seed=1,
+                **settings)[1].class_emb.weight
     assert "without a class" not in capsys.readouterr().out
     new = train(str(tmp_path / "new"), output_dir=tmp_path / "b", val_dir=str(tmp_path / "val"),
                 start_from=tmp_path / "a" / "model_final.pt", **settings)[1].class_emb.weight
     assert "without a class" in capsys.readouterr().out
     assert torch.allclose(new[[0, 2]], old[[0, 1]], atol=1e-6)                 # "no class", and cat
-    assert not torch.allclose(new[1], old[1], atol=1e-2) and not torch.allclose(new[1], old[2], atol=1e-2)
+    assert (not torch.allclose(new[1], old[1], atol=1e-2)
+            and not torch.allclose(new[1], old[2], atol=1e-2))
     told = checkpoint.load_checkpoint(tmp_path / "b" / "model_final.pt")["data"]
     assert told["name"] == str((tmp_path / "new").resolve())
 
@@ -784,10 +840,11 @@ def test_a_named_set_larger_than_the_memory_is_refused_before_it_is_made():
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    """| head -1: "Broken pipe" stood under it, and where the text was short a traceback of Python's own."""
+    """| head -1: "Broken pipe" stood under it or, where the text was short, Python's traceback."""
     for lines in (2, 100_000):
-        code = f"from command_line import command\n@command\ndef main(argv): print(*range({lines}), sep='\\n')\nmain()"
-        process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(0.5)\n{code}"], cwd=ROOT,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        code = ("from command_line import command\n@command\n"
+                f"def main(argv): print(*range({lines}), sep='\\n')\nmain()")
+        process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(0.5)\n{code}"],
+                                   cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 141

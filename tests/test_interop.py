@@ -33,19 +33,21 @@ def library():
     return pytest.importorskip(name, reason=f"pip install {name}")
 
 
-def trainer_checkpoint(path, objective="pred_v", T=100, dim_mults=(1, 2), channels=1, unet={}, **settings):
-    """Write what matters of a Trainer's checkpoint. Returns its diffusion, with the averaged weights."""
+def trainer_checkpoint(path, objective="pred_v", T=100, dim_mults=(1, 2), channels=1, unet={},
+                       **settings):
+    """Write what matters of a Trainer's checkpoint. Returns its diffusion, the weights averaged."""
     torch.manual_seed(0)
     network = library().Unet(dim=8, dim_mults=dim_mults, channels=channels, **unet)
-    theirs = library().GaussianDiffusion(network, image_size=SIZE, timesteps=T, sampling_timesteps=STEPS,
-                                         objective=objective, **settings)
+    theirs = library().GaussianDiffusion(network, image_size=SIZE, timesteps=T,
+                                         sampling_timesteps=STEPS, objective=objective, **settings)
     averaged = {f"ema_model.{key}": value for key, value in theirs.state_dict().items()}
     plain = {key: value + 1 for key, value in theirs.state_dict().items()}
     torch.save({"model": plain, "ema": averaged}, path)
     return theirs.eval()
 
 
-@pytest.mark.parametrize("objective, ours", [("pred_v", "v"), ("pred_noise", "eps"), ("pred_x0", "x0")])
+@pytest.mark.parametrize("objective, ours", [
+    ("pred_v", "v"), ("pred_noise", "eps"), ("pred_x0", "x0")])
 @pytest.mark.parametrize("limited", [False, True])
 def test_our_ddim_draws_the_images_of_a_trainer(tmp_path, monkeypatch, objective, ours, limited):
     theirs = trainer_checkpoint(tmp_path / "m.pt", objective, min_snr_loss_weight=limited)
@@ -62,14 +64,17 @@ def test_our_ddim_draws_the_images_of_a_trainer(tmp_path, monkeypatch, objective
 def test_the_average_of_a_trainer_alone_draws_the_same(tmp_path):
     """torch.save(trainer.ema.state_dict(), ...) has the same keys, on their own."""
     trainer_checkpoint(tmp_path / "m.pt")
-    torch.save({"step": torch.zeros(1), **torch.load(tmp_path / "m.pt")["ema"]}, tmp_path / "ema.pt")
-    drawn = [diffusion.sample(model, SIZE, 2, seed=0, sampler="ddim", steps=3) for model, diffusion, _ in (
-        load_model(tmp_path / name, image_size=SIZE) for name in ("m.pt", "ema.pt"))]
+    torch.save({"step": torch.zeros(1), **torch.load(tmp_path / "m.pt")["ema"]},
+               tmp_path / "ema.pt")
+    drawn = [diffusion.sample(model, SIZE, 2, seed=0, sampler="ddim", steps=3)
+             for model, diffusion, _ in (load_model(tmp_path / name, image_size=SIZE)
+                                         for name in ("m.pt", "ema.pt"))]
     assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
-def test_three_levels_in_colour_and_a_thousand_timesteps_are_found_from_the_weights(tmp_path, schedule):
+def test_three_levels_in_colour_and_a_thousand_timesteps_are_found_from_the_weights(tmp_path,
+                                                                                    schedule):
     settings = dict(T=1000, dim_mults=(1, 2, 4), channels=3, beta_schedule=schedule)
     theirs = trainer_checkpoint(tmp_path / "m.pt", **settings)
     model, diffusion, data = load_model(tmp_path / "m.pt", image_size=SIZE)
@@ -78,19 +83,20 @@ def test_three_levels_in_colour_and_a_thousand_timesteps_are_found_from_the_weig
     assert torch.equal(model(x, t), theirs.model(x, t))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader")       # its number of processes; none is started
+@pytest.mark.filterwarnings("ignore:This DataLoader")    # its number of processes; none is started
 def test_the_file_of_a_real_trainer_is_read_and_its_averaged_weights_are_taken(tmp_path):
-    """Written by Trainer.save after a step of its optimizer, with all that this leaves in the file."""
+    """Written by Trainer.save after a step of its optimizer, with all that this leaves in it."""
     for k in range(100):                                    # it wants no less
         Image.fromarray(np.full((SIZE, SIZE, 3), k, np.uint8)).save(tmp_path / f"{k}.png")
     network = library().Unet(dim=8, dim_mults=(1, 2))
-    trainer = library().Trainer(library().GaussianDiffusion(network, image_size=SIZE, timesteps=10), tmp_path,
-                                results_folder=tmp_path, calculate_fid=False)
+    trainer = library().Trainer(library().GaussianDiffusion(network, image_size=SIZE, timesteps=10),
+                                tmp_path, results_folder=tmp_path, calculate_fid=False)
     trainer.model(torch.rand(2, 3, SIZE, SIZE, device=trainer.device)).backward()
     trainer.opt.step()
     trainer.save(7)
     model, _, _ = load_model(tmp_path / "model-7.pt", image_size=SIZE)
-    averaged, plain = (next(part.parameters()).cpu() for part in (trainer.ema.ema_model, trainer.model))
+    averaged, plain = (next(part.parameters()).cpu()
+                       for part in (trainer.ema.ema_model, trainer.model))
     assert torch.equal(next(model.parameters()), averaged) and not torch.equal(averaged, plain)
 
 
@@ -113,7 +119,8 @@ def test_damaged_trainer_checkpoints_are_one_clear_line(tmp_path):
     library()
     ends = {"ema_model.model.init_conv.weight": torch.zeros(0, 1, 7, 7),
             "ema_model.model.final_conv.weight": torch.zeros(1, 0, 1, 1)}
-    for k, ema in enumerate([{"ema_model.x": torch.zeros(1)}, {"ema_model.model.x": 3}, ends, {**ends, 3: 4},
+    for k, ema in enumerate([{"ema_model.x": torch.zeros(1)}, {"ema_model.model.x": 3}, ends,
+                             {**ends, 3: 4},
                              {**ends, "ema_model.model.downs.0.3.weight": torch.zeros(8, 8)}]):
         torch.save({"ema": ema}, tmp_path / f"{k}.pt")
         with pytest.raises(ValueError, match="not a default Unet"):
@@ -134,14 +141,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 # ---- diffusers
 
-def pipeline_folder(folder, pipeline="DDIMPipeline", scheduler="DDIMScheduler", size=SIZE, **settings):
+def pipeline_folder(folder, pipeline="DDIMPipeline", scheduler="DDIMScheduler", size=SIZE,
+                    **settings):
     """A pipeline with random weights, saved by diffusers; returns it."""
     diffusers = pytest.importorskip("diffusers", reason="pip install diffusers")
     torch.manual_seed(0)
-    network = diffusers.UNet2DModel(sample_size=size, block_out_channels=(8, 16), layers_per_block=1,
-                                    norm_num_groups=4, attention_head_dim=4,
-                                    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                                    up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    network = diffusers.UNet2DModel(
+        sample_size=size, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"))
     made = getattr(diffusers, pipeline)(network, getattr(diffusers, scheduler)(**settings))
     made.save_pretrained(folder)
     made.set_progress_bar_config(disable=True)
@@ -154,7 +162,8 @@ def change(path, **settings):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("curve", ["linear", "squaredcos_cap_v2", "scaled_linear"])
-def test_our_ddim_draws_the_images_of_a_pipeline_of_diffusers(tmp_path, monkeypatch, prediction, curve):
+def test_our_ddim_draws_the_images_of_a_pipeline_of_diffusers(tmp_path, monkeypatch, prediction,
+                                                              curve):
     pipeline = pipeline_folder(tmp_path, prediction_type=prediction, beta_schedule=curve,
                                timestep_spacing="trailing")
     model, diffusion, data = load_model(tmp_path)
@@ -162,9 +171,11 @@ def test_our_ddim_draws_the_images_of_a_pipeline_of_diffusers(tmp_path, monkeypa
     x_T = seeded_noise(0, range(2), 0, (3, SIZE, SIZE))
     # Ours steps along the noise that the clipped x_0 explains; their pipeline does so when asked.
     expected = draws_theirs(monkeypatch, x_T, lambda: pipeline(
-        batch_size=2, num_inference_steps=STEPS, use_clipped_model_output=True, output_type="np").images)
+        batch_size=2, num_inference_steps=STEPS, use_clipped_model_output=True,
+        output_type="np").images)
     found = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=STEPS)
-    assert (found - torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 + 1).abs().max() < 1e-4      # float32
+    # float32
+    assert (found - torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 + 1).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
@@ -191,7 +202,8 @@ def test_a_ddpm_pipeline_with_betas_of_its_own_and_its_files_side_by_side_is_rea
     shutil.copy(tmp_path / "a" / "scheduler" / "scheduler_config.json", tmp_path / "b")
     for folder in ("a", "b"):
         diffusion = load_model(tmp_path / folder)[1]
-        torch.testing.assert_close(diffusion.alpha_bar, (1 - betas).cumprod(0), rtol=1e-5, atol=0)  # float32
+        # float32
+        torch.testing.assert_close(diffusion.alpha_bar, (1 - betas).cumprod(0), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("file, settings, reason", [
@@ -253,9 +265,11 @@ def test_a_library_that_is_not_installed_is_named(tmp_path, monkeypatch, package
 
 def test_the_command_draws_from_a_foreign_checkpoint_and_again(tmp_path, capsys):
     trainer_checkpoint(tmp_path / "m.pt")
-    flags = ["--checkpoint", str(tmp_path / "m.pt"), "--output_dir", str(tmp_path), "--device", "cpu"]
+    flags = ["--checkpoint", str(tmp_path / "m.pt"), "--output_dir", str(tmp_path),
+             "--device", "cpu"]
     sample.main([*flags, "--num_images", "4", "--steps", "2", "--image_size", str(SIZE)])
-    sample.main([*flags, "--recreate", str(tmp_path / "generated_samples.png")])    # which tells the size
+    # the picture tells the size
+    sample.main([*flags, "--recreate", str(tmp_path / "generated_samples.png")])
     assert "byte for byte the same" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         sample.main([*flags, "--image_size", "17"])

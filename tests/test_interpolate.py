@@ -24,7 +24,8 @@ def test_slerp_is_the_arc_in_the_plane_of_its_ends():
     a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
     for share in (0.0, 0.25, 0.5, 1.0):
         angle = share * math.pi / 2
-        torch.testing.assert_close(slerp(a, b, share), 2 * torch.tensor([math.cos(angle), math.sin(angle)]))
+        torch.testing.assert_close(slerp(a, b, share),
+                                   2 * torch.tensor([math.cos(angle), math.sin(angle)]))
     torch.testing.assert_close(slerp(a, a, 0.3), a)
     assert slerp(a, -a, 0.5).isfinite().all()
 
@@ -64,26 +65,31 @@ def test_there_and_back_returns_the_picture_and_asking_again_returns_it_better()
     found = []
     for steps, guesses in ((10, 1), (10, 3), (100, 1), (100, 3)):
         x_T = diffusion.invert(model, x_0, steps=steps, guesses=guesses)
-        found.append(psnr(diffusion.sample(model, x_T=x_T, sampler="ddim", steps=steps, clip=False), x_0))
+        found.append(psnr(diffusion.sample(
+            model, x_T=x_T, sampler="ddim", steps=steps, clip=False), x_0))
     assert found[0] < found[1] and found[0] < found[2] < found[3] and found[3] > 50, found
 
 
 def test_the_command_writes_its_pictures(two_shades, tmp_path, capsys):
     for k, shade in enumerate((40, 215)):
         Image.fromarray(np.full((8, 8), shade, np.uint8)).save(tmp_path / f"{k}.png")
-    flags = ["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), "--steps", "5", "--device", "cpu"]
+    flags = ["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), "--steps", "5",
+             "--device", "cpu"]
     interpolate.main([*flags, "--frames", "6", "--fps", "5", "--size", "64", "--label", "dark"])
     with Image.open(tmp_path / "morph.gif") as gif:
-        assert gif.n_frames == 6 and gif.size == (64, 64) and gif.info["loop"] == 0 and gif.info["duration"] == 200
-    interpolate.main([*flags, "--images", str(tmp_path / "0.png"), str(tmp_path / "1.png"), "--loop"])
+        assert (gif.n_frames == 6 and gif.size == (64, 64) and gif.info["loop"] == 0
+                and gif.info["duration"] == 200)
+    interpolate.main([*flags, "--images", str(tmp_path / "0.png"), str(tmp_path / "1.png"),
+                      "--loop"])
     assert "PSNR" in capsys.readouterr().out
     interpolate.main([*flags, "--compare"])
     assert (tmp_path / "lerp_slerp.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("clip_loss", [True, False])
-def test_pictures_are_drawn_from_their_noises_by_clamped_estimates(clip_loss, two_shades, tmp_path, capsys):
-    """As all sampling: unclamped, a cosine schedule with eps multiplies an error of the model by 20,000."""
+def test_pictures_are_drawn_from_their_noises_by_clamped_estimates(clip_loss, two_shades, tmp_path,
+                                                                   capsys):
+    """As all sampling: unclamped, a cosine schedule with eps makes an error 20,000 times larger."""
     entries = load_checkpoint(two_shades)
     entries["diffusion_config"]["clip_loss"] = clip_loss
     entries["ema"]["conv_out.weight"] *= 30                # answers beyond the range
@@ -91,13 +97,15 @@ def test_pictures_are_drawn_from_their_noises_by_clamped_estimates(clip_loss, tw
     pictures = [np.random.default_rng(k).integers(0, 256, (8, 8), dtype=np.uint8) for k in range(2)]
     for k, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / f"{k}.png")
-    interpolate.main(["--checkpoint", str(tmp_path / "m.pt"), "--images", str(tmp_path / "0.png"), str(tmp_path / "1.png"),
-                      "--frames", "2", "--steps", "5", "--output_dir", str(tmp_path), "--device", "cpu"])
+    interpolate.main(["--checkpoint", str(tmp_path / "m.pt"), "--images", str(tmp_path / "0.png"),
+                      str(tmp_path / "1.png"), "--frames", "2", "--steps", "5",
+                      "--output_dir", str(tmp_path), "--device", "cpu"])
     told = float(capsys.readouterr().out.split("PSNR ")[1].split()[0])
     model, diffusion, _ = load_model(tmp_path / "m.pt")
     x_0, none = to_signed(torch.from_numpy(np.stack(pictures))[:, None]), torch.tensor([-1, -1])
     x_T = diffusion.invert(model, x_0, steps=5, y=none)
-    back, unclamped = (diffusion.sample(model, x_T=x_T, sampler="ddim", steps=5, y=none, clip=clip) for clip in (True, False))
+    back, unclamped = (diffusion.sample(model, x_T=x_T, sampler="ddim", steps=5, y=none, clip=clip)
+                       for clip in (True, False))
     assert told == pytest.approx(psnr(back, x_0), abs=0.06)
     assert abs(told - psnr(unclamped, x_0)) > 0.2
 
@@ -105,7 +113,8 @@ def test_pictures_are_drawn_from_their_noises_by_clamped_estimates(clip_loss, tw
 @pytest.mark.parametrize("argv, words", [
     (["--seeds", "1"], "at least two key frames"), (["--frames", "1"], "at least two"),
     (["--size", "100000"], "16 to 4096"), (["--seeds", "1", "2", "3", "--compare"], "between two"),
-    (["--fps", "0.0001"], "0.1 to 50"), (["--label", "dark,bright"], "within one class"), (["--images", "no.png", "no.png"], "no.png"),
+    (["--fps", "0.0001"], "0.1 to 50"), (["--label", "dark,bright"], "within one class"),
+    (["--images", "no.png", "no.png"], "no.png"),
     (["--seeds", "x", "1"], "'x' is no seed"), (["--label", "purple"], "unknown class")])
 def test_what_cannot_be_walked_is_one_line(argv, words, two_shades, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -1,4 +1,4 @@
-"""Muon against singular values computed by LAPACK, and torch's own AdamW for what is not a matrix."""
+"""Muon against LAPACK's singular values, and torch's own AdamW for what is not a matrix."""
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ def test_singular_values_come_near_one_and_vectors_stay(shape):
 def test_the_steps_on_the_square_equal_those_on_the_matrix(rank):
     """Newton-Schulz as it is published, on the matrix itself and in float64."""
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(40, rank, generator=generator) @ torch.randn(rank, 100, generator=generator)
+    matrix = (torch.randn(40, rank, generator=generator)
+              @ torch.randn(rank, 100, generator=generator))
     x = matrix.double() / matrix.norm()
     for _ in range(5):
         square = x @ x.T
@@ -56,7 +57,8 @@ def test_a_step_of_a_convolution_has_adams_size():
     p = torch.nn.Parameter(torch.zeros(64, 64, 3, 3))
     p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
     Muon([p], lr=0.01).step()
-    assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.3)      # singular values of 0.7 to 1.2
+    # singular values of 0.7 to 1.2
+    assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.3)
 
 
 def test_a_resumed_muon_is_the_one_that_never_stopped():

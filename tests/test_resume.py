@@ -30,10 +30,11 @@ from train import main, train
 
 # 64 images, 48 of them trained on, 12 of them at a time: 4 steps an epoch. Everything random is on.
 RUN = dict(dataset_name="synthetic_digits", image_size=8, batch_size=6, accumulate=2, num_epochs=3,
-           learning_rate=1e-3, model_name="attention", base_channels=8, multipliers=(1, 2), num_blocks=1,
-           attention_levels=(1,), heads=2, groups=4, time_emb_dim=16, dropout=0.2, flip=True, val_fraction=0.25,
-           optimizer="adamw", weight_decay=0.01, lr_schedule="cosine", warmup=3, grad_clip=1.0, ema_every=2,
-           num_samples=2, save_every=2, seed=7, device="cpu", precision="float32")
+           learning_rate=1e-3, model_name="attention", base_channels=8, multipliers=(1, 2),
+           num_blocks=1, attention_levels=(1,), heads=2, groups=4, time_emb_dim=16, dropout=0.2,
+           flip=True, val_fraction=0.25, optimizer="adamw", weight_decay=0.01, lr_schedule="cosine",
+           warmup=3, grad_clip=1.0, ema_every=2, num_samples=2, save_every=2, seed=7, device="cpu",
+           precision="float32")
 
 
 Colour = enum.Enum("Colour", {"RED": "red"}, type=str)
@@ -61,7 +62,7 @@ def small(monkeypatch):
 
 
 def stop_before(step, monkeypatch, error=Stopped(signal.SIGTERM)):
-    """Let train() meet `error` before this step of the run; not in the steps that only measure the speed."""
+    """Let train() meet `error` before this step of the run, not where only speed is measured."""
     steps, plain = [], loop.train_step
 
     def stopping(model, x_0, y, optimizer, *args, **settings):
@@ -92,7 +93,8 @@ def whole(tmp_path_factory):
 # ---- Going on
 
 @pytest.mark.parametrize("step", [1, 3, 4, 11])
-def test_a_run_resumed_at_any_step_is_bit_for_bit_the_run_that_never_stopped(step, whole, tmp_path, monkeypatch):
+def test_a_run_resumed_at_any_step_is_bit_for_bit_the_run_that_never_stopped(step, whole, tmp_path,
+                                                                             monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_before(step, patch)
         train(**RUN, output_dir=tmp_path)
@@ -145,10 +147,13 @@ def test_changed_settings_are_refused_with_both_values(whole, tmp_path, monkeypa
         with pytest.raises(ValueError, match="other settings") as error:
             train(**{**RUN, **change}, output_dir=tmp_path, resume="latest")
         (name, value), = change.items()
-        name = {"num_epochs": "total_steps", "learning_rate": "lr"}.get(name, name)  # a cosine's length is part of it
-        assert name in str(error.value) and (name == "total_steps" or f"{value!r} now" in str(error.value))
+        # a cosine's length is part of it
+        name = {"num_epochs": "total_steps", "learning_rate": "lr"}.get(name, name)
+        assert name in str(error.value) and (name == "total_steps"
+                                             or f"{value!r} now" in str(error.value))
     train(**{**RUN, "num_samples": 3}, output_dir=tmp_path, resume="latest")
-    assert same(load_checkpoint(tmp_path / "model_final.pt")["model"], whole["model_final.pt"]["model"])
+    assert same(load_checkpoint(tmp_path / "model_final.pt")["model"],
+                whole["model_final.pt"]["model"])
 
 
 def test_fewer_epochs_than_are_done_are_refused(tmp_path):
@@ -158,12 +163,13 @@ def test_fewer_epochs_than_are_done_are_refused(tmp_path):
         train(**{**plain, "num_epochs": 1}, output_dir=tmp_path, resume="latest")
 
 
-def test_losses_and_weights_agree_when_the_signal_comes_after_the_last_step(tiny_model, monkeypatch):
-    """The step is counted where it is taken: a signal while the losses are fetched must not lose it."""
+def test_losses_and_weights_agree_when_the_signal_comes_after_the_last_step(tiny_model,
+                                                                            monkeypatch):
+    """The step is counted when taken: a signal while the losses are fetched must not lose it."""
     losses, images, plain = [], torch.zeros(16, 1, 8, 8, dtype=torch.uint8), torch.stack
 
     def stopping(values, *args):
-        if len(values) == 2:                                    # the losses; the norms of the gradients are more
+        if len(values) == 2:                # the losses; the norms of the gradients are more
             raise Stopped(signal.SIGINT)
         return plain(values, *args)
     monkeypatch.setattr(torch, "stack", stopping)
@@ -186,7 +192,8 @@ def test_an_unfinished_run_is_not_replaced_unasked(tmp_path, monkeypatch, capsys
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["epoch_001.png"]
 
 
-def test_a_run_killed_between_its_saves_goes_on_from_its_last_checkpoint(whole, tmp_path, monkeypatch):
+def test_a_run_killed_between_its_saves_goes_on_from_its_last_checkpoint(whole, tmp_path,
+                                                                         monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_before(9, patch)
         train(**RUN, output_dir=tmp_path)
@@ -198,23 +205,26 @@ def test_a_run_killed_between_its_saves_goes_on_from_its_last_checkpoint(whole, 
 
 
 @pytest.mark.parametrize("latest, numbers, goes_on_from", [
-    (4, (8,), "model_step_0000008.pt"), (9, (8,), LATEST), (None, (995, 1000), "model_step_1000.pt")])
-def test_the_checkpoint_that_came_farthest_is_the_one_to_go_on_from(latest, numbers, goes_on_from, tmp_path):
-    """After kill -9 the latest may be five minutes older than a numbered one; and 995 is not after 1000."""
+    (4, (8,), "model_step_0000008.pt"), (9, (8,), LATEST),
+    (None, (995, 1000), "model_step_1000.pt")])
+def test_the_checkpoint_that_came_farthest_is_the_one_to_go_on_from(latest, numbers, goes_on_from,
+                                                                    tmp_path):
+    """After kill -9 the latest may be five minutes older than a numbered one; 995 precedes 1000."""
     (tmp_path / "checkpoints").mkdir()
     if latest:
         save_checkpoint(tmp_path / LATEST, {"step": latest})
     for number in numbers:
         width = 7 if latest else 3
-        save_checkpoint(tmp_path / "checkpoints" / f"model_step_{number:0{width}d}.pt", {"step": number})
+        save_checkpoint(tmp_path / "checkpoints" / f"model_step_{number:0{width}d}.pt",
+                        {"step": number})
     assert find_checkpoint(tmp_path, "latest", False)[0].name == goes_on_from
 
 
 def test_a_damaged_checkpoint_does_not_hide_a_good_one_and_units_are_not_mixed(tmp_path, capsys):
-    """Both were lost: 50 steps to a number of another unit, and all of them to a truncated file beside a good one."""
+    """50 steps were lost to a number of another unit, and all to a truncated file by a good one."""
     (tmp_path / "checkpoints").mkdir()
-    for name, step in {LATEST: 4, "checkpoints/model_step_0000300.pt": 300, "checkpoints/model_epoch_050.pt": 350,
-                       "model_best.pt": 360}.items():
+    for name, step in {LATEST: 4, "checkpoints/model_step_0000300.pt": 300,
+                       "checkpoints/model_epoch_050.pt": 350, "model_best.pt": 360}.items():
         save_checkpoint(tmp_path / name, {"step": step})
     assert find_checkpoint(tmp_path, "latest", False)[0].name == "model_best.pt"
     (tmp_path / "model_best.pt").write_bytes((tmp_path / "model_best.pt").read_bytes()[:200])
@@ -229,14 +239,16 @@ def test_a_damaged_checkpoint_does_not_hide_a_good_one_and_units_are_not_mixed(t
 
 
 @pytest.mark.parametrize("value, wanted", [
-    (np.float32(1.5), 1.5), (np.int64(3), 3), (np.bool_(True), True), (Colour.RED, "red"), (Size.SMALL, 1),
-    (torch.Size([1, 2]), (1, 2)), ({np.int64(1): 2.0}, {1: 2.0}), ([np.float64(2)], [2.0])])
+    (np.float32(1.5), 1.5), (np.int64(3), 3), (np.bool_(True), True), (Colour.RED, "red"),
+    (Size.SMALL, 1), (torch.Size([1, 2]), (1, 2)), ({np.int64(1): 2.0}, {1: 2.0}),
+    ([np.float64(2)], [2.0])])
 def test_what_is_saved_is_plain_and_can_be_read_again(value, wanted, tmp_path):
     save_checkpoint(tmp_path / "x.pt", {"step": value})
     assert load_checkpoint(tmp_path / "x.pt")["step"] == wanted
 
 
-@pytest.mark.parametrize("value", [np.longdouble(1), np.complex64(1j), np.datetime64("2026-01-01"), 1j, b"x", {1}])
+@pytest.mark.parametrize("value", [np.longdouble(1), np.complex64(1j), np.datetime64("2026-01-01"),
+                                   1j, b"x", {1}])
 def test_what_could_not_be_read_again_is_not_saved(value, tmp_path):
     with pytest.raises(TypeError, match="plain values"):
         save_checkpoint(tmp_path / "x.pt", {"step": [value]})
@@ -252,17 +264,20 @@ def test_a_setting_that_cannot_be_saved_is_told_before_the_training(tmp_path, mo
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
     """A sweep over np.geomspace trained to the end and wrote files that nothing could read."""
     rate, = np.geomspace(1e-3, 1e-2, 1)
-    train(**{**RUN, "num_epochs": 1, "learning_rate": rate, "seed": np.int64(3), "multipliers": [1, 2],
-             "base_channels": np.int64(8), "grad_clip": np.float32(1)}, output_dir=tmp_path)
+    train(**{**RUN, "num_epochs": 1, "learning_rate": rate, "seed": np.int64(3),
+             "multipliers": [1, 2], "base_channels": np.int64(8), "grad_clip": np.float32(1)},
+          output_dir=tmp_path)
     saved = load_checkpoint(tmp_path / FINAL)
-    assert saved["settings"]["learning_rate"] == 1e-3 and type(saved["settings"]["learning_rate"]) is float
+    assert (saved["settings"]["learning_rate"] == 1e-3
+            and type(saved["settings"]["learning_rate"]) is float)
     assert saved["data"]["seed"] == 3 and saved["model_config"]["multipliers"] == (1, 2)
     with pytest.raises(TypeError, match="checkpoint\\['step'\\] is <object"):
         save_checkpoint(tmp_path / "x.pt", {"step": object()})
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
-def test_a_run_without_memory_is_saved_and_resumed_bit_for_bit(error, whole, tmp_path, monkeypatch, capsys):
+def test_a_run_without_memory_is_saved_and_resumed_bit_for_bit(error, whole, tmp_path, monkeypatch,
+                                                               capsys):
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         stop_before(6, patch, error)
         train(**RUN, output_dir=tmp_path)
@@ -272,12 +287,12 @@ def test_a_run_without_memory_is_saved_and_resumed_bit_for_bit(error, whole, tmp
 
 
 def test_a_step_that_stopped_half_way_is_not_saved(whole, tmp_path, monkeypatch, capsys):
-    """An optimizer that finds no memory for one weight has changed others: the run resumed was another."""
+    """An optimizer without memory for a weight has changed others: the run resumed was another."""
     calls, step = [], torch.optim.AdamW.step
 
     def fails(self, *args, **settings):
         step(self, *args, **settings)
-        calls.append(self.param_groups[0]["lr"] > 0)                    # not where only the speed is measured
+        calls.append(self.param_groups[0]["lr"] > 0)    # not where only the speed is measured
         if sum(calls) == 6:
             raise RuntimeError("can't allocate memory")
 
@@ -298,8 +313,8 @@ def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     train(**{**RUN, "num_epochs": 1, "val_fraction": 0.0}, output_dir=tmp_path)
     assert "replaced an earlier run" in capsys.readouterr().out
     assert sorted(Path(name).name for name in files(tmp_path)) == [
-        "epoch_001.png", "epoch_of_art.png", "mine.png", "model_final.pt", "model_keep.pt", "model_step_notes.pt",
-        "step_by_step.png", "training_loss.csv", "training_loss.png"]
+        "epoch_001.png", "epoch_of_art.png", "mine.png", "model_final.pt", "model_keep.pt",
+        "model_step_notes.pt", "step_by_step.png", "training_loss.csv", "training_loss.png"]
 
 
 def test_the_lock_takes_nothing_that_is_not_a_run_s(tmp_path):
@@ -321,7 +336,8 @@ def test_a_folder_in_use_is_refused(tmp_path):
     train(**{**RUN, "num_epochs": 1}, output_dir=tmp_path)
 
 
-def test_a_run_resumed_from_another_folder_leaves_this_one_s_unfinished_run_alone(whole, tmp_path, monkeypatch):
+def test_a_run_resumed_from_another_folder_leaves_this_one_s_unfinished_run_alone(whole, tmp_path,
+                                                                                  monkeypatch):
     train(**{**RUN, "lr_schedule": "constant", "num_epochs": 1}, output_dir=tmp_path / "first")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_before(2, patch)
@@ -353,7 +369,8 @@ def test_other_images_are_named_and_moved_ones_are_not_minded(tmp_path):
            "output_dir": tmp_path / "out"}
     train(**{**run, "dataset_name": str(tmp_path / "a"), "num_epochs": 1})
     for name in "bc":
-        with pytest.raises(ValueError, match="images: '12 of 1x8x8, digest .* then, '1[23] of 1x8x8, digest"):
+        with pytest.raises(ValueError, match="images: '12 of 1x8x8, digest .* then, "
+                                             "'1[23] of 1x8x8, digest"):
             train(**{**run, "dataset_name": str(tmp_path / name), "resume": "latest"})
     (tmp_path / "a").rename(tmp_path / "moved")
     train(**{**run, "dataset_name": str(tmp_path / "moved"), "resume": "latest"})
@@ -361,7 +378,8 @@ def test_other_images_are_named_and_moved_ones_are_not_minded(tmp_path):
 
 def test_what_a_killed_run_left_half_written_is_deleted(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    halves = [tmp_path / f".{LATEST}.77.tmp", tmp_path / "checkpoints" / ".model_epoch_005.pt.77.tmp"]
+    halves = [tmp_path / f".{LATEST}.77.tmp",
+              tmp_path / "checkpoints" / ".model_epoch_005.pt.77.tmp"]
     for path in (*halves, tmp_path / ".other.77.tmp"):
         path.write_bytes(b"x")
     with only_run(tmp_path):
@@ -373,13 +391,15 @@ def test_a_file_system_without_locks_or_folder_syncs_will_do(tmp_path, monkeypat
         raise OSError(95, "not supported")
     monkeypatch.setattr("fcntl.flock", refused)
     plain = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda f: refused() if os.path.isdir(f"/proc/self/fd/{f}") else plain(f))
+    monkeypatch.setattr(os, "fsync", lambda f: refused() if os.path.isdir(f"/proc/self/fd/{f}")
+                        else plain(f))
     train(**{**RUN, "num_epochs": 1}, output_dir=tmp_path)
     assert load_checkpoint(tmp_path / FINAL)["step"] == 4
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--resume"], "nothing to resume"), (["--resume="], "empty"), (["--resume", "no.pt"], "no such")])
+    (["--resume"], "nothing to resume"), (["--resume="], "empty"),
+    (["--resume", "no.pt"], "no such")])
 def test_nothing_to_resume_is_one_line(argv, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*argv, "--dataset", "synthetic_digits", "--output_dir", str(tmp_path)])
@@ -394,9 +414,12 @@ def test_a_checkpoint_for_sampling_only_cannot_be_resumed(tmp_path):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda e: e["model"].pop("conv_in.bias"), r"another model: 1 of .* conv_in.bias \(missing"),
-    (lambda e: e["ema"].update(more=torch.zeros(2)), r"another model: .* more \(float32 \(2,\), not expected"),
-    (lambda e: e["model"].update({"conv_in.bias": torch.zeros(8).double()}), r"float64 \(8,\), not float32 \(8,\)"),
-    (lambda e: e["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "optimizer was one of another model"),
+    (lambda e: e["ema"].update(more=torch.zeros(2)),
+     r"another model: .* more \(float32 \(2,\), not expected"),
+    (lambda e: e["model"].update({"conv_in.bias": torch.zeros(8).double()}),
+     r"float64 \(8,\), not float32 \(8,\)"),
+    (lambda e: e["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+     "optimizer was one of another model"),
     (lambda e: e["optimizer"].pop("state"), "cannot be resumed: 'state'"),
     (lambda e: e.pop("losses"), "cannot be resumed: 'losses'")])
 def test_a_checkpoint_that_does_not_fit_is_one_line(spoil, words, whole, tmp_path):
@@ -412,7 +435,8 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(spoil, words, whole, tmp_pat
 
 def start_from(path, folder, **changes):
     """One step at a rate that is as good as zero: (averaged weights before, after)."""
-    settings = {**RUN, "num_epochs": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "warmup": 0, **changes}
+    settings = {**RUN, "num_epochs": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "warmup": 0,
+                **changes}
     train(**settings, output_dir=folder, start_from=path)
     before = torch.load(path, weights_only=True)["ema"]
     return before, torch.load(folder / FINAL, weights_only=True)["ema"]
@@ -430,7 +454,8 @@ def test_a_run_starts_from_the_averaged_weights_of_another(finished, tmp_path, c
     assert before.keys() == after.keys()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
-    assert load_checkpoint(tmp_path / FINAL)["step"] == 4 and len(load_checkpoint(tmp_path / FINAL)["losses"]) == 4
+    assert (load_checkpoint(tmp_path / FINAL)["step"] == 4
+            and len(load_checkpoint(tmp_path / FINAL)["losses"]) == 4)
     assert f"starting from the weights of {finished}, after 12 steps" in capsys.readouterr().out
 
 
@@ -460,11 +485,13 @@ def test_without_classes_or_with_others_all_else_is_taken_over(finished, tmp_pat
     torch.testing.assert_close(after["conv_in.weight"], before["conv_in.weight"], atol=1e-6, rtol=0)
     bare = tmp_path / "none" / FINAL
     before, after = start_from(bare, tmp_path / "ten")
-    assert after.keys() - before.keys() == {"class_emb.weight"} and after["class_emb.weight"].std() > 0.5
+    assert (after.keys() - before.keys() == {"class_emb.weight"}
+            and after["class_emb.weight"].std() > 0.5)
     torch.testing.assert_close(after["conv_in.weight"], before["conv_in.weight"], atol=1e-6, rtol=0)
 
 
-def test_a_run_that_started_from_another_is_resumed_bit_for_bit_without_it(finished, tmp_path, monkeypatch):
+def test_a_run_that_started_from_another_is_resumed_bit_for_bit_without_it(finished, tmp_path,
+                                                                           monkeypatch):
     start = shutil.copy(finished, tmp_path / "start.pt")
     train(**RUN, output_dir=tmp_path / "whole", start_from=start)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -478,16 +505,18 @@ def test_a_run_that_started_from_another_is_resumed_bit_for_bit_without_it(finis
 def test_a_run_remembers_what_it_started_from(whole, finished, tmp_path, capsys):
     start_from(finished, tmp_path / "child")
     entries = load_checkpoint(tmp_path / "child" / FINAL)
-    assert entries["started_from"] == {"file": "model.pt", "steps": 12, "images": whole[FINAL]["settings"]["images"],
-                                       "digest": checkpoint.drawing_digest(whole[FINAL])}
+    assert entries["started_from"] == {
+        "file": "model.pt", "steps": 12, "images": whole[FINAL]["settings"]["images"],
+        "digest": checkpoint.drawing_digest(whole[FINAL])}
     assert "may have seen what is held out" not in capsys.readouterr().out
     export(tmp_path / "child" / FINAL, tmp_path / "child.pt")
     assert load_checkpoint(tmp_path / "child.pt")["card"]["started_from"] == entries["started_from"]
-    start_from(tmp_path / "child.pt", tmp_path / "grandchild", seed=8)                  # which holds out others
+    start_from(tmp_path / "child.pt", tmp_path / "grandchild", seed=8)  # which holds out others
     assert load_checkpoint(tmp_path / "grandchild" / FINAL)["started_from"]["steps"] == 12 + 4
     out = capsys.readouterr().out
     assert "after 16 steps" in out and "may have seen what is held out" in out
-    start_from(tmp_path / "grandchild" / FINAL, tmp_path / "next", seed=8)      # as the one before, but not the first
+    # as the one before, but not the first
+    start_from(tmp_path / "grandchild" / FINAL, tmp_path / "next", seed=8)
     assert "may have seen what is held out" in capsys.readouterr().out
 
 
@@ -503,12 +532,15 @@ def test_a_run_does_not_replace_what_it_starts_from(name, whole, tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(objective="v"), r"objective: 'eps' then, 'v' now\): --start_from needs the flags it was trained with"),
+    (dict(objective="v"),
+     r"objective: 'eps' then, 'v' now\): --start_from needs the flags it was trained with"),
     (dict(heads=1), "heads: 2 then, 1 now"),
     (dict(base_channels=16), "base_channels: 8 then, 16 now"),
-    (dict(schedule="cosine", timesteps=100), "num_timesteps: 1000 then, 100 now; schedule: 'linear' then, 'cosine'"),
+    (dict(schedule="cosine", timesteps=100),
+     "num_timesteps: 1000 then, 100 now; schedule: 'linear' then, 'cosine'"),
 ])
-def test_weights_of_another_network_or_process_are_refused_by_name(changes, words, finished, tmp_path):
+def test_weights_of_another_network_or_process_are_refused_by_name(changes, words, finished,
+                                                                   tmp_path):
     with pytest.raises(ValueError, match=words):
         train(**{**RUN, **changes}, output_dir=tmp_path, start_from=finished)
     assert not any(p.is_file() and p.name != ".lock" for p in tmp_path.rglob("*"))
@@ -537,9 +569,10 @@ def test_weights_that_cannot_be_started_from_are_one_line(spoil, words, whole, t
 def start(folder, *argv):
     script = "import data; data.SYNTHETIC_SIZE = 96; import train; train.main()"
     return subprocess.Popen(
-        [sys.executable, "-c", script, "--dataset", "synthetic_digits", "--image_size", "8", "--base_channels", "8",
-         "--batch_size", "8", "--epochs", "400", "--num_samples", "2", "--sample_every", "400", "--device", "cpu",
-         "--precision", "float32", "--output_dir", str(folder), *argv],
+        [sys.executable, "-c", script, "--dataset", "synthetic_digits", "--image_size", "8",
+         "--base_channels", "8", "--batch_size", "8", "--epochs", "400", "--num_samples", "2",
+         "--sample_every", "400", "--device", "cpu", "--precision", "float32",
+         "--output_dir", str(folder), *argv],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -566,8 +599,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, tmp_path):
 
 
 def test_a_signal_waits_until_a_save_is_done(tmp_path, monkeypatch):
-    """It used to be raised inside torch.save, which sometimes made a RuntimeError of it: exit code 1, a
-    traceback."""
+    """Raised inside torch.save, it sometimes became a RuntimeError: exit code 1, a traceback."""
     done, whole = [], session.save_checkpoint
 
     def interrupted(path, entries):
@@ -580,9 +612,10 @@ def test_a_signal_waits_until_a_save_is_done(tmp_path, monkeypatch):
     images = torch.zeros(32, 1, 8, 8, dtype=torch.uint8)
     monkeypatch.setattr(train_module, "get_dataset", lambda *args, **settings: (images, None))
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
-        train("synthetic_digits", batch_size=8, num_epochs=3, base_channels=8, labels=False, device="cpu",
-                    precision="float32", num_samples=1, output_dir=tmp_path)
-    assert load_checkpoint(tmp_path / LATEST)["step"] == 4 and len(done) == 2    # after the epoch; and on stopping
+        train("synthetic_digits", batch_size=8, num_epochs=3, base_channels=8, labels=False,
+              device="cpu", precision="float32", num_samples=1, output_dir=tmp_path)
+    # after the epoch; and on stopping
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 4 and len(done) == 2
 
 
 def test_kill_9_leaves_a_whole_checkpoint_and_no_lock(tmp_path):
@@ -625,7 +658,8 @@ def test_a_signal_while_the_final_checkpoint_is_written_loses_no_step(whole, tmp
     assert same(files(tmp_path), whole)
 
 
-def test_a_signal_while_the_state_is_saved_after_a_full_disk_does_not_stop_that(whole, tmp_path, monkeypatch):
+def test_a_signal_while_the_state_is_saved_after_a_full_disk_does_not_stop_that(whole, tmp_path,
+                                                                                monkeypatch):
     """A closed terminal can give both: an OSError for what is printed, and SIGHUP."""
     plain = session.save_checkpoint
 
@@ -660,8 +694,9 @@ def test_a_signal_within_a_step_waits_for_its_end_and_a_second_does_not():
     assert done
     script = ("import os, signal, time; from running import Signals\n"
               "with Signals() as signals, signals.postponed():\n"
-              "    for pause in (0, 0.1, 1.5):\n"                     # the second is taken for an echo of the first
-              "        time.sleep(pause); os.kill(os.getpid(), signal.SIGINT); print(pause, flush=True)")
+              "    for pause in (0, 0.1, 1.5):\n"   # the second is taken for an echo of the first
+              "        time.sleep(pause); os.kill(os.getpid(), signal.SIGINT); "
+              "print(pause, flush=True)")
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
     assert run.returncode == -signal.SIGINT and run.stdout.split() == [b"0", b"0.1"]
 
@@ -685,7 +720,7 @@ def test_a_step_that_is_not_a_number_is_not_taken(tiny_model):
 
 
 def test_an_accelerator_holds_everything_back_from_the_first_bad_step_on():
-    """Without asking: the fused optimizer itself looks at the flag. It does so on the CPU as well."""
+    """Without asking: the fused optimizer itself looks at the flag, on the CPU as well."""
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([p], lr=0.1, fused=True)
     seen = []
@@ -712,14 +747,15 @@ def test_a_gpu_that_meets_a_nan_names_the_step_and_keeps_the_weights(tiny_model)
 
 
 def test_a_broken_run_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="in step 7: try a lower --lr"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError,
+                                                       match="in step 7: try a lower --lr"):
         stop_before(6, patch, FloatingPointError("loss nan"))
         train(**RUN, output_dir=tmp_path)
     assert load_checkpoint(tmp_path / LATEST)["step"] == 4
 
 
 def test_a_checkpoint_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
-    """Temporary file, fsync, rename, fsync of the folder: in this order, or a power cut can lose both."""
+    """Temporary file, fsync, rename, folder fsync: in this order, or a power cut can lose both."""
     calls, real = [], {name: getattr(os, name) for name in ("fsync", "replace")}
 
     def note(name):

@@ -1,4 +1,4 @@
-"""The fast samplers: orders of convergence, the published formulas, another library's schedulers."""
+"""The fast samplers: orders of convergence, published formulas, another library's schedulers."""
 
 import math
 
@@ -18,25 +18,25 @@ def noise():
 
 
 def flow(x_T, ab_T, ab=1.0):
-    """Where the flow of Gaussian data carries x_T, from level alpha_bar = ab_T to the level ab: closed form."""
+    """Where the flow of Gaussian data carries x_T, from alpha_bar = ab_T to ab, in closed form."""
     z = (x_T - math.sqrt(ab_T) * MEAN) / math.sqrt(STD**2 * ab_T + 1 - ab_T)
     return math.sqrt(ab) * MEAN + math.sqrt(STD**2 * ab + 1 - ab) * z
 
 
 def errors(diffusion, sampler, spacing, counts):
-    """Distance to the exact flow at the last noisy level, for each number of steps. The jump from there to
-    the clean image is of first order in all of them."""
+    """Distance to the exact flow at the last noisy level, for each number of steps. The jump from
+    there to the clean image is of first order in all of them."""
     x_T, ab = noise(), diffusion.alpha_bar.tolist()
     found = []
     for steps in counts:
-        *_, (t, x_t, _), _ = diffusion.trajectory(GaussianModel(diffusion), x_T, sampler=sampler, steps=steps,
-                                                  spacing=spacing, clip=False)
+        *_, (t, x_t, _), _ = diffusion.trajectory(GaussianModel(diffusion), x_T, sampler=sampler,
+                                                  steps=steps, spacing=spacing, clip=False)
         found.append(float((x_t - flow(x_T, ab[-1], ab[t])).abs().mean()))
     return found
 
 
 def test_2m_converges_at_second_order_where_ddim_does_at_first():
-    """On levels even in the log-SNR, of which T = 50,000 has so many that rounding does not show."""
+    """On levels even in the log-SNR, of which T = 50,000 has so many that no rounding shows."""
     diffusion = DiffusionProcess(50_000)
     for sampler, low, high in (("dpmpp_2m", 3.6, 4.4), ("ddim", 1.8, 2.2)):
         found = errors(diffusion, sampler, "log_snr", (40, 80, 160, 320))
@@ -45,8 +45,8 @@ def test_2m_converges_at_second_order_where_ddim_does_at_first():
 
 
 def test_ipndm_converges_at_second_order_on_levels_even_in_sigma():
-    """Its Adams-Bashforth rule is of order 4, but its first step can only be of order 1, and that remains:
-    one error of second order, far below those of DDIM."""
+    """Its Adams-Bashforth rule is of order 4, but its first step can only be of order 1, and that
+    remains: one error of second order, far below those of DDIM."""
     sigma = np.linspace(0.002, 2, 40_000)
     diffusion = DiffusionProcess(schedule=1 / (1 + sigma**2))
     found = errors(diffusion, "ipndm", "uniform", (100, 200, 400))
@@ -57,11 +57,11 @@ def test_ipndm_converges_at_second_order_on_levels_even_in_sigma():
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ipndm"])
 def test_ten_evaluations_beat_fifty_of_ddim(sampler):
-    """With an exact denoiser and the levels that suit one. (Trained networks do better with uniform ones.)"""
+    """With an exact denoiser and levels that suit one. (Trained networks prefer uniform ones.)"""
     diffusion, x_T = DiffusionProcess(), noise()
     want = flow(x_T, float(diffusion.alpha_bar[-1]))
-    fast, slow = (diffusion.sample(GaussianModel(diffusion), x_T=x_T, sampler=name, steps=steps, spacing=spacing,
-                                   clip=False)
+    fast, slow = (diffusion.sample(GaussianModel(diffusion), x_T=x_T, sampler=name, steps=steps,
+                                   spacing=spacing, clip=False)
                   for name, steps, spacing in ((sampler, 10, "log_snr"), ("ddim", 50, "uniform")))
     assert (fast - want).abs().mean() < (slow - want).abs().mean() / 2
 
@@ -85,15 +85,16 @@ def test_2m_is_the_published_formula(sampler):
             d = (1 + 1 / (2 * r)) * now - 1 / (2 * r) * before
         z = seeded_noise(0, range(4), i, (1, 16, 16)).double()
         if eta:
-            x = (sigmas[i] / sigmas[i - 1] * math.exp(-h) * x + alphas[i] * (1 - math.exp(-2 * h)) * d
+            x = (sigmas[i] / sigmas[i - 1] * math.exp(-h) * x
+                 + alphas[i] * (1 - math.exp(-2 * h)) * d
                  + sigmas[i] * math.sqrt(1 - math.exp(-2 * h)) * z)
         else:
             x = sigmas[i] / sigmas[i - 1] * x - alphas[i] * (math.exp(-h) - 1) * d
         before = now
     want = model(x, torch.full((4,), levels[-2]))
-    got = diffusion.sample(GaussianModel(diffusion), x_T=x_T, sampler=sampler, steps=12, spacing="log_snr",
-                           seed=0, clip=False)
-    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)        # float32 weights in the model's estimate
+    got = diffusion.sample(GaussianModel(diffusion), x_T=x_T, sampler=sampler, steps=12,
+                           spacing="log_snr", seed=0, clip=False)
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)    # float32 weights in the estimate
 
 
 def test_ipndm_carries_the_noise_on_by_adams_and_bashforth():
@@ -103,8 +104,10 @@ def test_ipndm_carries_the_noise_on_by_adams_and_bashforth():
     x, past = x_T, []
     for t, t_prev in zip(levels, levels[1:]):
         past.insert(0, model(x, torch.full((4,), t)))
-        eps = past[0] if t_prev < 0 else sum(w * e for w, e in zip(weights[min(len(past), 4) - 1], past))
-        a, b = float(diffusion.alpha_bar[t]), 1.0 if t_prev < 0 else float(diffusion.alpha_bar[t_prev])
+        eps = (past[0] if t_prev < 0
+               else sum(w * e for w, e in zip(weights[min(len(past), 4) - 1], past)))
+        a, b = (float(diffusion.alpha_bar[t]),
+                1.0 if t_prev < 0 else float(diffusion.alpha_bar[t_prev]))
         x = math.sqrt(b / a) * (x - math.sqrt(1 - a) * eps) + math.sqrt(1 - b) * eps
     got = diffusion.sample(model, x_T=x_T, sampler="ipndm", steps=8, spacing="uniform", clip=False)
     torch.testing.assert_close(got, x, atol=2e-6, rtol=0)
@@ -112,7 +115,8 @@ def test_ipndm_carries_the_noise_on_by_adams_and_bashforth():
 
 def test_the_sde_form_returns_the_mean_and_spread_of_gaussian_data():
     diffusion = DiffusionProcess()
-    images = diffusion.sample(GaussianModel(diffusion), 32, 16, seed=1, sampler="dpmpp_2m_sde", steps=40, clip=False)
+    images = diffusion.sample(GaussianModel(diffusion), 32, 16, seed=1, sampler="dpmpp_2m_sde",
+                              steps=40, clip=False)
     assert float(images.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(images.std()) == pytest.approx(STD, abs=0.02)
 
@@ -138,7 +142,8 @@ def test_levels_that_meet_are_moved_apart():
 def test_spacings_are_even_in_what_they_are_named_for():
     diffusion = DiffusionProcess(100_000)                                   # rounding hardly shows
     ab = diffusion.alpha_bar.numpy()
-    for spacing, value in (("log_snr", np.log(ab / (1 - ab))), ("karras", np.sqrt((1 - ab) / ab) ** (1 / 7)),
+    for spacing, value in (("log_snr", np.log(ab / (1 - ab))),
+                           ("karras", np.sqrt((1 - ab) / ab) ** (1 / 7)),
                            ("uniform", np.arange(100_000.0)),
                            ("tapered", np.arange(100_000) / 2000 + np.log(np.arange(1, 100_001)))):
         strides = np.diff(value[diffusion.timesteps(12, spacing)[:-1]])
@@ -159,8 +164,9 @@ SETTINGS = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-
 
 @pytest.mark.parametrize("sampler, name, settings", [
     ("ddim", "DDIMScheduler", dict(set_alpha_to_one=True, clip_sample=False)),
-    ("dpmpp_2m", "DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=2,
-                                                     solver_type="midpoint", final_sigmas_type="zero"))])
+    ("dpmpp_2m", "DPMSolverMultistepScheduler", dict(
+        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
+        final_sigmas_type="zero"))])
 @pytest.mark.parametrize("steps", [10, 20, 50])
 def test_end_points_equal_those_of_diffusers(sampler, name, settings, steps):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -171,8 +177,8 @@ def test_end_points_equal_those_of_diffusers(sampler, name, settings, steps):
     x = x_T
     for t in scheduler.timesteps:
         x = scheduler.step(denoiser(x, int(t)), t, x).prev_sample
-    got = diffusion.sample(lambda x_t, t, y: denoiser(x_t, int(t[0])), x_T=x_T, sampler=sampler, steps=steps,
-                           clip=False)
+    got = diffusion.sample(lambda x_t, t, y: denoiser(x_t, int(t[0])), x_T=x_T, sampler=sampler,
+                           steps=steps, clip=False)
     torch.testing.assert_close(got, x, atol=1e-4, rtol=1e-4)
 
 
@@ -182,17 +188,21 @@ def test_one_step_with_noise_equals_that_of_diffusers(eta):
     diffusion, x_t, z = DiffusionProcess(), noise(), torch.randn(4, 1, 16, 16).double()
     for t in (1, 300, 999):
         if eta is None:
-            scheduler = diffusers.DDPMScheduler(**SETTINGS, clip_sample=False, variance_type="fixed_small")
+            scheduler = diffusers.DDPMScheduler(**SETTINGS, clip_sample=False,
+                                                variance_type="fixed_small")
             scheduler.set_timesteps(1000)
-            scheduler.alphas_cumprod = diffusion.alpha_bar      # in float32, 1 - ab_t / ab_prev is off by 1e-4
-            want = scheduler.step(denoiser(x_t, t), t, x_t, generator=torch.Generator().manual_seed(5)).prev_sample
+            # in float32, 1 - ab_t / ab_prev is off by 1e-4
+            scheduler.alphas_cumprod = diffusion.alpha_bar
+            want = scheduler.step(denoiser(x_t, t), t, x_t,
+                                  generator=torch.Generator().manual_seed(5)).prev_sample
             z = torch.randn(x_t.shape, dtype=x_t.dtype, generator=torch.Generator().manual_seed(5))
             t_prev = t - 1
         else:
-            scheduler = diffusers.DDIMScheduler(**SETTINGS, set_alpha_to_one=True, clip_sample=False)
+            scheduler = diffusers.DDIMScheduler(**SETTINGS, set_alpha_to_one=True,
+                                                clip_sample=False)
             scheduler.set_timesteps(500)
             want = scheduler.step(denoiser(x_t, t), t, x_t, eta=eta, variance_noise=z).prev_sample
             t_prev = max(t - 2, -1)
-        got, _ = diffusion.reverse_diffusion_step(lambda x, *_: denoiser(x, t), x_t, t, t_prev, eta=eta or 1.0,
-                                                  noise=z, clip=False)
+        got, _ = diffusion.reverse_diffusion_step(lambda x, *_: denoiser(x, t), x_t, t, t_prev,
+                                                  eta=eta or 1.0, noise=z, clip=False)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What carries a training further: rates, accumulation, flips, presets, held-out images, several processes."""
+"""Training further: rates, accumulation, flips, presets, held-out images, several processes."""
 
 import contextlib
 import csv
@@ -68,9 +68,11 @@ def test_the_cosine_rate_is_torchs(warmup):
     if warmup:
         rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, 1.0, total_iters=warmup - 1)
         schedules = [rise, *schedules]
-    reference = torch.optim.lr_scheduler.SequentialLR(optimizer, schedules, milestones=[warmup] if warmup else [])
+    reference = torch.optim.lr_scheduler.SequentialLR(optimizer, schedules,
+                                                      milestones=[warmup] if warmup else [])
     for step in range(50):
-        assert rate_at(step, 50, 0.3, "cosine", warmup) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        assert rate_at(step, 50, 0.3, "cosine", warmup) == pytest.approx(
+            optimizer.param_groups[0]["lr"], abs=1e-9)
         optimizer.step()
         reference.step()
 
@@ -82,12 +84,14 @@ def test_the_constant_rate_is_constant_after_the_warm_up():
 
 def test_the_optimizer_steps_at_the_rate_of_its_step(tiny_model):
     """SGD at rate 0 stands still; only step 12 of the run has another."""
-    before, batches = weights(tiny_model), Batches(torch.zeros(24, 1, 8, 8, dtype=torch.uint8), batch_size=8)
+    before, batches = weights(tiny_model), Batches(torch.zeros(24, 1, 8, 8, dtype=torch.uint8),
+                                                   batch_size=8)
     optimizer = torch.optim.SGD(tiny_model.parameters(), lr=1.0)
-    train_epoch(tiny_model, batches, optimizer, DiffusionProcess(), "cpu", rate=lambda k: 0.0, first_step=10)
-    assert furthest(before, weights(tiny_model)) == 0
-    train_epoch(tiny_model, batches, optimizer, DiffusionProcess(), "cpu", rate=lambda k: float(k == 12),
+    train_epoch(tiny_model, batches, optimizer, DiffusionProcess(), "cpu", rate=lambda k: 0.0,
                 first_step=10)
+    assert furthest(before, weights(tiny_model)) == 0
+    train_epoch(tiny_model, batches, optimizer, DiffusionProcess(), "cpu",
+                rate=lambda k: float(k == 12), first_step=10)
     assert furthest(before, weights(tiny_model)) > 0 and optimizer.param_groups[0]["lr"] == 1.0
 
 
@@ -103,8 +107,8 @@ def test_accumulating_gradients_changes_memory_and_not_the_step(accumulate):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(3):
             seed_step(0, step)
-            loss = train_step(model, torch.rand(8, 1, 8, 8), torch.zeros(8).long(), optimizer, DiffusionProcess(),
-                              accumulate=parts)
+            loss = train_step(model, torch.rand(8, 1, 8, 8), torch.zeros(8).long(), optimizer,
+                              DiffusionProcess(), accumulate=parts)
         results.append((float(loss), weights(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     assert furthest(results[0][1], results[1][1]) < 1e-6
@@ -122,9 +126,10 @@ def test_the_average_can_be_updated_every_few_steps(few_digits, tmp_path):
 
 @pytest.mark.parametrize("name, decays", [("adam", False), ("adamw", True)])
 def test_adamw_pulls_the_weights_towards_zero(name, decays, few_digits, tmp_path):
-    """Decoupled decay shrinks by lr * decay in each step, whatever the gradient; 0 leaves Adam alone."""
-    runs = [weights(train(**few_digits, **TINY, optimizer=name, weight_decay=decay, learning_rate=1e-3, steps=1,
-                          output_dir=tmp_path)[0]) for decay in (0.0, 0.1)]
+    """Decoupled decay shrinks by lr * decay a step, whatever the gradient; 0 leaves Adam alone."""
+    runs = [weights(train(**few_digits, **TINY, optimizer=name, weight_decay=decay,
+                          learning_rate=1e-3, steps=1, output_dir=tmp_path)[0])
+            for decay in (0.0, 0.1)]
     torch.manual_seed(0)
     initial = weights(create_model(base_channels=8, num_classes=10))
     shrunk = [free - 1e-4 * start for free, start in zip(runs[0], initial)]
@@ -142,20 +147,21 @@ def test_compiling_changes_no_name_and_hardly_a_number(few_digits, tmp_path):
 
 @pytest.mark.parametrize("name, settings", [("simple", {}), ("attention", {"groups": 8})])
 def test_a_network_with_classes_is_compiled_in_one_piece(name, settings):
-    """It looked at the classes to refuse those that there are not: the graph was cut in two, and torch said so in
-    seventeen lines."""
+    """It looked at the classes to refuse those that there are not: the graph was cut in two, and
+    torch said so in seventeen lines."""
     model = create_model(name, base_channels=16, num_classes=3, **settings)
     x, t, y = torch.randn(2, 1, 28, 28), torch.tensor([5, 900]), torch.tensor([-1, 2])
-    compiled = torch.compile(model, fullgraph=True, backend="eager")            # raises where a graph is cut
+    compiled = torch.compile(model, fullgraph=True, backend="eager")        # raises at a cut graph
     torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_gpu_trains_with_everything_switched_on(compile, few_digits, tmp_path):
-    settings = dict(TINY, device="cuda", precision="bf16", model_name="attention", base_channels=16, groups=8)
-    *_, losses = train(**few_digits, **settings, accumulate=2, flip=True, val_fraction=0.25, grad_clip=1.0,
-                       dropout=0.1, steps=3, compile=compile, output_dir=tmp_path)
+    settings = dict(TINY, device="cuda", precision="bf16", model_name="attention", base_channels=16,
+                    groups=8)
+    *_, losses = train(**few_digits, **settings, accumulate=2, flip=True, val_fraction=0.25,
+                       grad_clip=1.0, dropout=0.1, steps=3, compile=compile, output_dir=tmp_path)
     model, diffusion, facts = load_model(tmp_path / "model_best.pt", "cuda")
     images, _ = generate(model, diffusion, 3, facts["image_size"], steps=5, device="cuda")
     assert len(losses) == 3 and images.isfinite().all() and images.device.type == "cuda"
@@ -166,8 +172,8 @@ def test_a_gpu_trains_with_everything_switched_on(compile, few_digits, tmp_path)
 def test_flips_mirror_about_half_and_depend_on_the_step_alone():
     images = torch.zeros(400, 1, 1, 2, dtype=torch.uint8)
     images[..., 0] = 255
-    runs = [torch.cat([x[torch.argsort(y)] for x, y in
-                       Batches(images, torch.arange(400), batch_size=40, seed=1, flip=True)]) for _ in range(2)]
+    runs = [torch.cat([x[torch.argsort(y)] for x, y in Batches(
+        images, torch.arange(400), batch_size=40, seed=1, flip=True)]) for _ in range(2)]
     mirrored = sum(int((x[..., 0] == -1).sum()) for x in runs[:1])
     assert torch.equal(*runs) and 160 < mirrored < 240
     assert {tuple(row.flatten().tolist()) for row in runs[0]} == {(1.0, -1.0), (-1.0, 1.0)}
@@ -219,8 +225,8 @@ def test_held_out_images_are_taken_from_the_set_and_kept_apart():
     batches = Batches(images, torch.arange(100), batch_size=10, indices=held)
     labels = torch.cat([y for _, y in batches])
     assert len(batches) == 2 and sorted(labels.tolist()) == held.tolist()
-    again = torch.cat([y for _, y in batches])
-    assert sorted(again.tolist()) == held.tolist() and not torch.equal(again, labels)      # another epoch
+    again = torch.cat([y for _, y in batches])                  # another epoch
+    assert sorted(again.tolist()) == held.tolist() and not torch.equal(again, labels)
     x_0, y = next(iter(batches))
     assert torch.equal(to_signed(images[y]), x_0)
 
@@ -241,10 +247,11 @@ def test_the_held_out_loss_of_simple_predictors_is_known(tiny_model):
         signal, noise = diffusion._weights(t)
         return (x_t - signal * to_signed(images[first:first + 16])) / noise
     assert held_out_loss(zero, batches, diffusion, "cpu") == pytest.approx(1.0, abs=0.05)
-    met = torch.cat(seen).tolist()
-    assert sorted(met) == [10 + 20 * k for k in range(50)] and met != sorted(met)       # evenly over 0..999
+    met = torch.cat(seen).tolist()                              # evenly over 0..999
+    assert sorted(met) == [10 + 20 * k for k in range(50)] and met != sorted(met)
     assert held_out_loss(perfect, batches, diffusion, "cpu") == pytest.approx(0.0, abs=1e-6)
-    assert held_out_loss(tiny_model, batches, diffusion, "cpu") == held_out_loss(tiny_model, batches, diffusion, "cpu")
+    assert (held_out_loss(tiny_model, batches, diffusion, "cpu")
+            == held_out_loss(tiny_model, batches, diffusion, "cpu"))
 
 
 def test_the_best_weights_by_the_held_out_loss_are_kept(few_digits, tmp_path, monkeypatch, capsys):
@@ -255,27 +262,31 @@ def test_the_best_weights_by_the_held_out_loss_are_kept(few_digits, tmp_path, mo
     assert best["epoch"] == 2 and best["step"] == 6 and best["held_out_losses"] == {3: 0.5, 6: 0.2}
     assert "48 images" in capsys.readouterr().out
     rows = list(csv.DictReader(open(tmp_path / "training_loss.csv")))
-    assert [row["held_out_loss"] for row in rows] == ["", "", "0.5", "", "", "0.2", "", "", "0.4", "", "", "0.3"]
+    assert [row["held_out_loss"] for row in rows] == [
+        "", "", "0.5", "", "", "0.2", "", "", "0.4", "", "", "0.3"]
 
 
 def test_held_out_images_can_come_from_a_folder(few_digits, tmp_path):
     (tmp_path / "in").mkdir()
     for k in range(5):
         Image.new("RGB", (40, 30), (40 * k, 0, 0)).save(tmp_path / "in" / f"{k}.png")
-    train(**few_digits, **TINY, val_dir=str(tmp_path / "in"), num_epochs=1, output_dir=tmp_path / "out")
+    train(**few_digits, **TINY, val_dir=str(tmp_path / "in"), num_epochs=1,
+          output_dir=tmp_path / "out")
     assert len(load_checkpoint(tmp_path / "out" / "model_best.pt")["held_out_losses"]) == 1
 
 
 @pytest.mark.parametrize("labels", [None, True])
-@pytest.mark.parametrize("sorted_into, same", [(None, False), (tuple("0123456789"), True), (("a", "b"), False)])
-def test_held_out_images_keep_their_classes_where_those_are_the_models(few_digits, tmp_path, labels, sorted_into, same):
+@pytest.mark.parametrize("sorted_into, same", [
+    (None, False), (tuple("0123456789"), True), (("a", "b"), False)])
+def test_held_out_images_keep_their_classes_where_those_are_the_models(few_digits, tmp_path, labels,
+                                                                       sorted_into, same):
     for k in range(20):
         folder = tmp_path / "val" / (sorted_into[k % len(sorted_into)] if sorted_into else "")
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("L", (40, 30), 10 * k).save(folder / f"{k}.png")
     _, classes, _, held_out = train_module.load_batches(
-        few_digits["dataset_name"], 16, 0, False, False, labels, "data", tmp_path / "val", 0.0, torch.device("cpu"),
-        image_size=16, channels=None, fit="crop", cache_dir=None)
+        few_digits["dataset_name"], 16, 0, False, False, labels, "data", tmp_path / "val", 0.0,
+        torch.device("cpu"), image_size=16, channels=None, fit="crop", cache_dir=None)
     assert len(classes) == 10 and held_out.num_images == 20
     assert sorted(held_out.labels.tolist()) == (sorted([*range(10)] * 2) if same else [-1] * 20)
 
@@ -290,7 +301,8 @@ def test_an_unknown_word_is_refused_with_the_choices(setting, tmp_path):
 # ---- The table of losses, and when things are written
 
 def test_the_table_holds_every_step_once(few_digits, tmp_path):
-    *_, losses = train(**few_digits, **TINY, steps=10, sample_every=3, lr_schedule="cosine", output_dir=tmp_path)
+    *_, losses = train(**few_digits, **TINY, steps=10, sample_every=3, lr_schedule="cosine",
+                       output_dir=tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "training_loss.csv")))
     assert [int(row["step"]) for row in rows] == list(range(1, 11))
     assert [float(row["loss"]) for row in rows] == pytest.approx(losses, rel=1e-5)
@@ -313,23 +325,26 @@ def test_a_run_by_epochs_writes_by_epochs(few_digits, tmp_path):
 
 
 def test_the_number_of_steps_does_not_depend_on_what_is_written(few_digits, tmp_path):
-    runs = [train(**few_digits, **TINY, steps=7, sample_every=every, output_dir=tmp_path) for every in (1, 3, 7)]
+    runs = [train(**few_digits, **TINY, steps=7, sample_every=every, output_dir=tmp_path)
+            for every in (1, 3, 7)]
     assert all(furthest(weights(runs[0][0]), weights(run[0])) == 0 for run in runs)
 
 
 def test_a_plan_counts_its_pictures():
     plan = make_plan(468, 20)
-    assert (plan.total_steps, plan.count(plan.sample_every), plan.count(plan.save_every)) == (9360, 20, 4)
+    assert (plan.total_steps, plan.count(plan.sample_every),
+            plan.count(plan.save_every)) == (9360, 20, 4)
     plan = make_plan(468, 20, steps=100_000, sample_every=1000, save_every=1500)
     assert (plan.count(plan.sample_every), plan.name(2000)) == (100, "step_0002000")
-    assert [plan.next_report(step) for step in (0, 1000, 1500, 99_999)] == [1000, 1500, 2000, 100_000]
+    assert [plan.next_report(step) for step in (0, 1000, 1500, 99_999)] == [
+        1000, 1500, 2000, 100_000]
     assert plan.num_reports() == 100 + 66 - 33
     for steps, apart in ((150, 150), (250, 200), (1000, 200), (8000, 1600)):
         assert make_plan(468, 20, steps=steps)[:3] == (steps, apart, apart)
 
 
 def test_an_odd_number_of_steps_is_not_reported_on_at_every_one():
-    """A common divisor of both intervals would be 1 here: a plot and a held-out loss after every step."""
+    """A common divisor of the intervals would be 1: a plot and a held-out loss after every step."""
     plan = make_plan(468, 20, steps=1001)
     assert plan.num_reports() == 5
 
@@ -347,8 +362,8 @@ def test_every_preset_is_what_its_flags_say(settings_of, tmp_path):
 
 
 @pytest.mark.parametrize("name, count", [
-    ("mnist", 1_971_137), ("fashion_mnist", 1_971_137), ("ct", 12_356_161), ("fabrics_500k", 34_146_243),
-    ("fabrics_100k", 34_146_243)])
+    ("mnist", 1_971_137), ("fashion_mnist", 1_971_137), ("ct", 12_356_161),
+    ("fabrics_500k", 34_146_243), ("fabrics_100k", 34_146_243)])
 def test_presets_build_the_networks_of_the_documents(name, count, settings_of, tmp_path):
     settings = settings_of("--preset", name, "--dataset", str(tmp_path))
     config = {flag: settings[flag] for flag in MODEL_FLAGS if flag in settings}
@@ -357,11 +372,14 @@ def test_presets_build_the_networks_of_the_documents(name, count, settings_of, t
 
 
 def test_explicit_flags_win_over_the_preset(settings_of):
-    settings = settings_of("--preset", "fabrics_100k", "--lr", "1e-3", "--no-flip", "--multipliers", "1,2,2,2")
-    assert settings["learning_rate"] == 1e-3 and settings["flip"] is False and settings["batch_size"] == 32
+    settings = settings_of("--preset", "fabrics_100k", "--lr", "1e-3", "--no-flip",
+                           "--multipliers", "1,2,2,2")
+    assert (settings["learning_rate"] == 1e-3 and settings["flip"] is False
+            and settings["batch_size"] == 32)
     assert settings["multipliers"] == (1, 2, 2, 2) and settings["steps"] == 100_000
     settings = settings_of("--preset", "fabrics_100k", "--epochs", "2")
-    assert settings["steps"] is None and settings["num_epochs"] == 2 and settings["sample_every"] is None
+    assert (settings["steps"] is None and settings["num_epochs"] == 2
+            and settings["sample_every"] is None)
     settings = settings_of("--preset", "fabrics_500k", "--steps", "400000")
     assert settings["steps"] == 400_000 and settings["save_every"] == 25_000
     settings = settings_of("--preset", "ct", "--dataset", "x", "--steps", "9", "--device", "cpu")
@@ -370,11 +388,13 @@ def test_explicit_flags_win_over_the_preset(settings_of):
 
 @pytest.mark.parametrize("argv, words", [
     (["--preset", "nonsense"], "invalid choice"), (["--preset", "ct"], "--dataset FOLDER"),
-    (["--epochs", "3", "--steps", "9"], "give one of them"), (["--multipliers", "1,x"], "list of numbers"),
+    (["--epochs", "3", "--steps", "9"], "give one of them"),
+    (["--multipliers", "1,x"], "list of numbers"),
     (["--dropout", "0.1"], "dropout"), (["--model", "attention", "--groups", "7"], "groups"),
     (["--channels", "2"], "channels"), (["--beta2", "1"], "beta2"), (["--fit", "bend"], FITS[0]),
     (["--warmup", "500", "--epochs", "2"], "shorter than the run of"),
-    (["--val_fraction", "1"], "leaves nothing"), (["--val_dir", "no/such/folder"], "no/such/folder")])
+    (["--val_fraction", "1"], "leaves nothing"),
+    (["--val_dir", "no/such/folder"], "no/such/folder")])
 def test_bad_settings_are_one_line(argv, words, few_digits, tmp_path, capsys):
     if "--preset" not in argv:
         argv = ["--dataset", "synthetic_digits", *argv]
@@ -413,14 +433,15 @@ def run_worker(tmp_path, processes):
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    run = subprocess.run([*launch, str(script), str(out)], capture_output=True, text=True, timeout=300,
+    run = subprocess.run([*launch, str(script), str(out)],
+                         capture_output=True, text=True, timeout=300,
                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-2000:]
     return run, [torch.load(out / f"rank{rank}.pt") for rank in range(processes)]
 
 
 def test_two_processes_train_the_same_model_as_one(tmp_path):
-    """torchrun with gloo: equal weights in both, those of one process to 1e-4; rank 0 alone speaks."""
+    """torchrun, gloo: equal weights in both, those of one process to 1e-4; rank 0 alone speaks."""
     _, (alone,) = run_worker(tmp_path, 1)
     run, (first, second) = run_worker(tmp_path, 2)
     for part in ("model", "ema"):

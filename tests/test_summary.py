@@ -26,16 +26,17 @@ from conftest import ROOT
 from convergence import MIXTURES, solver_errors
 from data import get_dataset
 from diffusion import SAMPLERS, DiffusionProcess
+from load import load_model
 from models import create_model
 
 SUMMARY = (ROOT / "SUMMARY.md").read_text()
 PROSE = " ".join(SUMMARY.split())                       # so that a line break hides no sentence
-PLACEHOLDER = "file.py"                                 # SUMMARY.md explains its citations with this name
+PLACEHOLDER = "file.py"                                 # SUMMARY.md explains citations by this name
 DOCUMENTS = [path for path in (ROOT / "SUMMARY.md", ROOT / "README.md") if path.exists()]
 
 
 def agrees(text, value):
-    """Is `text` the value, rounded to the digits that text shows? "2.43e-9" shows three, "0.0033" two."""
+    """Is `text` the value, rounded to the digits it shows? "2.43e-9" shows three, "0.0033" two."""
     text = text.replace(",", "").strip()
     mantissa, _, exponent = text.partition("e")
     places = len(mantissa.partition(".")[2]) - int(exponent or 0)
@@ -44,8 +45,8 @@ def agrees(text, value):
 
 def table(first_heading):
     """The rows of the markdown table whose first column has this heading, as lists of cells."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")]
-            for line in SUMMARY.split(f"\n| {first_heading} |", 1)[1].split("\n\n", 1)[0].splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in SUMMARY.split(
+        f"\n| {first_heading} |", 1)[1].split("\n\n", 1)[0].splitlines()]
     return rows[2:]                                     # after the heading's rest and the ruler
 
 
@@ -60,7 +61,8 @@ def citations():
 @pytest.mark.parametrize("document, file, name", citations())
 def test_a_cited_name_exists(document, file, name):
     assert (ROOT / file).is_file(), f"{document} cites {file}, which is not there"
-    found = importlib.import_module(file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    found = importlib.import_module(
+        file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
     for part in name.split("."):
         found = getattr(found, part)
 
@@ -68,7 +70,8 @@ def test_a_cited_name_exists(document, file, name):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_what_the_documents_import_is_there(document):
     blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S)
-    lines = [line for block in blocks for line in block.splitlines() if re.match("(from|import) ", line)]
+    lines = [line for block in blocks for line in block.splitlines()
+             if re.match("(from|import) ", line)]
     assert lines or document.name != "README.md"
     exec("\n".join(lines), {})
 
@@ -90,19 +93,21 @@ class Parsed(Exception):
 
 
 def commands():
-    """Every python command in the sh blocks of the documents, as the list of words after `python`."""
+    """Every python command in the documents' sh blocks, as the list of words after `python`."""
     found = []
     for document in DOCUMENTS:
         for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```", document.read_text(), re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 for part in re.split(r"&&|;", line):
                     words = shlex.split(part, comments=True)
-                    while words and re.fullmatch(r"\w+=\S*", words[0]):     # OMP_NUM_THREADS=2 python ...
+                    while words and re.fullmatch(r"\w+=\S*", words[0]):     # OMP_NUM_THREADS=2
                         words.pop(0)
                     if words and words[0] == "torchrun":
-                        words = ["python", *(word for word in words[1:] if not word.startswith("--nproc"))]
+                        words = ["python", *(word for word in words[1:]
+                                             if not word.startswith("--nproc"))]
                     if words and re.fullmatch(r"python3?", words[0]):
-                        found.append(pytest.param(words[1:], id=f"{document.stem}: {' '.join(words[1:])}"))
+                        found.append(pytest.param(
+                            words[1:], id=f"{document.stem}: {' '.join(words[1:])}"))
     return found
 
 
@@ -124,7 +129,7 @@ def test_a_command_parses(words, monkeypatch):
 
 
 def test_runs_do_not_overwrite_each_other():
-    """Within the experiments, no two commands write to the same folder, and none to the default one."""
+    """Within the experiments, no two commands write to one folder, and none to the default one."""
     experiments = SUMMARY.split("## Experiments", 1)[1].split("\n## ", 1)[0]
     lines = re.findall(r"^python .*$", experiments, re.M)
     folders = [re.search(r"--output_dir (\S+)", line).group(1) for line in lines]
@@ -135,7 +140,7 @@ def test_runs_do_not_overwrite_each_other():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The three commands on 16 tiny images: one folder for a run of 5 epochs, one for a run of 1."""
+    """The three commands on 16 tiny images: a folder for a run of 5 epochs, one for a run of 1."""
     photos = tmp_path_factory.mktemp("photos")
     pixels = np.random.default_rng(0).integers(0, 256, (16, 8, 8), dtype=np.uint8)
     for k, picture in enumerate(pixels):
@@ -153,9 +158,9 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("file", [
-    "forward_diffusion.png", "samples/epoch_001.png", "checkpoints/model_epoch_005.pt", "training_loss.png",
-    "model_final.pt", "generated_samples.png", "generation_strip.png", "generation.gif",
-    "generation_frames/"])
+    "forward_diffusion.png", "samples/epoch_001.png", "checkpoints/model_epoch_005.pt",
+    "training_loss.png", "model_final.pt", "generated_samples.png", "generation_strip.png",
+    "generation.gif", "generation_frames/"])
 def test_the_commands_write_the_files_of_the_summary(runs, file):
     assert f"outputs/{file}" in SUMMARY
     assert (runs[0] / file).exists()
@@ -171,7 +176,8 @@ def test_sampling_with_seed_0_repeats_the_last_pictures_of_training(runs):
     assert "the 64 images are those of the last `samples/epoch_*.png`" in PROSE
     model, diffusion, data = sample.load_model(runs[0] / "model_final.pt")
     images, _ = sample.generate(model, diffusion, 64, data["image_size"])
-    assert torch.equal(images, train.sample_images(model, diffusion, torch.device("cpu"), image_size=8))
+    assert torch.equal(images, train.sample_images(model, diffusion, torch.device("cpu"),
+                                                   image_size=8))
 
 
 # ---- The tables
@@ -181,7 +187,7 @@ def linear(num_timesteps=1000, start=1e-4, end=0.02):
 
 
 def cosine(num_timesteps=1000, s=0.008):
-    """The product of the betas telescopes to f(t + 1) / f(0); only the last beta meets its cap, 0.999."""
+    """The betas' product telescopes to f(t + 1) / f(0); only the last beta meets its cap, 0.999."""
     f = np.cos((np.arange(num_timesteps + 1) / num_timesteps + s) / (1 + s) * math.pi / 2) ** 2
     return np.append(f[1:-1], f[-2] * 0.001) / f[0]
 
@@ -189,7 +195,7 @@ def cosine(num_timesteps=1000, s=0.008):
 def sigmoid(num_timesteps=1000):
     f = 1 / (1 + np.exp(-3 + 6 * np.arange(num_timesteps + 1) / num_timesteps))
     f = (f - f[-1]) / (f[0] - f[-1])
-    return np.append(f[1:-1], f[-2] * 0.001)             # as the cosine: only the last beta meets its cap
+    return np.append(f[1:-1], f[-2] * 0.001)            # as in cosine(), the last beta is capped
 
 
 def decibels(alpha_bar):
@@ -206,14 +212,15 @@ def test_the_coefficients_are_right(schedule):
     assert [row[0] for row in rows] == ["0", "100", "250", "400", "500", "750", "900", "999"]
     for t, *cells in rows:
         ab = ALPHA_BAR[schedule][int(t)]
-        for cell, value in zip(cells, (ab, math.sqrt(ab), math.sqrt(1 - ab), decibels(ab)), strict=True):
+        for cell, value in zip(cells, (ab, math.sqrt(ab), math.sqrt(1 - ab), decibels(ab)),
+                               strict=True):
             assert agrees(cell, value), f"{schedule}, t = {t}: {cell} should be {value:.6g}"
 
 
 @pytest.mark.parametrize("schedule", ALPHA_BAR)
 def test_the_code_has_the_schedule_of_the_summary(schedule):
-    np.testing.assert_allclose(DiffusionProcess(schedule=schedule).alpha_bar.numpy(), ALPHA_BAR[schedule],
-                               rtol=1e-9)
+    np.testing.assert_allclose(DiffusionProcess(schedule=schedule).alpha_bar.numpy(),
+                               ALPHA_BAR[schedule], rtol=1e-9)
 
 
 def test_the_error_factors_are_right():
@@ -222,7 +229,8 @@ def test_the_error_factors_are_right():
         ab = LINEAR[t]
         factors = {"eps": math.sqrt((1 - ab) / ab), "x0": 1.0, "v": math.sqrt(1 - ab)}
         for objective, value in factors.items():
-            assert agrees(rows[objective][column], value), f"{objective}, t = {t}: should be {value:.6g}"
+            assert agrees(rows[objective][column], value), (
+                f"{objective}, t = {t}: should be {value:.6g}")
 
 
 @pytest.mark.parametrize("objective", ["eps", "x0", "v"])
@@ -231,9 +239,11 @@ def test_predict_x0_has_the_error_factor_of_the_summary(objective):
     x_t = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     ab = LINEAR[500]
     factor = {"eps": math.sqrt((1 - ab) / ab), "x0": 1.0, "v": math.sqrt(1 - ab)}[objective]
-    answers = [diffusion.predict_x0(lambda x, t, y: torch.full_like(x, output), x_t, 500, clip=False)
+    answers = [diffusion.predict_x0(lambda x, t, y: torch.full_like(x, output), x_t, 500,
+                                    clip=False)
                for output in (0.0, 1.0)]
-    assert abs(answers[1] - answers[0]).item() == pytest.approx(factor, rel=1e-6)     # float32 tables
+    # the tables are float32
+    assert abs(answers[1] - answers[0]).item() == pytest.approx(factor, rel=1e-6)
 
 
 def conv(kernel, inputs, outputs):
@@ -241,7 +251,8 @@ def conv(kernel, inputs, outputs):
 
 
 def block(inputs, outputs, time=256):
-    return conv(3, inputs, outputs) + conv(3, outputs, outputs) + 4 * outputs + time * outputs + outputs
+    return (conv(3, inputs, outputs) + conv(3, outputs, outputs) + 4 * outputs
+            + time * outputs + outputs)
 
 
 def parts(b):
@@ -264,7 +275,8 @@ def parameters(b):
 
 def test_the_table_of_the_network_is_right():
     *rows, total = table("part")
-    assert [(name, int(count.replace(",", "")), output) for name, _, output, count in rows] == parts(64)
+    assert [(name, int(count.replace(",", "")), output)
+            for name, _, output, count in rows] == parts(64)
     assert total[0] == "total" and int(total[-1].replace(",", "")) == parameters(64)
 
 
@@ -284,17 +296,18 @@ def test_the_code_has_the_network_of_the_summary():
 # ---- Sentences with numbers
 
 def operations(b):
-    """Floating-point operations of one forward pass on a 28x28 image, a multiply-add counting as two."""
-    def both(inputs, outputs, pixels):                   # the convolutions and the time of one block
+    """Floating-point operations of a forward pass on a 28x28 image, a multiply-add being two."""
+    def both(inputs, outputs, pixels):                  # the convolutions and the time of one block
         return (9 * inputs * outputs + 9 * outputs * outputs) * pixels + 256 * outputs
-    sizes = [2 * 256 * 256, 9 * b * 784, both(b, b, 784), both(b, 2 * b, 196), both(2 * b, 2 * b, 49),
-             16 * 4 * b * b * 49,                        # every input pixel meets the whole 4x4 kernel
+    sizes = [2 * 256 * 256, 9 * b * 784,
+             both(b, b, 784), both(b, 2 * b, 196), both(2 * b, 2 * b, 49),
+             16 * 4 * b * b * 49,                       # each input meets all of the 4x4 kernel
              both(4 * b, 2 * b, 196), 16 * 4 * b * b * 196, both(3 * b, b, 784), b * 784]
     return 2 * sum(sizes)
 
 
 def reach():
-    """Width of what one value of the bottleneck has seen: each layer adds (kernel - 1) * stride pixels."""
+    """Width of what a bottleneck value has seen: each layer adds (kernel - 1) * stride pixels."""
     layers = [(3, 1)] * 3 + [(2, 1)] + [(3, 2)] * 2 + [(2, 2)] + [(3, 4)] * 2
     return 1 + sum((kernel - 1) * stride for kernel, stride in layers)
 
@@ -342,7 +355,7 @@ X_T = A * 0.8 + B * -0.5
 X_0 = (X_T + B * 0.4) / A
 STEP, TRUE_STEP = A_PREV * X_0 - B_PREV * 0.4, A_PREV * 0.8 - B_PREV * 0.5
 BETA = 1 - LINEAR[400] / LINEAR[399]
-HO_MEAN = (X_T + BETA / B * 0.4) / math.sqrt(1 - BETA)              # Ho et al. 2020, eq. 11, with eps = -0.4
+HO_MEAN = (X_T + BETA / B * 0.4) / math.sqrt(1 - BETA)  # Ho et al. 2020, eq. 11, with eps = -0.4
 SHORT = linear(200)
 DISTANCES = ((1 - np.sqrt(SHORT)) ** 2 * 0.925 + 1 - SHORT).reshape(4, 50).mean(1)
 EPOCH = 468 * 128 * 3 * operations(64)
@@ -352,7 +365,8 @@ BYTES = 4 * parameters(64)
 N = r"(-?[\d,]*\.?\d+(?:e-\d+)?)"                                   # a number, as group
 CLAIMS = [
     (f"at t = 400, `x_t` is {N} times the image plus {N} times noise", A, B),
-    (f"is t = {N} for linear and t = {N} for cosine", (LINEAR < 0.5).argmax(), (COSINE < 0.5).argmax()),
+    (f"is t = {N} for linear and t = {N} for cosine",
+     (LINEAR < 0.5).argmax(), (COSINE < 0.5).argmax()),
     (rf"x_t = {N} \* 0.8 \+ {N} \* \(-0.5\) = {N}", A, B, X_T),
     (rf"`x_0 = \({N} \+ {N} \* 0.4\) / {N} = {N}`", X_T, B, A, X_0),
     (f"to t = 380, where the factors are {N} and {N},", A_PREV, B_PREV),
@@ -360,16 +374,20 @@ CLAIMS = [
     (f"true pixel would stand at {N}[.] ", TRUE_STEP),
     (f"wrong by {N} about the image, and the step by {N}[.] ", 0.8 - X_0, TRUE_STEP - STEP),
     (f"grow from {N} to {N} steps", 2 * math.pi, 2 * math.pi * 10_000 ** (127 / 128)),
-    (f"square {N} pixels wide: in the middle that is the whole 28-pixel image, in a corner {N} of", reach(),
-     (reach() + 4) / 2),                                # a corner cell's window is centred on 4x4 pixels
+    # a corner cell's window is centred on 4x4 pixels
+    (f"square {N} pixels wide: in the middle that is the whole 28-pixel image, in a corner {N} of",
+     reach(), (reach() + 4) / 2),
     (f"where beta is {N}: ", BETA),
-    (rf"`\({N} \+ {N} \* 0.4\) / {N} = {N}`[.] The four", X_T, BETA / B, math.sqrt(1 - BETA), HO_MEAN),
+    (rf"`\({N} \+ {N} \* 0.4\) / {N} = {N}`[.] The four",
+     X_T, BETA / B, math.sqrt(1 - BETA), HO_MEAN),
     (f"it is {N}, {N}, {N} and {N} on MNIST, in the four ranges", *DISTANCES),
-    (f"`base_channels` 32 makes {N} parameters, 128 makes {N}[.] ", parameters(32), parameters(128)),
+    (f"`base_channels` 32 makes {N} parameters, 128 makes {N}[.] ",
+     parameters(32), parameters(128)),
     (f"Width: {N}, {N} and {N} million", *(parameters(b) / 1e6 for b in (32, 64, 128))),
     (f"batches of 128 are {N} steps", 60_000 // 128),
     (f"default 20 epochs are {N} steps", 20 * (60_000 // 128)),
-    (f"make {N}, {N}, {N}, {N} and {N} steps an epoch", *(60_000 // b for b in (32, 64, 128, 256, 512))),
+    (f"make {N}, {N}, {N}, {N} and {N} steps an epoch",
+     *(60_000 // b for b in (32, 64, 128, 256, 512))),
     (rf"0.9995\^2000 = {N} ", 0.9995 ** 2000),
     (f"after 2,000 steps {N} of it is still", 0.9995 ** 2000),
     (f"takes {N} updates until", next(n for n in itertools.count() if warm_up(n) >= 0.9995)),
@@ -383,12 +401,14 @@ CLAIMS = [
     (f"the estimate divides by {N},", math.sqrt(COSINE[999])),
     (f"with the linear schedule {N} and {N}; {N} and {N} belong", math.sqrt(LINEAR[500]),
      math.sqrt(1 - LINEAR[500]), A, B),
-    (f"{N} % of its variance, {N} % of its amplitude", 100 * LINEAR[500], 100 * math.sqrt(LINEAR[500])),
+    (f"{N} % of its variance, {N} % of its amplitude",
+     100 * LINEAR[500], 100 * math.sqrt(LINEAR[500])),
     (f"alpha_bar is {N}; it passes one half at t = {N} ", LINEAR[250], (LINEAR < 0.5).argmax()),
     (f"For our pixel it would give {N} in place of {N} ", X_T + 0.4, X_0),
     (f"beta reaches {N} at T = 20 and {N} at T = 10", 0.02 * 1000 / 20, 0.02 * 1000 / 10),
     (f"ten classes and \"no class\" add 11 x 256 = {N} parameters", CLASSES),
-    (f"copies of {N} float32 numbers \\(the {N} above, and {N} for the classes\\) make it about {N} MB",
+    (f"copies of {N} float32 numbers \\(the {N} above, and {N} for the classes\\) "
+     f"make it about {N} MB",
      parameters(64) + CLASSES, parameters(64), CLASSES, 16 * (parameters(64) + CLASSES) / 1e6),
     (f"here {N} MB for a model of {N} MB", 16 * (parameters(64) + CLASSES) / 1e6, BYTES / 1e6),
     (f"five times {N} MB", BYTES / 1e6),
@@ -403,9 +423,11 @@ CLAIMS = [
     (f"copy of the 34 M network is {N} MB; with average and Adam's moments a checkpoint is {N} MB",
      34_146_243 * 4 / 1e6, 34_146_243 * 16 / 1e6),
     (f"with 1,000 pictures, 950 of them trained on, about {N} times",
-     presets.PRESETS["fabrics_laptop"]["steps"] * presets.PRESETS["fabrics_laptop"]["batch_size"] / 950),
+     presets.PRESETS["fabrics_laptop"]["steps"]
+     * presets.PRESETS["fabrics_laptop"]["batch_size"] / 950),
     (f"`fabrics_100k` keeps {N} of them, {N} GB; ", 100, 100 * 34_146_243 * 16 / 1e9),
-    (f"for one of 34 M parameters {N} MB and {N} MB: average", 34_146_243 * 16 / 1e6, 34_146_243 * 4 / 1e6),
+    (f"for one of 34 M parameters {N} MB and {N} MB: average",
+     34_146_243 * 16 / 1e6, 34_146_243 * 4 / 1e6),
 ]
 
 
@@ -451,7 +473,8 @@ def test_a_stated_number_is_right(pattern, values):
     ("GFLOP an image, about a quarter", 0.24 < operations(32) / operations(64) < 0.26),
     ("scores 0.37 on MNIST, averaged over t, with the linear schedule (and 0.68 with the cosine)",
      abs(copying(LINEAR) - 0.37) < 0.005 and abs(copying(COSINE) - 0.68) < 0.005),
-    ("1.6 times as often as the average", abs(1 / math.sqrt(2 * math.pi) / 0.25 - 1.6) < 0.01),   # logit(t / T) = 0
+    ("1.6 times as often as the average",               # logit(t / T) = 0
+     abs(1 / math.sqrt(2 * math.pi) / 0.25 - 1.6) < 0.01),
     ("stays within 0.02 of the cosine", np.abs(sigmoid() - COSINE).max() < 0.02),
     ("of 1,059, in batches of 32, about 3,000", abs(100_000 * 32 / 1059 - 3000) < 50),
     ("(999, 979), (979, 959), ..., (39, 19), (19, -1)", True),
@@ -462,14 +485,35 @@ def test_a_rounded_statement_holds(sentence, holds):
 
 
 def test_the_errors_of_the_samplers_are_right():
-    """Two Gaussians, no network: what the sentence about --figure solvers says of four of its cells."""
+    """Two Gaussians, no network: what the sentence about --figure solvers says of four cells."""
     mixture = MIXTURES["two Gaussians"]
-    found = [solver_errors(mixture, solvers=[sampler], spacings=[spacing], evaluations=[steps])[sampler, spacing][0]
-             for sampler, spacing, steps in (("dpmpp_2m", "log_snr", 20), ("ddim", "uniform", 50), ("ipndm", "log_snr", 20))]
-    sentence = re.search(rf"after 20 calls \({N}\) than DDIM on its own uniform levels after 50 \({N}\), "
-                         rf"and `ipndm` nearer still \({N}\)", PROSE)
+    found = [solver_errors(mixture, solvers=[sampler], spacings=[spacing],
+                           evaluations=[steps])[sampler, spacing][0]
+             for sampler, spacing, steps in (("dpmpp_2m", "log_snr", 20), ("ddim", "uniform", 50),
+                                             ("ipndm", "log_snr", 20))]
+    sentence = re.search(rf"after 20 calls \({N}\) than DDIM on its own uniform levels after "
+                         rf"50 \({N}\), and `ipndm` nearer still \({N}\)", PROSE)
     for text, value in zip(sentence.groups(), found, strict=True):
         assert agrees(text, value), (text, value)
+
+
+def test_the_errors_of_the_shipped_digits_are_right(data_dir):
+    """By other noises and images than the figure's, and formulas written out for v."""
+    model = load_model(ROOT / "pretrained" / "mnist.pt")[0]
+    images, labels = (part[:500] for part in get_dataset("mnist", data_dir, train=False))
+    x_0, random = images.double() / 127.5 - 1, torch.Generator().manual_seed(1)
+    found = []
+    for low in (0, 250, 500, 750):
+        t = torch.randint(low, low + 250, (len(x_0),), generator=random)
+        a = torch.tensor(COSINE)[t].sqrt()[:, None, None, None]
+        b, noise = (1 - a**2).sqrt(), torch.randn(x_0.shape, generator=random)
+        x_t = a * x_0 + b * noise
+        with torch.no_grad():
+            v = model(x_t.float(), t, labels)
+        eps = (x_t - a * (a * x_t - b * v).clamp(-1, 1)) / b    # trained with --clip_loss
+        found.append(float((eps - noise).square().mean()))
+    sentence = re.search(rf"errs by {N}, {N}, {N} and {N} in the four ranges", PROSE)
+    assert [float(text) for text in sentence.groups()] == pytest.approx(found, rel=0.05, abs=0.0005)
 
 
 def test_what_is_said_of_the_pixels_of_mnist_holds(data_dir):

@@ -115,7 +115,7 @@ def test_paths_of_digits_fit_the_table_of_control_points():
             assert np.allclose(basis.sum(1), 1)         # the curve moves along when all points move
             first, last = (np.array(words[k].strip("*").split(","), float) / 100 for k in (0, -1))
             ends = (basis @ control)[[0, -1]]
-            assert np.allclose(ends, [first, last], atol=0.02)      # atol: half a step along the path
+            assert np.allclose(ends, [first, last], atol=0.02)  # atol: half a step along the path
 
 
 def test_fabrics_are_colourful_and_not_flat(thousand_fabrics):
@@ -135,7 +135,8 @@ def test_fabrics_come_in_warm_cool_light_and_dark(thousand_fabrics):
 def test_main_writes_two_sheets_and_prints_their_paths(tmp_path, capsys):
     synthetic.main(["--output_dir", str(tmp_path / "new"), "--seed", "1"])
     printed = capsys.readouterr().out.replace("wrote ", "").split()
-    assert printed == [str(tmp_path / "new" / f"synthetic_{name}.png") for name in ("digits", "fabrics")]
+    assert printed == [str(tmp_path / "new" / f"synthetic_{name}.png")
+                       for name in ("digits", "fabrics")]
     sheet = np.asarray(Image.open(printed[0]))[..., 0]
     assert sheet.shape == (1120, 1120)
     third = digits(100, seed=1)[0][12, 0].numpy()       # second row, third column

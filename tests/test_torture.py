@@ -13,6 +13,6 @@ def test_nothing_is_lost_in_a_short_torture(tmp_path):
     """In a process of its own, since only one without threads can be forked."""
     few = dict(kills=1, save_kills=5, full_disks=2, hostile=25, folders=0, nans=1, signals=1)
     flags = [word for name, count in few.items() for word in (f"--{name}", str(count))]
-    run = subprocess.run([sys.executable, ROOT / "tests" / "torture.py", *flags, "--output_dir", tmp_path],
-                         cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, ROOT / "tests" / "torture.py", *flags,
+                          "--output_dir", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]

@@ -14,7 +14,8 @@ def test_the_default_network_has_the_documented_parameters():
     """Added up by hand from the layer shapes, 64 base channels and a 256-256-256 time network."""
     def block(i, o):
         return (i * o * 9 + o) + (o * o * 9 + o) + (256 * o + o) + 4 * o
-    by_hand = (2 * (256 * 256 + 256) + (1 * 64 * 9 + 64) + block(64, 64) + block(64, 128) + block(128, 128)
+    by_hand = (2 * (256 * 256 + 256) + (1 * 64 * 9 + 64)
+               + block(64, 64) + block(64, 128) + block(128, 128)
                + block(256, 128) + block(192, 64) + 2 * (128 * 128 * 16 + 128) + (64 + 1))
     assert by_hand == 1_971_137
     assert count_parameters(create_model()) == by_hand
@@ -30,7 +31,8 @@ def test_blocks_keep_the_resolution_and_change_the_channels():
 def test_the_up_block_lays_x_before_the_skip():
     up, t_emb = UpBlock(24, 8, 32), torch.randn(2, 32)
     x, skip = torch.randn(2, 16, 6, 6), torch.randn(2, 8, 6, 6)
-    torch.testing.assert_close(up(x, skip, t_emb), DownBlock.forward(up, torch.cat([x, skip], 1), t_emb))
+    torch.testing.assert_close(up(x, skip, t_emb),
+                               DownBlock.forward(up, torch.cat([x, skip], 1), t_emb))
 
 
 def test_the_network_goes_28_14_7_14_28():
@@ -141,8 +143,9 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("config", [dict(base_channels=12), dict(base_channels=0), dict(time_emb_dim=7),
-                                    dict(colour=True), dict(name="transformer")])
+@pytest.mark.parametrize("config", [
+    dict(base_channels=12), dict(base_channels=0), dict(time_emb_dim=7), dict(colour=True),
+    dict(name="transformer")])
 def test_impossible_networks_are_refused(config):
     with pytest.raises(ValueError):
         create_model(**config)
@@ -166,7 +169,7 @@ def test_the_classes_begin_as_embedding_would_draw_them():
     torch.manual_seed(0)
     model = create_model(base_channels=8, time_emb_dim=16, num_classes=3)
     torch.manual_seed(0)
-    plain = create_model(base_channels=8, time_emb_dim=16)              # the same draws, up to the classes
+    plain = create_model(base_channels=8, time_emb_dim=16)      # the same draws, up to the classes
     drawn = model.class_emb.weight
     torch.manual_seed(0)
     torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))

@@ -38,16 +38,18 @@ def test_the_plain_table_is_what_one_counts_by_hand():
     for name, (parameters, (channels, side)) in expected.items():
         level = by_name[name]
         assert level.parameters == parameters, name
-        assert level.shape == (channels, side, side) and level.activation == 4 * channels * side**2, name
-    # At the top, on the way up: three skips' worth at full size are alive at once (skip, upsampled, both
-    # together).
+        assert (level.shape == (channels, side, side)
+                and level.activation == 4 * channels * side**2), name
+    # At the top, on the way up: three skips' worth at full size are alive at once (skip, upsampled,
+    # both together).
     assert peak >= 4 * (64 + 64 + 128) * 64**2
 
 
 def test_the_table_has_all_parameters_of_any_model(attentive):
     for model, size in ((create_model(base_channels=16), 28), (attentive, 16)):
         levels, _ = inside.model_table(model, size)
-        assert sum(level.parameters for level in levels) == sum(p.numel() for p in model.parameters())
+        assert (sum(level.parameters for level in levels)
+                == sum(p.numel() for p in model.parameters()))
 
 
 def test_a_part_that_is_called_twice_is_counted_once():
@@ -62,11 +64,12 @@ def test_a_part_that_is_called_twice_is_counted_once():
             return self.last(self.first(self.first(x)))
 
     levels, _ = inside.model_table(Twice(), 8)
-    assert [(level.name, level.parameters) for level in levels] == [("first", 10), ("first", 0), ("last", 2)]
+    assert [(level.name, level.parameters) for level in levels] == [
+        ("first", 10), ("first", 0), ("last", 2)]
 
 
 def test_what_training_keeps_is_near_what_torch_saves():
-    """Independently: the bytes that autograd's own hook sees saved, each storage once, parameters left out."""
+    """Independently: the bytes autograd's hook sees saved, each storage once, parameters aside."""
     model, saved = create_model(base_channels=16, add_input=False).train(), {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -93,7 +96,8 @@ def test_attention_weights_are_the_softmax_of_a_plain_loop(attentive):
     for head in range(layer.heads):
         q, k = qkv[0, head], qkv[1, head]
         for i in range(9):
-            scores = torch.stack([(q[:, i] * k[:, j]).sum() / math.sqrt(channels // layer.heads) for j in range(9)])
+            scores = torch.stack([(q[:, i] * k[:, j]).sum() / math.sqrt(channels // layer.heads)
+                                  for j in range(9)])
             assert torch.allclose(weights[head, i], scores.exp() / scores.exp().sum(), atol=1e-6)
     assert layer.weights is None and not layer.record
 
@@ -101,17 +105,21 @@ def test_attention_weights_are_the_softmax_of_a_plain_loop(attentive):
 def test_watching_attention_does_not_change_the_picture(attentive):
     diffusion = DiffusionProcess(20)
     name, layer, side = inside.choose_layer(attentive, None, 16)
-    moments, picture = inside.attention_maps(attentive, diffusion, layer, [19, 10], 16, seed=3, steps=5)
-    plain = diffusion.sample(attentive, x_T=seeded_noise(3, [0], 0, (1, 16, 16)), sampler="ddim", steps=5, seed=3)
+    moments, picture = inside.attention_maps(attentive, diffusion, layer, [19, 10], 16, seed=3,
+                                             steps=5)
+    plain = diffusion.sample(attentive, x_T=seeded_noise(3, [0], 0, (1, 16, 16)), sampler="ddim",
+                             steps=5, seed=3)
     assert torch.allclose(picture, plain[0], atol=1e-5) and side == 8
-    assert [t for t, *_ in moments] == [19, 11]             # of the levels 19 15 11 7 3, the nearest
-    assert all(torch.allclose(weights.sum(-1), torch.ones(2, 64), atol=1e-5) for *_, weights in moments)
+    assert [t for t, *_ in moments] == [19, 11]             # the nearest of 19 15 11 7 3
+    assert all(torch.allclose(weights.sum(-1), torch.ones(2, 64), atol=1e-5)
+               for *_, weights in moments)
 
 
 def test_reach_of_even_and_of_own_attention():
     side = 3
     alone, even = torch.eye(9)[None], torch.full((1, 9, 9), 1 / 9)
-    by_loop = sum(math.dist(divmod(i, side), divmod(j, side)) for i in range(9) for j in range(9)) / 81
+    by_loop = sum(math.dist(divmod(i, side), divmod(j, side))
+                  for i in range(9) for j in range(9)) / 81
     assert inside.reach(alone, side).item() == 0
     assert inside.reach(even, side).item() == pytest.approx(by_loop, rel=1e-6)
 
@@ -125,7 +133,8 @@ def test_activations_are_the_outputs_of_the_parts(tiny_model):
 
 
 def test_principal_components_equal_those_of_the_covariance():
-    features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 3, 1, 1, 1])
+    features = (torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+                * torch.tensor([5.0, 3, 1, 1, 1]))
     points, shares = inside.pca(features)
     values, vectors = np.linalg.eigh(np.cov(features.double().numpy().T))
     assert shares == pytest.approx((values[::-1][:2] / values.sum()).tolist(), rel=1e-6)
@@ -143,7 +152,8 @@ def test_classes_that_stand_apart_are_told_by_their_centres():
 
 
 def test_bottleneck_features_are_its_mean_over_the_picture(tiny_model):
-    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
     diffusion = DiffusionProcess(50)
     found = inside.bottleneck_features(tiny_model, diffusion, images, 20, seed=4)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(4))
@@ -157,21 +167,26 @@ def own_model(argv, folder):
 
 
 @pytest.mark.parametrize("argv, file", [
-    ([], "activations.png"), (["--figure", "time"], "time_embedding.png"), (["--figure", "table"], "model_table.png"),
+    ([], "activations.png"), (["--figure", "time"], "time_embedding.png"),
+    (["--figure", "table"], "model_table.png"),
     (["--figure", "table", "--channels", "8", "16", "--image_size", "16"], "model_table.png"),
     (["--figure", "table", "--model", "simple"], "model_table.png"),
-    (["--figure", "features", "--dataset", "synthetic_digits", "--num_images", "60"], "features.png")])
+    (["--figure", "features", "--dataset", "synthetic_digits", "--num_images", "60"],
+     "features.png")])
 def test_each_figure_is_written(argv, file, tmp_path, capsys):
     write_model(tmp_path / "model.pt")
     figures.main([*argv, *own_model(argv, tmp_path), "--output_dir", str(tmp_path)])
-    assert (tmp_path / file).stat().st_size > 10_000 and f"wrote {tmp_path / file}" in capsys.readouterr().out
+    assert ((tmp_path / file).stat().st_size > 10_000
+            and f"wrote {tmp_path / file}" in capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--figure", "attention"], "no attention"), (["--timesteps", "40"], "0 to 39"), (["--label", "z"], "unknown class"),
+    (["--figure", "attention"], "no attention"), (["--timesteps", "40"], "0 to 39"),
+    (["--label", "z"], "unknown class"),
     (["--figure", "table", "--channels", "8", "--model", "simple"], "give one of them"),
     (["--figure", "table", "--channels", "8", "8", "--image_size", "6"], "multiples of 4"),
     (["--figure", "features", "--num_images", "2", "--dataset", "synthetic_digits"], "4 or more")])
 def test_bad_requests_are_one_line(argv, words, tmp_path, capsys):
     write_model(tmp_path / "model.pt")
-    assert words in fails(capsys, figures.main, *own_model(argv, tmp_path), "--output_dir", tmp_path, *argv)
+    assert words in fails(capsys, figures.main, *own_model(argv, tmp_path),
+                          "--output_dir", tmp_path, *argv)

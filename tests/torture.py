@@ -1,12 +1,13 @@
 """Break trainings and files on purpose, again and again, and count what was lost.
 
     python tests/torture.py --kills 200 --save_kills 1000 --signals 50
-    python tests/torture.py --peer_kills 20 --peer_save_kills 100    # the same for denoising-diffusion-pytorch
+    python tests/torture.py --peer_kills 20 --peer_save_kills 100
 
-Each try is a process forked from this one, which has everything loaded, and its result one line of
-outputs/torture/results.jsonl. Started again, it goes on where it was stopped; at the end it prints one
-table of all that ran. The exit code is 1 if anything was lost. The runs train a small network with
-dropout, two parts a step, bfloat16 and the real digits of $DIFFUSION_DATA, else ./data, else synthetic ones.
+The second command does the same to denoising-diffusion-pytorch. Each try is a process forked from
+this one, which has everything loaded, and its result one line of outputs/torture/results.jsonl.
+Started again, it goes on where it was stopped; at the end it prints one table of all that ran. The
+exit code is 1 if anything was lost. The runs train a small network with dropout, two parts a step,
+bfloat16 and the real digits of $DIFFUSION_DATA, else ./data, else synthetic ones.
 """
 
 import argparse
@@ -52,10 +53,11 @@ from train import train
 STEPS = 30
 # 192 images of 8x8, 10 of them held out, 16 in a step: an epoch is 11 steps.
 RUN = dict(dataset_name="mnist", steps=STEPS, batch_size=8, accumulate=2, learning_rate=1e-3,
-           model_name="attention", base_channels=16, multipliers=(1, 2), num_blocks=1, attention_levels=(1,),
-           heads=2, groups=8, time_emb_dim=16, dropout=0.2, val_fraction=0.05, optimizer="adamw",
-           lr_schedule="cosine", warmup=3, grad_clip=1.0, ema_every=2, num_samples=2, sample_every=15,
-           save_every=15, seed=5, device="cpu", precision="bf16")
+           model_name="attention", base_channels=16, multipliers=(1, 2), num_blocks=1,
+           attention_levels=(1,), heads=2, groups=8, time_emb_dim=16, dropout=0.2,
+           val_fraction=0.05, optimizer="adamw", lr_schedule="cosine", warmup=3, grad_clip=1.0,
+           ema_every=2, num_samples=2, sample_every=15, save_every=15, seed=5, device="cpu",
+           precision="bf16")
 
 
 def prepare(data_dir):
@@ -104,11 +106,12 @@ class Child:
     def wait(self):
         """(exit code, or minus the signal; seconds; peak memory in bytes)"""
         _, status, usage = os.wait4(self.pid, 0)
-        return os.waitstatus_to_exitcode(status), time.perf_counter() - self.start, usage.ru_maxrss * 1024
+        return (os.waitstatus_to_exitcode(status), time.perf_counter() - self.start,
+                usage.ru_maxrss * 1024)
 
     def send(self, number, after):
         time.sleep(after)
-        with contextlib.suppress(ProcessLookupError):   # it is not yet waited for, but may have ended
+        with contextlib.suppress(ProcessLookupError):   # it is not waited for, but may have ended
             os.kill(self.pid, number)
 
 
@@ -133,8 +136,8 @@ class Reference:
         self.outcome = outcome(folder)
         self.path = folder / FINAL
         count = sum(value.numel() for value in self.outcome[0]["model"].values())
-        print(f"the undisturbed run: {STEPS} steps, {self.seconds:.1f} s, {count:,} parameters, checkpoints of "
-              f"{self.path.stat().st_size / 1e6:.1f} MB")
+        print(f"the undisturbed run: {STEPS} steps, {self.seconds:.1f} s, {count:,} parameters, "
+              f"checkpoints of {self.path.stat().st_size / 1e6:.1f} MB")
 
 
 # ---- Each try returns "" or what went wrong; `note` is a number worth its maximum in the table.
@@ -164,15 +167,16 @@ def kill_save(rng, folder, reference):
     child = Child(work, folder / "log")
     child.send(signal.SIGKILL, rng.uniform(0, 0.15))
     child.wait()
-    found = {**load_checkpoint(folder / LATEST), "step": entries["step"], "digest": entries["digest"]}
+    found = {**load_checkpoint(folder / LATEST), "step": entries["step"],
+             "digest": entries["digest"]}
     return "" if same(found, entries) else "other entries", None
 
 
 def fill_disk(rng, folder, reference):
     """A save that the disk has no room for: a clear error, and the old checkpoint stays."""
     size = reference.path.stat().st_size
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * size + 300_000}", "none", folder],
-                           capture_output=True, text=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * size + 300_000}", "none",
+                            folder], capture_output=True, text=True)
     if mount.returncode:
         return f"skipped: {mount.stderr.strip()}", None
     try:
@@ -186,7 +190,8 @@ def fill_disk(rng, folder, reference):
                 return f"another error: {error}", None
         if any(path.suffix == ".tmp" for path in folder.iterdir()):
             return "half a file left", None
-        return "" if same(load_checkpoint(folder / LATEST), reference.outcome[0]) else "other entries", None
+        return ("" if same(load_checkpoint(folder / LATEST), reference.outcome[0])
+                else "other entries"), None
     finally:
         subprocess.run(["umount", folder], check=True)
 
@@ -217,7 +222,8 @@ def _repickle(path, raw, old, new):
     with zipfile.ZipFile(io.BytesIO(raw)) as container:
         members = [(m.filename.split("/", 1)[1], container.read(m), zipfile.ZIP_STORED)
                    for m in container.infolist()]
-    _bare_zip(path, [(n, c.replace(old, new) if n == "data.pkl" else c, method) for n, c, method in members])
+    _bare_zip(path, [(n, c.replace(old, new) if n == "data.pkl" else c, method)
+                     for n, c, method in members])
 
 
 def _nested(depth):
@@ -238,10 +244,12 @@ FOREIGN = [  # (what it is, a function that writes it)
     ("pickle gadget", lambda path, raw: path.write_bytes(pickle.dumps(Evil()))),
     ("gadget in a checkpoint", lambda path, raw: torch.save({"model": Evil()}, path)),
     ("gadget in __setstate__", lambda path, raw: torch.save([EvilBuild()], path)),
-    ("gadget in the old format", lambda path, raw: torch.save({"model": Evil()}, path,
-                                                              _use_new_zipfile_serialization=False)),
-    ("zip bomb", lambda path, raw: _bare_zip(path, [("data.pkl", bytes(10**8), zipfile.ZIP_DEFLATED)])),
-    ("zip bomb, bzip2", lambda path, raw: _bare_zip(path, [("data/0", bytes(10**8), zipfile.ZIP_BZIP2)])),
+    ("gadget in the old format", lambda path, raw: torch.save(
+        {"model": Evil()}, path, _use_new_zipfile_serialization=False)),
+    ("zip bomb", lambda path, raw: _bare_zip(
+        path, [("data.pkl", bytes(10**8), zipfile.ZIP_DEFLATED)])),
+    ("zip bomb, bzip2", lambda path, raw: _bare_zip(
+        path, [("data/0", bytes(10**8), zipfile.ZIP_BZIP2)])),
     ("a tensor shown a billion times", lambda path, raw: save_checkpoint_like(
         path, {"model": {"w": torch.zeros(1).expand(10**9)}})),
     ("a shape of 2^40", lambda path, raw: save_checkpoint_like(
@@ -250,23 +258,29 @@ FOREIGN = [  # (what it is, a function that writes it)
     ("nested 100 deep", lambda path, raw: save_checkpoint_like(path, {"model": _nested(100)})),
     ("a sparse tensor", lambda path, raw: save_checkpoint_like(
         path, {"model": {"w": torch.sparse_coo_tensor([[0]], [1.0], (10**9,))}})),
-    ("a meta tensor", lambda path, raw: save_checkpoint_like(path, {"model": {"w": torch.empty(10**9, device="meta")}})),
-    ("another name in its pickle", lambda path, raw: _repickle(path, raw, b"collections", b"subprocess_")),
+    ("a meta tensor", lambda path, raw: save_checkpoint_like(
+        path, {"model": {"w": torch.empty(10**9, device="meta")}})),
+    ("another name in its pickle", lambda path, raw: _repickle(
+        path, raw, b"collections", b"subprocess_")),
     ("gigabytes of bytearrays", lambda path, raw: torch.save([Huge(), Huge(), Huge()], path)),
     ("one tensor a hundred thousand times", lambda path, raw: save_checkpoint_like(
         path, {"model": [torch.zeros(1_000_000)] * 100_000})),
-    ("another storage size", lambda path, raw: _repickle(path, raw, b"FloatStorage", b"LongStorage_")),
+    ("another storage size", lambda path, raw: _repickle(
+        path, raw, b"FloatStorage", b"LongStorage_")),
     ("bare weights", lambda path, raw: torch.save({"w": torch.zeros(3)}, path)),
-    ("denoising-diffusion-pytorch's", lambda path, raw: torch.save({"step": 1, "model": {}, "ema": {}}, path)),
+    ("denoising-diffusion-pytorch's", lambda path, raw: torch.save(
+        {"step": 1, "model": {}, "ema": {}}, path)),
     ("safetensors", lambda path, raw: path.write_bytes(struct.pack("<Q", 2) + b"{}")),
-    ("safetensors with a huge header", lambda path, raw: path.write_bytes(struct.pack("<Q", 2**62) + b"{}")),
+    ("safetensors with a huge header", lambda path, raw: path.write_bytes(
+        struct.pack("<Q", 2**62) + b"{}")),
     ("numpy's npz", lambda path, raw: np.savez(path.open("wb"), w=np.zeros(3))),
     ("an image", lambda path, raw: Image.new("RGB", (9, 9)).save(path, "PNG")),
     ("text", lambda path, raw: path.write_text("weights")),
     ("an empty file", lambda path, raw: path.write_bytes(b"")),
     ("zeros", lambda path, raw: path.write_bytes(bytes(100_000))),
     ("an empty zip", lambda path, raw: _bare_zip(path, [])),
-    ("a checkpoint within a zip", lambda path, raw: _bare_zip(path, [("model.pt", raw, zipfile.ZIP_STORED)])),
+    ("a checkpoint within a zip", lambda path, raw: _bare_zip(
+        path, [("model.pt", raw, zipfile.ZIP_STORED)])),
 ]
 
 
@@ -291,8 +305,9 @@ def open_hostile(rng, folder, reference):
         write(path, raw)
     else:
         damaged = bytearray(raw)
-        # The tensors are most of the file; its head and its directory are hit more often than by chance.
-        where = [rng.randrange(len(raw)), rng.randrange(6000), len(raw) - 1 - rng.randrange(6000)][index % 5 - 2]
+        # Tensors are most of the file; its head and directory are hit more often than by chance.
+        where = [rng.randrange(len(raw)), rng.randrange(6000),
+                 len(raw) - 1 - rng.randrange(6000)][index % 5 - 2]
         what = f"bit flipped at {where} of {len(raw)}"
         damaged[where] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
@@ -300,7 +315,7 @@ def open_hostile(rng, folder, reference):
     def work():
         os.chdir(folder)
         start = time.perf_counter()
-        with contextlib.suppress(ValueError, OSError):      # once to warm up: code that is paged in stays
+        with contextlib.suppress(ValueError, OSError):      # a warm-up: code that is paged in stays
             load_checkpoint(path)
         seconds, before = time.perf_counter() - start, memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")       # the peak counts from here
@@ -339,8 +354,10 @@ def read_folder(rng, folder, reference, count=10_000):
     Image.new("L", (16, 16)).save(gif, "GIF")
     hostile = {
         "empty": lambda p: p.write_bytes(b""), "a link": lambda p: p.symlink_to(images / "0.png"),
-        "image": lambda p: p.write_text("not an image"), "too many": lambda p: p.write_bytes(_png_claiming(60_000, 60_000)),
-        "too few": lambda p: Image.new("L", (4, 4)).save(p), "other format": lambda p: p.write_bytes(gif.getvalue()),
+        "image": lambda p: p.write_text("not an image"),
+        "too many": lambda p: p.write_bytes(_png_claiming(60_000, 60_000)),
+        "too few": lambda p: Image.new("L", (4, 4)).save(p),
+        "other format": lambda p: p.write_bytes(gif.getvalue()),
         "truncated": lambda p: p.write_bytes(png.getvalue()[:-40])}
     for k in range(count):
         path = images / f"{k}.png"
@@ -359,18 +376,19 @@ def read_folder(rng, folder, reference, count=10_000):
     code, seconds, memory = Child(work, folder / "log").wait()
     told = (folder / "log").read_text()
     bad = sum(expected.values())
-    right = f"{bad} of {count} files" in told and f"kept {count - bad}" in told and code == 0 and memory < 1e9
+    right = (f"{bad} of {count} files" in told and f"kept {count - bad}" in told
+             and code == 0 and memory < 1e9)
     return "" if right else f"{code}, {memory / 1e6:.0f} MB: {told[-400:]}", memory / 1e6
 
 
 def inject_nan(rng, folder, reference):
-    """NaN in the data, the loss, a gradient or a weight: found in that very step, and nothing is lost."""
+    """NaN in data, loss, a gradient or a weight: found in that very step, and nothing is lost."""
     where, at = ("data", "loss", "gradient", "weights")[rng.index % 4], rng.randrange(STEPS)
     plain, steps = loop.train_step, []
 
     def spoiled(model, x_0, y, optimizer, diffusion, *args, **settings):
         hook = None
-        if optimizer.param_groups[0]["lr"] > 0:                         # not while the speed is measured
+        if optimizer.param_groups[0]["lr"] > 0:                 # not while the speed is measured
             steps.append(1)
         if len(steps) == at + 1:
             parameter = next(model.parameters())
@@ -428,14 +446,16 @@ def send_signal(rng, folder, reference):
     seconds = time.perf_counter() - sent
     taken, = struct.unpack("q", counter[:8])
     if code == 0:
-        return ("" if (folder / FINAL).exists() else "no result"), seconds         # it was done already
+        return ("" if (folder / FINAL).exists() else "no result"), seconds    # it was done already
     if code not in (128 + number, -number):
         return f"exit code {code}: {(folder / 'log').read_text()[-300:]}", seconds
-    saved = next((load_checkpoint(folder / name)["step"] for name in (LATEST, FINAL) if (folder / name).exists()), 0)
+    saved = next((load_checkpoint(folder / name)["step"] for name in (LATEST, FINAL)
+                  if (folder / name).exists()), 0)
     if saved != taken or seconds > 5:
         return f"{taken} steps, {saved} saved, {seconds:.1f} s", seconds
     Child(lambda: run(folder), folder / "log").wait()
-    return "" if same(outcome(folder), reference.outcome) else "another result after resuming", seconds
+    return ("" if same(outcome(folder), reference.outcome)
+            else "another result after resuming"), seconds
 
 
 # ---- The same for the Trainer of denoising-diffusion-pytorch
@@ -451,9 +471,10 @@ def peer_trainer(folder):
     torch.manual_seed(5)
     unet = Unet(dim=8, dim_mults=(1, 2), channels=1)
     diffusion = GaussianDiffusion(unet, image_size=16, timesteps=100, sampling_timesteps=3)
-    return Trainer(diffusion, str(images), train_batch_size=8, gradient_accumulate_every=2, train_num_steps=STEPS,
-                   save_and_sample_every=10, num_samples=4, results_folder=str(folder / "results"),
-                   calculate_fid=False, convert_image_to="L", num_fid_samples=4)
+    return Trainer(diffusion, str(images), train_batch_size=8, gradient_accumulate_every=2,
+                   train_num_steps=STEPS, save_and_sample_every=10, num_samples=4,
+                   results_folder=str(folder / "results"), calculate_fid=False,
+                   convert_image_to="L", num_fid_samples=4)
 
 
 def peer_run(folder):
@@ -515,7 +536,8 @@ ROWS = {  # flag: (what is done, number of tries by default, function, what its 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag, (title, default, *_) in ROWS.items():
-        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{title} (default: {default})".replace("%", "%%"))
+        parser.add_argument(f"--{flag}", type=int, default=default,
+                            help=f"{title} (default: {default})".replace("%", "%%"))
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/torture"))
     parser.add_argument("--data_dir", default=os.environ.get("DIFFUSION_DATA", "data"))
     args = parser.parse_args(argv)
@@ -544,7 +566,8 @@ def main(argv=None):
                 except (ValueError, OSError) as error:      # a file that should be whole is not
                     problem, note = str(error), None
                 shutil.rmtree(folder)
-                done[flag][index] = dict(row=flag, index=index, problem=problem, note=note, code=code)
+                done[flag][index] = dict(row=flag, index=index, problem=problem, note=note,
+                                         code=code)
                 with open(results, "a") as file:
                     file.write("\n" + json.dumps(done[flag][index]))
     failures = 0
@@ -553,9 +576,11 @@ def main(argv=None):
         tries = done[flag].values()
         if not tries:
             continue
-        failed = [row["problem"] for row in tries if row["problem"] and not row["problem"].startswith("skipped")]
+        failed = [row["problem"] for row in tries
+                  if row["problem"] and not row["problem"].startswith("skipped")]
         notes = [row["note"] for row in tries if row["note"] is not None]
-        print(f"{title:44}{len(tries):7}{len(failed):8}   " + (f"{max(notes):.2f} {unit}" if notes else ""))
+        print(f"{title:44}{len(tries):7}{len(failed):8}   "
+              + (f"{max(notes):.2f} {unit}" if notes else ""))
         skipped = [row["problem"] for row in tries if row["problem"].startswith("skipped")]
         for problem, count in Counter(failed + skipped).most_common(3):
             print(f"    {count}: {' '.join(problem.split())[-220:]}")
