@@ -302,9 +302,30 @@ def refuse_idle(parser, settings):
         parser.refuse({"data_dir"}, f"{' and '.join(sets)}, which torchvision knows nothing of")
     if settings["labels"] is False or settings["labels"] is None and sets[0] not in DATASETS:
         parser.refuse({"label_drop"}, "a training without classes")
-    if settings["val_dir"]:
+    if settings["val_dir"] and settings["val_fraction"]:
         parser.refuse({"val_fraction"},
                       f"a training with --val_dir {settings['val_dir']}: give one of them")
+
+
+def verify(settings, model_config):
+    """Look at --dataset, and at --val_dir if that is a folder, without training.
+
+    Returns whether they can be used.
+    """
+    name, val_dir = settings["dataset"], settings["val_dir"]
+    sets = [(name or "mnist", "dataset_sheet.png", bool(settings["labels"]))]
+    if val_dir and val_dir not in DATASETS:
+        keep_unseen(name, val_dir)
+        sets.append((val_dir, "val_dir_sheet.png", False))      # it may have other classes, or none
+    for name, *_ in sets:
+        keep_apart(name, settings["output_dir"])
+    folder = make_output_dir(settings["output_dir"])
+    with torch.device("meta"):
+        multiple = create_model(settings["model"], **model_config).multiple
+    return all([verify_dataset(name, folder / sheet, settings["data_dir"], multiple,
+                               image_size=settings["image_size"], channels=settings["channels"],
+                               fit=settings["fit"], with_labels=with_labels)
+                for name, sheet, with_labels in sets])
 
 
 @command
@@ -316,8 +337,8 @@ def main(argv=None):
     parser.group("data")
     add("--dataset", DATASET_HELP, metavar="NAME")
     add("--data_dir")
-    add("--verify", "look at the data set (MNIST unless --dataset names one) and stop: "
-        "exit code 0 if it can be trained on, else 2", False, action="store_true")
+    add("--verify", "look at the data set (MNIST unless --dataset names one), and at a folder of "
+        "--val_dir, and stop: exit code 0 if they can be used, else 2", False, action="store_true")
     add("--image_size", "height and width in pixels; default: a named set's own, "
         "for a folder 64 or the pictures' common size below that", type=positive_int)
     add("--channels", "1 for grey, 3 for colour; default: as the data are",
@@ -405,16 +426,7 @@ def main(argv=None):
     model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
     model_config = {flag: value for flag, value in model_config.items() if value is not None}
     if settings.pop("verify"):
-        keep_apart(settings["dataset"], settings["output_dir"])
-        with torch.device("meta"):
-            multiple = create_model(settings["model"], **model_config).multiple
-        usable = verify_dataset(
-            settings["dataset"] or "mnist",
-            make_output_dir(settings["output_dir"]) / "dataset_sheet.png",
-            settings["data_dir"], multiple,
-            image_size=settings["image_size"], channels=settings["channels"],
-            fit=settings["fit"], with_labels=bool(settings["labels"]))
-        sys.exit(0 if usable else 2)
+        sys.exit(0 if verify(settings, model_config) else 2)
     for flag, name in ARGUMENTS.items():
         settings[name] = settings.pop(flag)
     try:

@@ -312,6 +312,20 @@ def test_verify_tells_all_classes_and_names_the_empty_ones(tmp_path, capsys):
     assert code == 2 and "\n  notes\n" in said.split("without a usable image")[1]
 
 
+def test_verify_looks_at_the_held_out_folder_too(tmp_path, capsys):
+    """Its files were first read when the training began."""
+    save_numbered(tmp_path / "images", range(3))
+    (tmp_path / "held").mkdir()
+    argv = ["--val_dir", str(tmp_path / "held"), "--image_size", "16"]
+    assert verify(capsys, tmp_path / "images", tmp_path / "out", *argv)[0] == 2
+    save_numbered(tmp_path / "held", [7])
+    code, said = verify(capsys, tmp_path / "images", tmp_path / "out", *argv)
+    assert code == 0 and "Found 3 images" in said and "Found 1 images" in said
+    assert (tmp_path / "out" / "val_dir_sheet.png").is_file()
+    argv = ["--val_dir", str(tmp_path / "images")]
+    assert verify(capsys, tmp_path / "images", tmp_path / "out", *argv)[0] == 2
+
+
 def test_verify_looks_at_named_sets_too(tmp_path, capsys, monkeypatch):
     import data
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)

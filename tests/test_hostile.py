@@ -674,6 +674,13 @@ def test_flags_that_would_be_passed_over_are_refused(main, flags, words, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_share_of_nothing_goes_with_a_held_out_folder(tmp_path, capsys):
+    """--val_fraction 0, which takes a preset's share away, was refused as of no use."""
+    error = fails(capsys, train_main, "--dataset", "photos", "--val_dir", "others",
+                  "--val_fraction", 0, "--output_dir", tmp_path)
+    assert "unknown dataset 'photos'" in error
+
+
 def test_more_classes_than_pictures_are_refused(tmp_path, capsys):
     path = write_model(tmp_path / "m.pt")
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
