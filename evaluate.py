@@ -207,6 +207,14 @@ def print_copies(copied, num_images, held_name):
           f"as from any other ({copied['single_held_out']:.1%} of the {held_name})")
 
 
+def print_found(found, count, num_images, held_name):
+    """What `evaluate` has found of `count` samples, beside num_images training images."""
+    print_quality(found["samples"], found["floor"], count, found["num_held_out"], held_name)
+    print_copies(found["copies"], num_images, held_name)
+    losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
+    print(f"  loss in {len(found['loss_by_timestep'])} equal ranges of t, {held_name}: {losses}")
+
+
 def to_show(y, count=10):
     """Which images to show: the first of each class, in order, or if they are too few the first."""
     firsts = [] if y is None else [(y == k).nonzero()[0, 0] for k in y.unique()][:count]
@@ -297,6 +305,26 @@ def write_comparison(path, facts, pictures, row_labels, title):
 
 # ---- The command
 
+def choose_ways(args, diffusion):
+    """What is going to be drawn by: ([(sampler, steps)], the levels of each way down).
+
+    With --race there are many samplers, with --stages many ways, the last steps of one.
+    args.steps becomes a number, where there is one sampler.
+    """
+    if args.race:
+        entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
+                    if steps <= diffusion.num_timesteps]
+        if not entrants:
+            raise ValueError("--race begins with 5 steps, "
+                             f"and this model has {diffusion.num_timesteps}")
+    else:
+        args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
+        entrants = [(args.sampler, args.steps)]
+    return entrants, [diffusion.sampling_levels(sampler, steps, args.spacing, last_steps)
+                      for sampler, steps in entrants
+                      for last_steps in (stage_lengths(steps) if args.stages else [None])]
+
+
 def choose_classes(args, data, labels, known):
     """The classes of the samples, [num_images], or None for a model without; args.label becomes
     what evaluation.json tells of them.
@@ -366,18 +394,7 @@ def main(argv=None):
         take_sampler(args, data)
     take_guidance(args, data, diffusion)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
-    if args.race:
-        entrants = [(sampler, steps) for sampler, counts in RACE.items() for steps in counts
-                    if steps <= diffusion.num_timesteps]
-        if not entrants:
-            raise ValueError("--race begins with 5 steps, "
-                             f"and this model has {diffusion.num_timesteps}")
-    else:
-        args.steps = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
-        entrants = [(args.sampler, args.steps)]
-    ways = [diffusion.sampling_levels(sampler, steps, args.spacing, last_steps)
-            for sampler, steps in entrants
-            for last_steps in (stage_lengths(steps) if args.stages else [None])]
+    entrants, ways = choose_ways(args, diffusion)
     if args.stages or args.race:                            # the floor has to be of as many
         args.num_images = min(args.num_images, len(held))
     y = choose_classes(args, data, labels, known)
@@ -430,10 +447,7 @@ def main(argv=None):
     drawn = to_uint8(draw()[0])
     found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held,
                             labels, held_name, classifier, device)
-    print_quality(found["samples"], found["floor"], len(drawn), found["num_held_out"], held_name)
-    print_copies(found["copies"], len(images), held_name)
-    losses = [f"{loss:.4f}" for loss in found["loss_by_timestep"]]
-    print(f"  loss in {len(losses)} equal ranges of t, {held_name}: {' '.join(losses)}")
+    print_found(found, len(drawn), len(images), held_name)
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())
     shown = to_show(None if y is None else y[:len(index)])
     save_nearest(drawn[shown], images, index[shown], output_dir / "nearest.png")
