@@ -212,8 +212,12 @@ def make_output_dir(path, *files):
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     probe = path / f".write_test.{os.getpid()}"
-    write_file(probe, b"")
-    probe.unlink()
+    try:
+        write_file(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        error.filename = str(path)
+        raise
     for file in files:
         if (path / file).is_dir():
             raise IsADirectoryError(21, "a folder is in the way", str(path / file))

@@ -107,6 +107,8 @@ def main(argv=None):
     add("--card", "print the card of this file, and do nothing else", metavar="FILE")
     args = parser.parse_args(argv)
     if args.card:
+        parser.refuse({"checkpoint", "evaluation", "training", "output"},
+                      "--card, which only prints")
         entries = load_checkpoint(args.card)
         card = entries.get("card")
         if not isinstance(card, dict):

@@ -20,7 +20,8 @@ def write_file(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # nothing is there, or nothing can be taken away
+            temporary.unlink()
         if isinstance(error, OSError):
             error.filename = str(path)          # a full disk does not say whose file it was
         raise

@@ -219,6 +219,9 @@ def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labe
     Raises ValueError if nothing is usable.
     """
     folder = Path(folder)
+    if cache_dir and Path(cache_dir).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--cache_dir {cache_dir} lies within {folder}, "
+                         "where it would count as a class: give another")
     files, _ = find_files(folder)
     if not files:
         raise ValueError(f"{folder}: no images found "
@@ -343,6 +346,8 @@ def _cached(cache_dir, folder, files, image_size, fit, channels):
                                    list(told["problems"]))
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(names):
             raise ValueError("an array of another kind")
+        if not set(names) <= {name for name, *_ in state}:
+            raise ValueError("names that no file has")
     except Exception as error:                # numpy and json raise nearly anything, too
         raise ValueError(f"{pixels} or its .json is damaged ({error}): "
                          "delete both, they are made anew") from error

@@ -74,8 +74,9 @@ def compare(picture, reference, note, again):
         verdict = "NOT of the same size"
     elif apart.any():
         verdict = (f"NOT the same pixels: {(apart > 0).mean():.4%} of the values differ, "
-                   f"by {apart.max()} of 255 at most"
-                   + ", as rounding on another machine may make it" * (apart.max() <= 2))
+                   f"by {apart.max()} of 255 at most")
+        if apart.max() <= 2:
+            verdict += ", as rounding on another machine may make it"
     else:
         verdict = "the same pixels"
     return verdict + (f" ({'; '.join(differ)})" if differ else "")

@@ -302,6 +302,8 @@ def refuse_idle(parser, settings):
         parser.refuse({"data_dir"}, f"{' and '.join(sets)}, which torchvision knows nothing of")
     if settings["labels"] is False or settings["labels"] is None and sets[0] not in DATASETS:
         parser.refuse({"label_drop"}, "a training without classes")
+    if settings["resume"] == "latest":
+        parser.refuse({"overwrite"}, "--resume, which goes on with the run: give one of them")
     if settings["val_dir"] and settings["val_fraction"]:
         parser.refuse({"val_fraction"},
                       f"a training with --val_dir {settings['val_dir']}: give one of them")

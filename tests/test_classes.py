@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import data
 import load
@@ -201,6 +202,31 @@ def test_a_sheet_larger_than_memory_is_refused_before_it_is_drawn(two_shades, tm
     with pytest.raises(SystemExit) as exit_:
         drawn(two_shades, tmp_path, "--upscale", "1000000000")
     assert exit_.value.code == 2 and "million pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, verdict", [
+    (2, "by 2 of 255 at most, as rounding on another machine may make it"),
+    (90, "by 90 of 255 at most")])
+def test_a_picture_that_is_made_again_otherwise_is_told_so(change, verdict, two_shades, tmp_path,
+                                                           capsys):
+    """With numpy 2.4 the sentence ended in a traceback: it multiplies no text by its own True."""
+    drawn(two_shades, tmp_path, "--num_images", "4", "--steps", "5")
+    picture = tmp_path / "generated_samples.png"
+    with Image.open(picture) as image:
+        pixels, text = np.asarray(image.convert("RGB")).copy(), image.text
+    pixels[10, 10] = np.where(pixels[10, 10] > 127, pixels[10, 10] - change,
+                              pixels[10, 10] + change)
+    note = PngInfo()
+    for name, value in text.items():
+        note.add_text(name, value)
+    Image.fromarray(pixels).save(picture, pnginfo=note)
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit) as exit_:
+        drawn(two_shades, tmp_path / "again", "--recreate", str(picture))
+    torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert exit_.value.code == 1 and "NOT the same pixels" in said and verdict in said
+    assert ("rounding" in said) == (change == 2)
 
 
 def test_a_single_image_is_made_again_byte_for_byte(two_shades, tmp_path, capsys):

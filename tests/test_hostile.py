@@ -32,6 +32,7 @@ from command_line import Parser, command, speaks
 from conftest import ROOT
 from data import Batches, split_held_out
 from diffusion import DiffusionProcess
+from files import write_file
 from images import as_text, read_note, save_gif, save_images
 from load import PRETRAINED, card_recipe, find_model, load_model
 from models import create_model, model_defaults
@@ -355,7 +356,8 @@ def test_a_picture_that_confuses_its_decoder_is_named_and_skipped(tmp_path):
 @pytest.mark.parametrize("suffix, damage", [
     (".json", b"{}"), (".json", b"[1]"), (".json", b""),
     (".npy", b""), (".npy", b"\x93NUMPY\x01\x00"),
-    (".json", json.dumps({"names": ["a"], "problems": []}).encode())])
+    (".json", json.dumps({"names": ["a"], "problems": []}).encode()),
+    (".json", json.dumps({"names": ["a", 5, "x/b"], "problems": []}).encode())])
 def test_a_damaged_cache_is_one_line(suffix, damage, tmp_path):
     folder = sheets(tmp_path / "in", 3)
     folders.load_folder(folder, cache_dir=tmp_path / "cache")
@@ -363,6 +365,23 @@ def test_a_damaged_cache_is_one_line(suffix, damage, tmp_path):
     path.write_bytes(damage)
     with pytest.raises(ValueError, match="delete both"):
         folders.load_folder(folder, cache_dir=tmp_path / "cache")
+
+
+def test_a_cache_among_the_images_is_refused(tmp_path):
+    """With --labels it became a class without images, and the next run failed."""
+    folder = sheets(tmp_path / "in", 3)
+    for cache in (folder, folder / "a" / "cache"):
+        with pytest.raises(ValueError, match="within"):
+            folders.load_folder(folder, cache_dir=cache)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    """It named the temporary file, which nobody knows, where that could not be deleted either."""
+    (tmp_path / "taken").write_bytes(b"")
+    with pytest.raises(OSError) as error:
+        write_file(tmp_path / "taken" / "sheet.png", b"x")
+    assert error.value.filename == str(tmp_path / "taken" / "sheet.png")
 
 
 def test_labels_beyond_the_classes_are_damage(monkeypatch):
@@ -666,12 +685,19 @@ def test_a_name_with_a_comma_is_one_name():
      "--label_drop would be of no use to a training without"),
     (train_main, ["--dataset", "photos", "--val_dir", "others", "--val_fraction", 0.2],
      "give one of them"),
+    (train_main, ["--dataset", "synthetic_digits", "--resume", "--overwrite"], "give one of them"),
     (interpolate.main, ["--compare", "--frames", 10], "--compare draws 9 at most"),
     (visualize_model.main, ["--figure", "table", "--model", "simple", "--checkpoint", "x.pt"],
      "give one of them")])
 def test_flags_that_would_be_passed_over_are_refused(main, flags, words, tmp_path, capsys):
     assert words in fails(capsys, main, *flags, "--output_dir", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_card_is_only_printed(tmp_path, capsys):
+    error = fails(capsys, export.main, "--card", PRETRAINED / "mnist.pt", "--training", "two hours",
+                  "--output", tmp_path / "x.pt")
+    assert "--training, --output would be of no use" in error or "--output, --training" in error
 
 
 def test_a_share_of_nothing_goes_with_a_held_out_folder(tmp_path, capsys):
