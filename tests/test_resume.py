@@ -468,9 +468,11 @@ def test_a_run_starts_from_the_small_file_to_share(finished, tmp_path):
 
 
 def test_a_file_older_than_a_setting_of_the_network_is_of_use(whole, tmp_path, capsys):
-    """Shipped weights are older than --scale_shift: what they do not tell is the default."""
+    """Shipped weights are older than --scale_shift: what they do not tell is the default, be that
+    a switch that is off or a word."""
     entries = {**whole[FINAL], "model_config": {**whole[FINAL]["model_config"]}}
     assert entries["model_config"].pop("scale_shift") is False
+    assert entries["model_config"].pop("activation") == "silu"
     save_checkpoint(tmp_path / "older.pt", entries)
     train(**RUN, output_dir=tmp_path / "resumed", resume=tmp_path / "older.pt")
     assert "going on from" in capsys.readouterr().out
