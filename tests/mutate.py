@@ -400,6 +400,14 @@ EDITS = [
          "== 1 for t in visited)", "== 2 for t in visited)", "export hostile"),
     Edit("a wrapped interrupt", "command_line.py",
          "isinstance(error.__cause__, KeyboardInterrupt)", "False", "hostile"),
+    Edit("another picture called rounding", "recipe.py",
+         "if apart.max() <= 2:", "if apart.max() <= 200:", "classes"),
+    Edit("a cache among the images", "folders.py",
+         "if cache_dir and Path(cache_dir)", "if False and Path(cache_dir)", "hostile"),
+    Edit("a temporary file is named", "files.py",
+         "error.filename = str(path)", "pass", "hostile"),
+    Edit("the held-out folder is not verified", "train.py",
+         "if val_dir and val_dir not in DATASETS:", "if False:", "folders"),
     Edit("an average that never begins", "plan.py", "if ema_every > total", "if False", "hostile"),
 ]
 
