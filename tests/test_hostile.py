@@ -673,7 +673,8 @@ def test_a_name_with_a_comma_is_one_name():
      "--label would be of no use to --figure time"),
     (figures.main, ["--figure", "one_step", "--sampler", "ddim"],       # its default
      "--sampler would be of no use"),
-    (train_main, ["--dataset", "synthetic_digits", "--fit", "crop", "--cache_dir", "c"],
+    (train_main, ["--dataset", "synthetic_digits", "--steps", 1, "--fit", "crop",     # or it trains
+                  "--cache_dir", "c"],
      "--fit, --cache_dir would be of no use to synthetic_digits: no folder"),
     (train_main, ["--dataset", "synthetic_digits", "--val_dir", "mnist", "--fit", "crop"],
      "--fit would be of no use"),
@@ -685,7 +686,8 @@ def test_a_name_with_a_comma_is_one_name():
      "--label_drop would be of no use to a training without"),
     (train_main, ["--dataset", "photos", "--val_dir", "others", "--val_fraction", 0.2],
      "give one of them"),
-    (train_main, ["--dataset", "synthetic_digits", "--resume", "--overwrite"], "give one of them"),
+    (train_main, ["--dataset", "synthetic_digits", "--steps", 1, "--resume", "--overwrite"],
+     "give one of them"),
     (interpolate.main, ["--compare", "--frames", 10], "--compare draws 9 at most"),
     (visualize_model.main, ["--figure", "table", "--model", "simple", "--checkpoint", "x.pt"],
      "give one of them")])
