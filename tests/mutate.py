@@ -187,7 +187,7 @@ EDITS = [
          'again["weights"] != data["digest"]', "False", "classes"),
     Edit("labels of the first batch for all", "sample.py",
          "y[first - first_index:]", "y[0:]", "classes"),
-    Edit("an explained step with the wrong coefficient", "visualize_diffusion.py",
+    Edit("an explained step with the wrong coefficient", "sampling_figures.py",
          "to_x_t = math.sqrt(ab / ab_prev) * (1 - ab_prev) / (1 - ab)",
          "to_x_t = math.sqrt(ab / ab_prev) * (1 - ab) / (1 - ab)", "figures"),
     Edit("a strip that ends before its picture", "sample.py",

@@ -12,6 +12,7 @@ import data
 import interpolate
 import run_figures
 import sample
+import sampling_figures
 import visualize_diffusion as figures
 from checkpoint import save_checkpoint
 from convergence import MIXTURES, even_noise, exact_denoiser, exact_flow, solver_errors
@@ -64,7 +65,7 @@ def drawn(monkeypatch):
 
     def spy(rows, labels, path, row_labels=None, title=None):
         seen.update(rows=rows, labels=labels, row_labels=row_labels, title=title)
-    for module in (figures, run_figures):
+    for module in (figures, run_figures, sampling_figures):
         monkeypatch.setattr(module, "save_strip", spy)
     return seen
 
@@ -195,7 +196,7 @@ def test_the_solvers_table_has_a_row_for_each_sampler_and_spacing(tmp_path, monk
 def test_the_reverse_figure_has_the_loops_own_levels_and_ends_with_the_sample(checkpoint, tmp_path,
                                                                               monkeypatch):
     seen = []
-    monkeypatch.setattr(figures, "save_generation_strip",
+    monkeypatch.setattr(sampling_figures, "save_generation_strip",
                         lambda frames, *args, **settings: seen.extend(frames))
     figures.main(["--figure", "reverse", "--checkpoint", str(checkpoint), "--steps", "10",
                   "--seed", "5", "--num_images", "3", "--timesteps", "39", "30", "12", "0",
@@ -270,7 +271,7 @@ def test_a_seed_gives_the_same_pictures_twice_and_other_seeds_give_others(checkp
 
 def test_a_seed_that_gives_other_pictures_the_second_time_is_told(checkpoint, tmp_path, drawn,
                                                                   monkeypatch, capsys):
-    monkeypatch.setattr(figures, "generate",
+    monkeypatch.setattr(sampling_figures, "generate",
                         lambda *args, **settings: (torch.randn(8, 1, 8, 8), []))
     figures.main(["--figure", "seeds", "--checkpoint", str(checkpoint),
                   "--output_dir", str(tmp_path)])
