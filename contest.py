@@ -28,9 +28,9 @@ from benchmark import PEERS, ours
 from classifier import get_classifier, look
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float,
                           positive_int, seed_number)
+from comparisons import distance_row
 from data import Batches
 from diffusion import DiffusionProcess
-from evaluate import distance_row
 from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import load_model

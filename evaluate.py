@@ -14,7 +14,6 @@ most like), or a .json and a .png named race or stages.
 
 import functools
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -22,23 +21,22 @@ from tqdm import tqdm
 
 from classifier import get_classifier, look
 from command_line import Parser, command, format_seconds, make_output_dir, positive_int, seed_number
+from comparisons import race, stage_lengths, stages, write_comparison
 from data import keep_apart, keep_apart_from_own
 from diffusion import model_calls
 from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import (CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak,
                   take_guidance, take_sampler)
-from measures import (copied_by_chance, copied_share, copy_limit, fine_power, frechet_distance,
-                      kernel_distance, nearest, nearest_images, precision_recall, single_share)
+from measures import (SURE, copied_by_chance, copied_share, copy_limit, fine_power,
+                      frechet_distance, kernel_distance, nearest, nearest_images,
+                      precision_recall, share_sure, single_share)
+from predictors import loss_by_timestep
 from reference import (FEWEST, held_labels, labels_like, load_reference, note_other_images,
                        positions_of, same_classes)
 from sample import choose_labels, drawing_words, generate, seconds_for, thinned
-from schedules import ranges_of_t
-from utils import (PRECISIONS, describe_device, evaluating, get_device, get_precision, measure,
-                   shuffled)
+from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
-SURE = 0.9  # a classifier that gives so much to one class is called confident
-BINS = 10
 # These compare only between equally many images.
 OF_EQUAL_NUMBERS = ("fd", "fd_error", "kid", "kid_error", "precision", "recall")
 MAX_MEASURED = 200_000
@@ -48,11 +46,6 @@ RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 1
 
 
 # ---- Measures of one set of samples
-
-def share_sure(probabilities):
-    """The share of images of whose class the classifier is confident. probabilities: [N, K]."""
-    return float((probabilities.max(1).values > SURE).double().mean())
-
 
 def quality(probabilities, features, reference, labels=None):
     """What the classifier makes of some images, as a dict of plain numbers.
@@ -93,29 +86,6 @@ def copies(images, features, training, reference, held, held_features, positions
             "single": single_share(pixels), "single_held_out": single_share(pixels_held),
             "median_distance": float(pixels[0].median()),
             "median_distance_held_out": float(pixels_held[0].median())}, index[0]
-
-
-@torch.no_grad()
-def loss_by_timestep(model, diffusion, x_0, y=None, bins=BINS, seed=0):
-    """The mean loss in each of `bins` equal ranges of t, for every model at the same noise and t.
-
-    Only losses of one objective and one clip_loss compare.  x_0: [N, C, H, W] in [-1, 1].
-    Returns (the edges of the ranges, from 0 to T, and a loss for each range).
-    """
-    random, T = torch.Generator().manual_seed(seed), diffusion.num_timesteps
-    edges, levels = ranges_of_t(T, min(bins, T), len(x_0))
-    losses = []
-    for t in levels:
-        t = t.to(x_0.device)
-        noise = torch.randn(x_0.shape, generator=random).to(x_0.device)
-        total = 0.0
-        for k in torch.arange(len(x_0), device=x_0.device).split(64):
-            labels = None if y is None else y[k]
-            with evaluating(model):
-                total += len(k) * diffusion.training_loss(
-                    model, x_0[k], labels, t[k], noise[k]).item()
-        losses.append(total / len(x_0))
-    return edges, losses
 
 
 def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, classifier, device):
@@ -226,81 +196,6 @@ def save_nearest(images, training, index, path):
     rows = [to_signed(images), to_signed(training[index])]
     save_strip(rows, [""] * len(images), path,
                row_labels=["sample", "most similar\ntraining image"])
-
-
-# ---- Several sets of samples beside one another: a row of numbers and a row of pictures for each
-
-def distance_row(drawn, classifier, reference):
-    """What tells uint8 images [N, C, H, W] from real ones.
-
-    reference: features of the training images.
-    """
-    probabilities, features = look(classifier, drawn)
-    distance, error = frechet_distance(features, reference)
-    return {"fd": distance, "fd_error": error, "confident": share_sure(probabilities)}
-
-
-def race(draw, held, held_name, images, classifier, entrants, shown):
-    """The same noises through each (sampler, steps) of `entrants`.
-
-    draw: generate, with all else decided.  held: real images for the floor, and what they are.
-    images: the training images.  shown: the indices of the pictures to keep.
-    Returns (facts, a row of pictures each, their labels).
-    """
-    _, reference = look(classifier, images)
-    rows, pictures = [], []
-    for sampler, steps in entrants:
-        start = time.perf_counter()
-        drawn, _ = draw(sampler=sampler, steps=steps)
-        seconds = time.perf_counter() - start
-        row = distance_row(to_uint8(drawn), classifier, reference)
-        rows.append({"sampler": sampler, "steps": steps, **row, "seconds": seconds})
-        pictures.append(drawn[shown].cpu())
-        tqdm.write(f"  {sampler:<14}{steps:>5} steps   "
-                   f"FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   {seconds:8.1f} s")
-    floor = distance_row(held, classifier, reference)
-    print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} ({len(held)} {held_name})")
-    titles = [f"{row['sampler']} {row['steps']}\n"
-              f"FD {row['fd']:.3f}, {format_seconds(row['seconds'])}" for row in rows]
-    return {"rows": rows, "floor": floor["fd"]}, pictures, titles
-
-
-def stages(draw, x_0, images, classifier, levels, shown):
-    """Real images, noised so far that the last 1, 2, 4, ... and all of the steps have to undo it:
-    at which noise levels do samples get worse than real images?
-
-    draw: generate, with all else decided.  x_0: uint8 [N, C, H, W], not trained on.
-    images: the training images.  levels: of all steps, from T - 1 to -1.
-    shown: the indices of the pictures to keep.
-    Returns (facts, a row of pictures each, their labels); the first row is x_0 itself.
-    """
-    _, reference = look(classifier, images)
-    x_0_signed, usual, rows, pictures = to_signed(x_0), fine_power(images) or 1.0, [], []
-    for count in [0, *stage_lengths(len(levels) - 1)]:
-        drawn = to_uint8(draw(begin=(x_0_signed, count))[0]) if count else x_0
-        row = distance_row(drawn, classifier, reference)
-        rows.append({"steps": count, "t": levels[-1 - count], **row,
-                     "detail": fine_power(drawn) / usual})
-        pictures.append(to_signed(drawn[shown]))
-        where = f"t = {levels[-1 - count]:>4}, {count:>4} steps" if count else "real images"
-        tqdm.write(f"  {where:<20}   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
-                   f"fine detail {rows[-1]['detail']:6.1%}")
-    print("  differences smaller than the errors say nothing: more --num_images make them smaller")
-    return ({"rows": rows}, pictures,
-            ["real", *(f"t = {row['t']}\nsteps: {row['steps']}" for row in rows[1:])])
-
-
-def stage_lengths(steps):
-    """How many steps are taken: 1, 2, 4, ... and all."""
-    return [*(2**k for k in range(steps.bit_length()) if 2**k < steps), steps]
-
-
-def write_comparison(path, facts, pictures, row_labels, title):
-    """What race or stages has found, as path.json and path.png."""
-    write_file(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
-    save_strip(pictures, [""] * len(pictures[0]), path.with_suffix(".png"), title=title,
-               row_labels=row_labels)
-    print(f"wrote {path.with_suffix('.json')}\nwrote {path.with_suffix('.png')}")
 
 
 # ---- The command

@@ -7,6 +7,7 @@
     copied_share(distances, held_out)   how many are closer to one than unseen images are
     copied_by_chance(num_held_out)      and how many unseen images would be
     single_share(distances)             how many are far closer to one than to any other
+    share_sure(probabilities)           of how many is the classifier sure?
     fine_power(images)                  how much fine detail is there?
     psnr(images, reference)             how near is each pixel to what it should be?
 
@@ -16,6 +17,8 @@ Features are [N, D]; classifier.py makes them out of images.
 import math
 
 import torch
+
+SURE = 0.9  # a classifier that gives so much to one class is called sure of it
 
 
 def gaussian_of(features):
@@ -93,6 +96,11 @@ def precision_recall(features, reference, k=3):
     order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))
     reference = reference[order[:len(features)]]
     return _inside(features, reference, k), _inside(reference, features, k)
+
+
+def share_sure(probabilities):
+    """The share of images of whose class the classifier is sure. probabilities: [N, K]."""
+    return float((probabilities.max(1).values > SURE).double().mean())
 
 
 def fine_power(images):

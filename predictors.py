@@ -1,9 +1,11 @@
-"""What an error of the predicted noise is worth: that of simple answers, beside a trained model's.
+"""How wrong a model is at which noise levels: its loss, and the error of the noise it predicts.
 
+    edges, losses = loss_by_timestep(model, diffusion, x_0)  # a loss per range of t
     edges, errors = predictor_errors(diffusion, x_0, model)  # {answer: its error per range of t}
 
-A model of any objective can be asked, as its estimate of x_0 says what it takes for noise.
-visualize_diffusion.py --figure predictors prints and draws them.
+The second stands beside the errors of simple answers, which tell what it is worth. A model of any
+objective can be asked, as its estimate of x_0 says what it takes for noise.
+visualize_diffusion.py --figure predictors and loss_by_timestep print and draw them.
 """
 
 import torch
@@ -12,7 +14,31 @@ from schedules import ranges_of_t
 from utils import evaluating
 
 RANGES = 4
+LOSS_RANGES = 10
 NO_PREDICTION = "no prediction: x_t - x_0"  # how far the noisy image is from the clean one
+
+
+@torch.no_grad()
+def loss_by_timestep(model, diffusion, x_0, y=None, ranges=LOSS_RANGES, seed=0):
+    """The mean loss in equal ranges of t, for every model at the same noise and t.
+
+    Only losses of one objective and one clip_loss compare.  x_0: [N, C, H, W] in [-1, 1].
+    Returns (the edges of the ranges, from 0 to T, and a loss for each range).
+    """
+    random, T = torch.Generator().manual_seed(seed), diffusion.num_timesteps
+    edges, levels = ranges_of_t(T, min(ranges, T), len(x_0))
+    losses = []
+    for t in levels:
+        t = t.to(x_0.device)
+        noise = torch.randn(x_0.shape, generator=random).to(x_0.device)
+        total = 0.0
+        for k in torch.arange(len(x_0), device=x_0.device).split(64):
+            labels = None if y is None else y[k]
+            with evaluating(model):
+                total += len(k) * diffusion.training_loss(
+                    model, x_0[k], labels, t[k], noise[k]).item()
+        losses.append(total / len(x_0))
+    return edges, losses
 
 
 @torch.no_grad()

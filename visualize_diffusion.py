@@ -24,13 +24,12 @@ from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_li
 from data import (DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart,
                   keep_apart_from_own)
 from diffusion import SAMPLERS, DiffusionProcess, model_calls
-from evaluate import loss_by_timestep
 from figures import (one_step_figure, predictors_figure, schedule_table, schedules_figure,
                      solvers_figure, step_rows, timestep_loss_figure)
 from folders import sorted_into_classes
 from images import as_text, save_strip, to_signed
 from load import CHECKPOINT_HELP, load_model, open_model, refuse_other_images
-from predictors import RANGES, predictor_errors, predictor_lines
+from predictors import RANGES, loss_by_timestep, predictor_errors, predictor_lines
 from reference import same_classes, training_images, unseen_images
 from running import FINAL, LATEST
 from run_figures import epochs_figure, found_in, loss_figure, spread_out, when

@@ -403,7 +403,8 @@ def test_imports_run_one_way():
                "checkpoint convergence distributed folders inside plan predictors synthetic",
                "data figures interop loop presets recipe running",
                "classifier load reference session", "train",
-               "export sample", "benchmark evaluate interpolate run_figures sampling_figures",
+               "comparisons export sample",
+               "benchmark evaluate interpolate run_figures sampling_figures",
                "contest diagnose edit visualize_diffusion", "visualize_model")
     below, everything = set(), set(" ".join(storeys).split())
     assert everything == {path.stem for path in ROOT.glob("*.py")} | {"models"}

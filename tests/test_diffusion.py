@@ -10,10 +10,9 @@ import edit
 from checkpoint import load_checkpoint, save_checkpoint
 from data import Batches
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
-from evaluate import loss_by_timestep
 from images import to_signed
 from loop import held_out_loss
-from predictors import predictor_errors
+from predictors import loss_by_timestep, predictor_errors
 from synthetic import digits
 
 MEAN, STD = -0.2, 0.25
@@ -665,7 +664,7 @@ def test_models_are_compared_without_dropout():
     measures = {
         "held_out_loss": lambda: held_out_loss(model, Batches(images, batch_size=4), diffusion,
                                                "cpu"),
-        "loss_by_timestep": lambda: loss_by_timestep(model, diffusion, x_0, bins=2)[1],
+        "loss_by_timestep": lambda: loss_by_timestep(model, diffusion, x_0, ranges=2)[1],
         "predictor_errors": lambda: predictor_errors(
             diffusion, x_0, model, ranges=2)[1]["the model"],
         "edit.solve": lambda: edit.solve(

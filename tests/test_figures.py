@@ -373,7 +373,7 @@ def test_a_model_that_predicts_no_noise_has_loss_one_at_every_level(run, tmp_pat
     assert seen["losses"][1] == seen["losses"][2] != seen["losses"][0]
     model, diffusion, _ = load_model(run / "model_final.pt")
     random, x_0 = torch.Generator().manual_seed(9), torch.zeros(6, 1, 8, 8)
-    _, losses = figures.loss_by_timestep(model, diffusion, x_0, bins=2, seed=9)
+    _, losses = figures.loss_by_timestep(model, diffusion, x_0, ranges=2, seed=9)
     for low, loss in zip((0, 20), losses):
         noise, total = torch.randn(x_0.shape, generator=random), 0.0
         for k, t in enumerate(np.round(np.linspace(low, low + 19, 6)).astype(int)):
