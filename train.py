@@ -97,6 +97,27 @@ def load_batches(dataset_name, batch_size, seed, flip, turn, labels, data_dir, v
     return dataset_name, classes, Batches(images, y, batch_size, seed, flip, kept, turn), held_out
 
 
+def facts_of_data(dataset_name, val_dir, classes, batches, held_out, settings):
+    """What a checkpoint tells of its data, and its settings with what the data have decided."""
+    channels, image_size = batches.images.shape[1], batches.images.shape[-1]
+    data = {"name": full_name(dataset_name), "image_size": image_size, "channels": channels,
+            "classes": classes, "val_dir": val_dir and full_name(val_dir),
+            "val_fraction": 0.0 if val_dir else settings["val_fraction"],
+            **{name: settings[name] for name in ("fit", "flip", "turn", "seed")}}
+    return {"data": data, "settings": dict(
+        settings, image_size=image_size, channels=channels, labels=bool(classes),
+        images=batches.fingerprint(), held_out=held_out and held_out.fingerprint())}
+
+
+def print_data(dataset_name, classes, batches, held_out):
+    """Say what is trained on."""
+    shape = "x".join(map(str, batches.images.shape[1:]))
+    print(f"data: {dataset_name}, {batches.num_images} images of {shape}"
+          + (f", {held_out.num_images} held out" if held_out else "")
+          + (f", {len(classes)} classes ({textwrap.shorten(', '.join(classes), 100)})"
+             if classes else ""))
+
+
 def build_model(name, config, image_size, seed, device, grad_checkpoint):
     """A network with the initial weights of the seed, for images of this size."""
     torch.manual_seed(seed)
@@ -224,34 +245,25 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         if origin is None:
             check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model),
                        sum(path.stat().st_size for path in run_files(output_dir)))
-        settings.update(precision="bf16" if precision == torch.bfloat16 else "float32",
-                        image_size=image_size, channels=channels, labels=bool(classes),
-                        images=batches.fingerprint(), held_out=held_out and held_out.fingerprint())
+        settings["precision"] = "bf16" if precision == torch.bfloat16 else "float32"
         if lr_schedule != "constant":  # then the length of the run changes every step
             settings["total_steps"] = plan.total_steps
         facts = {"model_name": model_name, "model_config": model_config,
-                 "diffusion_config": diffusion.config, "settings": settings, "data": {
-                     "name": full_name(dataset_name), "image_size": image_size,
-                     "channels": channels, "classes": classes, "fit": fit, "flip": flip,
-                     "turn": turn, "seed": seed, "val_fraction": 0.0 if val_dir else val_fraction,
-                     "val_dir": val_dir and full_name(val_dir)}, "started_from": started}
+                 "diffusion_config": diffusion.config, "started_from": started,
+                 **facts_of_data(dataset_name, val_dir, classes, batches, held_out, settings)}
         facts = plain(facts, "the run")         # what cannot be saved is told before the training
 
         # ---- What is going to happen
         print(f"device: {describe_device(device, device_asked)}"
               + f", {world} processes" * (world > 1))
         print(f"precision: {precision_reason}; samples are drawn in float32")
-        print(f"data: {dataset_name}, "
-              f"{batches.num_images} images of {channels}x{image_size}x{image_size}"
-              + (f", {held_out.num_images} held out" if held_out else "")
-              + (f", {len(classes)} classes ({textwrap.shorten(', '.join(classes), 100)})"
-                 if classes else "")
-              + f"; model: {count_parameters(model):,} parameters")
+        print_data(dataset_name, classes, batches, held_out)
+        print(f"model: {count_parameters(model):,} parameters")
         if origin:
             restore(state, origin, facts, plan)
         elif started:
             print(f"starting from the weights of {start_from}, after {started['steps']} steps")
-            if held_out and started["images"] != settings["images"]:
+            if held_out and started["images"] != facts["settings"]["images"]:
                 print("note: those steps may have seen what is held out here, "
                       "so that its loss says less")
         start = time.perf_counter()             # compiling is part of what it takes
