@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import synthetic
-from folders import (check_memory, class_folders, digest, find_duplicates, fits, load_folder,
-                     save_sheet, verify_folder)
+from folders import check_memory, class_folders, load_folder
 from images import MAX_SIZE, to_signed
 
 
@@ -64,9 +63,9 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=
     Raises ValueError for an unknown name or a folder without usable images, DatasetUnavailable if a
     download fails.
     """
-    _check(image_size, channels)
+    check_shape(image_size, channels)
     if name not in DATASETS:
-        return load_folder(_folder(name), image_size, channels=channels, **folder_settings)
+        return load_folder(existing_folder(name), image_size, channels=channels, **folder_settings)
     source = DATASETS[name].source
     if name.startswith("synthetic"):
         images, labels = source(SYNTHETIC_SIZE, seed=0 if train else 1)
@@ -77,14 +76,16 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=
     return _with_channels(_resize(images, image_size), channels), labels
 
 
-def _check(image_size, channels):
+def check_shape(image_size, channels):
+    """Raise ValueError for a size or a number of channels that no image can be given."""
     if image_size is not None and not 4 <= image_size <= MAX_SIZE:
         raise ValueError(f"image_size must lie in 4..{MAX_SIZE}, got {image_size}")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
 
 
-def _folder(name):
+def existing_folder(name):
+    """The path of a data set that is a folder. ValueError where there is none."""
     if not name or not Path(name).is_dir():
         shipped = name and Path(__file__).with_name("pretrained").joinpath(f"{name}.pt").is_file()
         raise ValueError(
@@ -117,27 +118,7 @@ def class_names(name, with_labels=False):
     """The names of the classes, in the order of the labels; None for a folder without labels."""
     if name in DATASETS:
         return list(DATASETS[name].classes)
-    return class_folders(_folder(name)) if with_labels else None
-
-
-def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None, channels=None,
-                   fit="crop", with_labels=False):
-    """Look at a data set without training: print what is in it, draw a contact sheet as PNG.
-
-    multiple: the network takes images whose sides are multiples of this.
-    Returns whether it can be trained on. Raises what get_dataset raises.
-    """
-    _check(image_size, channels)
-    if name not in DATASETS:
-        return verify_folder(_folder(name), sheet, image_size, multiple, channels=channels, fit=fit,
-                             with_labels=with_labels)
-    images, labels = get_dataset(name, data_dir, image_size=image_size, channels=channels)
-    print(f"Found {len(images)} images in dataset {name}, {'x'.join(map(str, images.shape[1:]))}")
-    counts = zip(class_names(name), torch.bincount(labels).tolist())
-    print("classes: " + ", ".join(f"{label} ({count})" for label, count in counts))
-    print(f"duplicates: {len(find_duplicates(map(digest, images.numpy())))}")
-    save_sheet(images, sheet)
-    return fits(images.shape[-1], multiple)
+    return class_folders(existing_folder(name)) if with_labels else None
 
 
 def full_name(name):

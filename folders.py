@@ -1,7 +1,6 @@
 """A folder of images as one array: what cannot be used is named, the rest cut to one size.
 
     images, labels = load_folder("photos", image_size=64)           # uint8 [N, C, 64, 64], None
-    usable = verify_folder("photos", "outputs/dataset_sheet.png")   # a report; nothing is trained
 
 Nested or flat; png, jpg, webp and bmp; grey, colour, palette, with or without transparency.
 """
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from command_line import speaks
 from files import write_file
-from images import save_images, to_signed
+from images import to_signed
 
 UNREAD = "cannot be read at this time"  # the file may be good
 IMAGE_SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -143,7 +142,7 @@ def find_files(folder):
                   if path.is_file() or path.is_symlink()]
     if linked:
         print("links to other folders are not followed:\n"
-              + _listing([path.relative_to(folder) for path in sorted(linked)]))
+              + listing([path.relative_to(folder) for path in sorted(linked)]))
     images = [path for path in sorted(files) if path.suffix.lower() in IMAGE_SUFFIXES]
     return images, len(files) - len(images)
 
@@ -234,7 +233,7 @@ def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labe
         images, names, problems = _cached(Path(cache_dir), folder, files, image_size, fit, channels)
     if problems:
         print(f"{len(problems)} of {len(files)} files in {folder} cannot be used and are skipped:")
-        print(_listing(problems))
+        print(listing(problems))
     if not len(images):
         raise ValueError(f"{folder}: none of its {len(files)} images can be used")
     kind = "grey" if images.shape[1] == 1 else "colour"
@@ -250,7 +249,8 @@ def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labe
     return images, labels
 
 
-def _listing(lines, limit=20):
+def listing(lines, limit=20):
+    """The first lines, indented, and how many more there are."""
     return "\n".join([f"  {line}" for line in lines[:limit]]
                      + [f"  and {len(lines) - limit} more"] * (len(lines) > limit))
 
@@ -352,97 +352,3 @@ def _cached(cache_dir, folder, files, image_size, fit, channels):
         raise ValueError(f"{pixels} or its .json is damaged ({error}): "
                          "delete both, they are made anew") from error
     return torch.from_numpy(images), names, problems
-
-
-# ---- A look at a data set before training
-
-def _counts(values, most=8):
-    """The commonest values and how often each is there."""
-    counts = Counter(values).most_common()
-    return (", ".join(f"{value} ({count})" for value, count in counts[:most])
-            + f" and {len(counts) - most} more" * (len(counts) > most))
-
-
-def _section(title, lines):
-    print(f"{title}: {len(lines)}")
-    if lines:
-        print(_listing(lines))
-
-
-def digest(pixels):
-    """A hash of an array's values: equal for equal images of a set."""
-    return hashlib.sha256(np.ascontiguousarray(pixels)).digest()
-
-
-def find_duplicates(digests):
-    """Pairs (index, index of the first one that is equal to it)."""
-    first = {}
-    return [(k, first[d]) for k, d in enumerate(digests) if first.setdefault(d, k) != k]
-
-
-def save_sheet(images, path, columns=10, total=None):
-    """A contact sheet of up to 100 images, evenly spread over the set.
-
-    images: uint8 [N, C, H, W], of `total`.
-    """
-    picks = torch.linspace(0, len(images) - 1, min(100, len(images))).round().long().unique()
-    save_images(to_signed(images[picks]), path, columns)
-    total = total or len(images)
-    print(f"wrote {path}" + f", {len(picks)} of the {total} images" * (len(picks) < total))
-
-
-def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, fit="crop",
-                  with_labels=False):
-    """Read a folder without training and print what is in it; draw a contact sheet.
-
-    Counts and names the unreadable files, the tiny ones (a side under 8 pixels: not used), the
-    small ones (enlarged to image_size) and the duplicates (equal once they are cut to size).
-    multiple: the network takes images whose sides are multiples of this.
-    with_labels: every image has to lie in a sub-folder, its class.
-    Returns whether it can be trained on.
-    """
-    folder = Path(folder)
-    files, others = find_files(folder)
-    image_size = image_size or common_size(files)
-    every = max(1, len(files) // 100)
-    pictures, digests, sheet_pixels = [], [], []
-    for k, picture in enumerate(read_folder(folder, files, image_size, fit, channels)):
-        if not picture.problem:
-            digests.append(digest(picture.pixels))
-            if k % every == 0 or not sheet_pixels:
-                sheet_pixels.append(picture.pixels)
-        pictures.append(picture._replace(pixels=None))      # the set may be larger than memory
-    used = [p for p in pictures if not p.problem]
-    print(f"Found {len(used)} images in dataset {folder}, cut to {image_size}x{image_size} ({fit})")
-    if used:
-        print(f"sizes: {_counts(f'{p.size[0]}x{p.size[1]}' for p in used)}")
-        print(f"modes: {_counts(p.mode for p in used)}")
-    _section("unreadable", [f"{p.name}: {p.problem}" for p in pictures if p.problem and not p.tiny])
-    _section(f"tiny, not used (a side under {MIN_SIDE} pixels)", [
-        f"{p.name}: {p.problem}" for p in pictures if p.tiny])
-    _section(f"small, enlarged (a side under {image_size} pixels)", [
-        f"{p.name}: {p.size[0]}x{p.size[1]}" for p in used if min(p.size) < image_size])
-    _section("duplicates", [f"{used[i].name} = {used[k].name}"
-                            for i, k in find_duplicates(digests)])
-    outside = [p.name for p in used if with_labels and len(Path(p.name).parts) < 2]
-    bare = []
-    if with_labels and not outside:
-        counts = Counter(Path(p.name).parts[0] for p in used)
-        print("classes: " + ", ".join(f"{name} ({counts[name]})" for name in class_folders(folder)))
-        bare = [name for name in class_folders(folder) if not counts[name]]
-        _section("classes without a usable image, so that --labels cannot be trained with", bare)
-    elif outside:
-        _section("without a class (no sub-folder), so that --labels cannot be trained with",
-                 outside)
-    print(f"other files, ignored: {others}")
-    if used:
-        save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet, total=len(used))
-    return bool(used) and not outside and not bare and fits(image_size, multiple)
-
-
-def fits(image_size, multiple):
-    """Does a network take images of this size? Says so if not."""
-    if image_size % multiple:
-        print(f"this network needs multiples of {multiple}: train with --image_size "
-              f"{(image_size // multiple + 1) * multiple}")
-    return image_size % multiple == 0

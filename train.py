@@ -30,7 +30,7 @@ from checkpoint import FLAGS, State, plain, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, spare, whole_number)
 from data import (DATASETS, DATASET_HELP, Batches, class_names, full_name, get_dataset,
-                  get_default_dataset, keep_apart, keep_unseen, split_held_out, verify_dataset)
+                  get_default_dataset, keep_apart, keep_unseen, split_held_out)
 from diffusion import OBJECTIVES, DiffusionProcess
 from folders import FITS
 from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401
@@ -42,6 +42,7 @@ from schedules import SCHEDULES
 from session import Keeper, follow, report, restore, sample_images  # noqa: F401
 from utils import (DENSITIES, EMA, PRECISIONS, count_parameters, describe_device, get_device,
                    get_precision, peak_memory)
+from verify import verify
 
 # For whoever writes: from train import train_epoch, sample_images
 
@@ -319,27 +320,6 @@ def refuse_idle(parser, settings):
     if settings["val_dir"] and settings["val_fraction"]:
         parser.refuse({"val_fraction"},
                       f"a training with --val_dir {settings['val_dir']}: give one of them")
-
-
-def verify(settings, model_config):
-    """Look at --dataset, and at --val_dir if that is a folder, without training.
-
-    Returns whether they can be used.
-    """
-    name, val_dir = settings["dataset"], settings["val_dir"]
-    sets = [(name or "mnist", "dataset_sheet.png", bool(settings["labels"]))]
-    if val_dir and val_dir not in DATASETS:
-        keep_unseen(name, val_dir)
-        sets.append((val_dir, "val_dir_sheet.png", False))      # it may have other classes, or none
-    for name, *_ in sets:
-        keep_apart(name, settings["output_dir"])
-    folder = make_output_dir(settings["output_dir"])
-    with torch.device("meta"):
-        multiple = create_model(settings["model"], **model_config).multiple
-    return all([verify_dataset(name, folder / sheet, settings["data_dir"], multiple,
-                               image_size=settings["image_size"], channels=settings["channels"],
-                               fit=settings["fit"], with_labels=with_labels)
-                for name, sheet, with_labels in sets])
 
 
 @command

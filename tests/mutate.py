@@ -163,7 +163,7 @@ EDITS = [
     Edit("the worst weights are kept", "session.py",
          "== min(state.held_out_losses.values())",
          "== max(state.held_out_losses.values())", "scale"),
-    Edit("duplicates overlooked", "folders.py",
+    Edit("duplicates overlooked", "verify.py",
          "first.setdefault(d, k) != k", "first.setdefault(d, k) > k", "folders"),
     Edit("two folders share a cache", "folders.py",
          "DECODER, str(folder.resolve()), state", "DECODER, state", "hostile"),
@@ -406,7 +406,7 @@ EDITS = [
          "if cache_dir and Path(cache_dir)", "if False and Path(cache_dir)", "hostile"),
     Edit("a temporary file is named", "files.py",
          "error.filename = str(path)", "pass", "hostile"),
-    Edit("the held-out folder is not verified", "train.py",
+    Edit("the held-out folder is not verified", "verify.py",
          "if val_dir and val_dir not in DATASETS:", "if False:", "folders"),
     Edit("an average that never begins", "plan.py", "if ema_every > total", "if False", "hostile"),
 ]

@@ -402,7 +402,7 @@ def test_imports_run_one_way():
     storeys = ("files models muon measures schedules", "images", "utils", "command_line diffusion",
                "checkpoint convergence distributed folders inside plan predictors synthetic",
                "data figures interop loop presets recipe running",
-               "classifier load reference session", "train",
+               "classifier load reference session verify", "train",
                "comparisons export sample",
                "benchmark evaluate interpolate run_figures sampling_figures",
                "contest diagnose edit visualize_diffusion", "visualize_model")
