@@ -20,7 +20,13 @@ LEARN_STEPS = 150
 
 
 def grade(name, answers):
-    """Check an exercise's answers, print a line for each, and exit: 0 if all are right, else 1."""
+    """Check an exercise's answers, print a line for each, and exit: 0 if all are right, else 1, or 2
+    if it was given flags."""
+    flags = sys.argv[1:] if Path(sys.argv[0]).stem == name else []      # not those of pytest
+    if flags:
+        print(f"error: {name}.py takes no flags, got {' '.join(flags)}: write your answers into it "
+              "and run it", file=sys.stderr)
+        sys.exit(2)
     checks, right = EXERCISES[name], 0
     for number, (task, check) in enumerate(checks.items(), start=1):
         try:

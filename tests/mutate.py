@@ -406,6 +406,8 @@ EDITS = [
          "if cache_dir and Path(cache_dir)", "if False and Path(cache_dir)", "hostile"),
     Edit("a temporary file is named", "files.py",
          "error.filename = str(path)", "pass", "hostile"),
+    Edit("an exercise passes over flags", "exercises/grader.py", "    if flags:", "    if False:",
+         "exercises"),
     Edit("the held-out folder is not verified", "verify.py",
          "if val_dir and val_dir not in DATASETS:", "if False:", "folders"),
     Edit("an average that never begins", "plan.py", "if ema_every > total", "if False", "hostile"),
