@@ -379,8 +379,8 @@ class DiffusionProcess:
         """The one sampling loop: a generator that yields (t, x_t, x_0) after each step.
 
         t is the level just reached, -1 in the last item, whose x_t is the finished picture; x_0 is
-        the model's newest estimate. The model is called exactly `steps` times (twice as often
-        with guidance other than 0 and 1: see model_calls).
+        the newest estimate, made from the x_t before this one. The model is called exactly `steps`
+        times (twice as often with guidance other than 0 and 1: see model_calls).
 
         x_T: [B, C, H, W] noise.  seed, first_index: which noise the steps add (see seeded_noise).
         sampler: a key of SAMPLERS; steps, eta, spacing default to its row.  y: [B] class indices.

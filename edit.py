@@ -211,8 +211,8 @@ def main(argv=None):
     spare([*(args.images or []), *([args.mask] if args.mask else [])],
           *(Path(args.output_dir) / name for name in ("edited.png", "edited_only.png")))
     device = get_device(args.device)
-    output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")
     _, model, diffusion, data = open_model(args, device)
+    output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")
     size, channels, classes = data["image_size"], model.image_channels, data["classes"]
     if args.task == "colourise" and channels != 3:
         raise ValueError("--task colourise needs a model of colour pictures, and this one is grey: "

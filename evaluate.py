@@ -276,11 +276,11 @@ def main(argv=None):
     args = parse(argv)
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint, images=args.dataset)
+    model, diffusion, data = load_model(args.checkpoint, device)
+    keep_apart(args.dataset, args.output_dir)
+    keep_apart_from_own(data, args.output_dir)
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png",
                                  "race.json", "race.png", "stages.json", "stages.png")
-    model, diffusion, data = load_model(args.checkpoint, device)
-    keep_apart(args.dataset, output_dir)
-    keep_apart_from_own(data, output_dir)
     known = same_classes(data, args.dataset)
     images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
     if args.stages:

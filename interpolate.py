@@ -137,8 +137,8 @@ def main(argv=None):
     spare(args.images or [],
           *(Path(args.output_dir) / name for name in ("morph.png", "lerp_slerp.png")))
     device = get_device(args.device)
-    output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
     checkpoint, model, diffusion, data = open_model(args, device)
+    output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
     size, classes = data["image_size"], data["classes"]
     y, _ = choose_labels(args.label, classes, args.frames)
     y = None if y is None else y.to(device)

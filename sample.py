@@ -301,14 +301,14 @@ def main(argv=None):
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["weights"],
                                  beside=Path(args.recreate or ".").parent)
+    model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
+    keep_apart_from_own(data, args.output_dir)  # before a folder is made: it would count as a class
     output_dir = make_output_dir(args.output_dir, picture.name,
                                  "generation_strip.png", "generation.gif")
     if args.single_images:
         make_output_dir(output_dir / "generated_samples")
     if args.show_intermediate:
         make_output_dir(output_dir / "generation_frames")
-    model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
-    keep_apart_from_own(data, output_dir)
     if again and again["weights"] != data["digest"]:
         raise ValueError(f"{args.recreate} was not made with {args.checkpoint}, but with weights "
                          f"of digest {str(again['weights'])[:12]}..., "

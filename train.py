@@ -199,7 +199,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders,
     and Stopped (a KeyboardInterrupt) after a signal, with the state saved once there is any.
     """
-    settings = {name: value for name, value in locals().items()
+    arguments = dict(locals())                  # the first line: these, and nothing else
+    settings = {name: value for name, value in arguments.items()
                 if name not in (*MAY_CHANGE, "model_config")}
     model_config = {name: tuple(value) if isinstance(value, list) else value
                     for name, value in model_config.items()}

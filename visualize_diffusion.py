@@ -384,7 +384,6 @@ def main(argv=None):
 
     device = get_device(args.device)
     keep_apart(args.dataset, args.output_dir)
-    output_dir = make_output_dir(args.output_dir, *(FIGURES[name].file for name in names))
     args.schedule, args.num_timesteps = args.schedule or "linear", args.num_timesteps or 1000
     if without_model and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} has a process of its own: "
@@ -394,6 +393,7 @@ def main(argv=None):
         loaded = *open_model(args, device)[1:], device
         if args.figure not in ("predictors", "explore"):
             refuse_other_images(args, loaded[2])
+    output_dir = make_output_dir(args.output_dir, *(FIGURES[name].file for name in names))
     for name in names:
         path, needs = output_dir / FIGURES[name].file, FIGURES[name].needs
         if needs == "data":

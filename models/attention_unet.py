@@ -25,9 +25,9 @@ ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
 def zeroed(layer):
-    """The layer with zeros in it. A residual block or attention that ends in it adds nothing at
-    first: the network begins shallow, and the error passes the shortcuts unchanged (as in the code
-    of Ho et al. 2020)."""
+    """Set a layer's weights and bias to zero, and return it. A residual block or attention that
+    ends in it adds nothing at first: the network begins shallow, and the error passes the shortcuts
+    unchanged (as in the code of Ho et al. 2020)."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -126,10 +126,10 @@ class UNet(nn.Module):
                              f"got {height}x{width}")
 
     def output(self, x_t, h):
-        """The prediction. Asked for the noise, a correction to the input: at high t, x_t nearly is
-        that noise; copied through the convolutions and norms it came out 2 % wrong after 5 epochs
-        of MNIST, and predict_x0 multiplies that by up to 157. Asked for x0 or v, at high t x_t is
-        what has to vanish."""
+        """The prediction. For eps, h is a correction that is added to x_t, because at high t x_t
+        already is nearly the noise; copied through the convolutions and norms it came out 2 % wrong
+        after 5 epochs of MNIST, and predict_x0 multiplies that by up to 157. For x0 and v nothing
+        is added: at high t x_t is what has to vanish."""
         return x_t + h if self.add_input else h
 
     def run(self, block, *inputs):

@@ -406,6 +406,11 @@ EDITS = [
          "if cache_dir and Path(cache_dir)", "if False and Path(cache_dir)", "hostile"),
     Edit("a temporary file is named", "files.py",
          "error.filename = str(path)", "pass", "hostile"),
+    Edit("a folder made among the images", "edit.py",
+         "    _, model, diffusion, data = open_model(args, device)\n    output_dir = make_output_dir("
+         'args.output_dir, "edited.png", "edited_only.png")\n',
+         '    output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")\n'
+         "    _, model, diffusion, data = open_model(args, device)\n", "figures"),
     Edit("an exercise passes over flags", "exercises/grader.py", "    if flags:", "    if False:",
          "exercises"),
     Edit("the held-out folder is not verified", "verify.py",

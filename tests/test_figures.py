@@ -9,6 +9,8 @@ from PIL import Image
 
 import convergence
 import data
+import edit
+import evaluate
 import interpolate
 import run_figures
 import sample
@@ -510,13 +512,15 @@ def test_a_foreign_table_or_sheet_is_one_line(run, tmp_path, capsys):
 
 
 def test_nothing_is_written_among_the_images_that_a_model_was_trained_on(tmp_path, capsys):
-    """A figure would be one image more, and the run could not be resumed."""
+    """A figure would be one image more, and the run could not be resumed. Nor is a folder made
+    there: it would count as a class."""
     (tmp_path / "photos").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "photos" / "a.png")
     write_model(tmp_path / "x.pt", name=str(tmp_path / "photos"))
-    for command, flags in ((figures, ["--figure", "reverse"]), (sample, []),
-                           (interpolate, ["--frames", "2"])):
-        said = fails(capsys, command.main, *flags, "--checkpoint", tmp_path / "x.pt",
-                     "--device", "cpu", "--output_dir", tmp_path / "photos")
-        assert "are not apart" in said
+    for command, flags in ((figures, ["--figure", "reverse"]), (sample, ["--single_images"]),
+                           (interpolate, ["--frames", "2"]), (edit, []), (evaluate, [])):
+        for output in ("photos", "photos/new"):
+            said = fails(capsys, command.main, *flags, "--checkpoint", tmp_path / "x.pt",
+                         "--device", "cpu", "--output_dir", tmp_path / output)
+            assert "are not apart" in said
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.png"]
