@@ -186,11 +186,14 @@ def add_drawing_flags(add):
     add("--sampler",
         "how to step down; default: what shipped weights were measured with, ddim for others",
         choices=sorted(SAMPLERS))
-    add("--steps", "model calls, twice as many with guidance; default: " + ", ".join(
-        f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()), type=positive_int)
-    add("--spacing", "at which timesteps; default: the sampler's own", choices=sorted(SPACINGS))
+    add("--steps", "model calls, twice as many with guidance; "
+        "default: as the model's card says where --sampler is not given, else " + ", ".join(
+            f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()),
+        type=positive_int)
+    add("--spacing", "at which timesteps; default: as the model's card says where --sampler is not "
+        "given, else the sampler's own", choices=sorted(SPACINGS))
     add("--eta", "fresh noise in each step: 0 none, 1 as much as DDPM, "
-        f"up to {MAX_ETA} more, for many steps; "
+        f"above 1 (at most {MAX_ETA}) more, only with many steps; "
         "default: as the model's card says, or the sampler's own", type=number_from(0, MAX_ETA))
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the "
         "cost; default: as the model's card says, or 1", type=guidance_number)

@@ -50,9 +50,9 @@ class Plan(NamedTuple):
         return (total // one + total // other - total // math.lcm(one, other)
                 + bool(total % one and total % other))
 
-    def is_due(self, every, step):
-        """Do pictures or a checkpoint, due `every` so many steps and at the end, come now?"""
-        return step % every == 0 or step == self.total_steps
+    def pictures_due(self, step):
+        """Are pictures drawn after this step? Every sample_every steps, and at the end."""
+        return step % self.sample_every == 0 or step == self.total_steps
 
     def count(self, every):
         """How many of them there will be."""

@@ -159,7 +159,7 @@ def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, 
         state.held_out_losses[step] = value
         best = value == min(state.held_out_losses.values())
         text += f", held-out loss {value:.4f}"
-    if plan.is_due(plan.sample_every, step):
+    if plan.pictures_due(step):
         path = keeper.folder / "samples" / f"{plan.name(step)}.png"
         save_images(sample_images(state.ema.model, diffusion, device, num_samples, image_size),
                     path)

@@ -87,7 +87,7 @@ def load_batches(dataset_name, batch_size, seed, flip, turn, labels, data_dir, v
             and images.nbytes < torch.cuda.get_device_properties(device).total_memory / 8):
         images = images.to(device)      # then no step waits for a copy
     kept, held = split_held_out(len(images), 0.0 if val_dir else val_fraction, seed)
-    held_out = None                     # or 64 at a time, as many as make a sheet: see print_cost
+    held_out = None                     # or 64 at a time
     if val_dir:
         held_out = Batches(held_arrays[0], held_arrays[1] if same else None, batch_size=64)
         if classes and not same:
