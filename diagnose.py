@@ -32,6 +32,7 @@ from utils import describe_device, get_device, shuffled
 DECIBELS = (10, 5, 0, -5, -10, -15)  # signal over noise: the levels at which a network is asked
 IMAGES = 32
 FEW_STEPS = 300  # with less no preset draws anything that can be read
+LEARNT = 0.75  # error over the linear filter's; of a trained network it is half of that filter's
 
 # Every cause that can be found: what it is, and what to do next. The first make the later ones
 # meaningless, so this is the order in which they are told.
@@ -53,7 +54,7 @@ CAUSES = {
     "deaf": (
         "the network does not listen to the time",
         "pass t to the network, in training too, and see that it reaches every block "
-        "(models/unet.py: DownBlock)"),
+        "(DownBlock in models/unet.py, ResBlock in models/attention_unet.py)"),
     "labels": (
         "the classes say nothing to it",
         "look whether images and labels still belong together where they are loaded: "
@@ -261,23 +262,29 @@ def check_labels(model, diffusion, images, labels, device="cpu"):
                             f"its error falls by {gain:.1%} +- {error:.1%}")]
 
 
+def has_hardly_begun(losses, settings):
+    """Was it random weights a few steps ago? Not if the steps are unknown."""
+    return 0 < len(losses) < FEW_STEPS and not settings.get("started_from")
+
+
 def check_training(ratio, losses, settings):
     """Did it learn enough, and if not, for want of steps or because the steps were too large?"""
-    if len(losses) < 4:
+    steps, hardly_begun = len(losses), has_hardly_begun(losses, settings)
+    if steps == 0 or ratio < LEARNT and not hardly_begun:
         return []
-    if ratio < 0.75:
-        return [Cause("few steps",
-                      f"{len(losses)} steps are few: pictures take shape within the first "
-                      "thousand")] * (len(losses) < FEW_STEPS and not settings.get("started_from"))
-    third, fourth = (statistics.fmean(part) for part in torch.tensor(losses).tensor_split(4)[2:])
-    usual = 1e-2 if settings.get("optimizer") == "muon" else 2e-3
+    early = f"; {steps} steps are few: pictures take shape within the first thousand" * hardly_begun
+    if ratio < LEARNT or steps < 4:
+        return [Cause("few steps", f"its error is {ratio:.2f} times that of the best linear filter"
+                      + early)]
     rate = settings.get("learning_rate")
     rate = rate if isinstance(rate, float) else 0.0
+    third, fourth = (statistics.fmean(part) for part in torch.tensor(losses).tensor_split(4)[2:])
     falling = (third - fourth) / max(third, 1e-9)
     seen = (f"its error is {ratio:.2f} times that of the best linear filter (a trained network "
-            f"reaches half of it) after {len(losses)} steps at a rate of {rate:g}; "
-            f"in their last quarter the loss was {falling:.0%} lower than in the one before")
+            f"reaches half of it) after {steps} steps at a rate of {rate:g}; "
+            f"in their last quarter the loss was {falling:.0%} lower than in the one before{early}")
     few = [Cause("few steps", seen)]
+    usual = 1e-2 if settings.get("optimizer") == "muon" else 2e-3
     return ([Cause("rate", seen), *few]
             if rate > usual or falling < 0.02 and rate > usual / 2 else few)
 
@@ -313,7 +320,7 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
     labels: of held, if the model knows classes.  losses: of each step.
     settings: of the training, and what it started from, if not from random weights.
     """
-    weights = average.state_dict() if hasattr(average, "state_dict") else {}
+    settings, weights = settings or {}, getattr(average, "state_dict", dict)()
     images = images[shuffled(len(images))[:20_000]]     # a folder begins with the first sub-folder
     losses, power, some = list(losses), spectrum(images[:2000]), held[:IMAGES]
     y = None if labels is None else labels[:IMAGES].to(device)
@@ -327,9 +334,14 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
             causes, best, ratio = causes + lag, raw, ratio_raw
     ratios = {own.name: ratio}
     ratios.update((other.name, errors(best, other, some, power, y, device)) for other in others)
-    causes += check_readings(ratios) + check_time(best, diffusion, some, device)
     # How well it has learnt what it was trained for, be that what is asked of it now or not.
-    unlearnt = check_training(min(map(typical, ratios.values())), losses, settings or {})
+    learnt = min(map(typical, ratios.values()))
+    if learnt >= LEARNT and has_hardly_begun(losses, settings):
+        # All its answers are bad, and which question suits it best says nothing yet.
+        unlearnt = check_training(typical(ratio), losses, settings)
+    else:
+        unlearnt = check_training(learnt, losses, settings)
+        causes += check_readings(ratios) + check_time(best, diffusion, some, device)
     causes += unlearnt
     # One that has learnt little has not learnt the classes either.
     if labels is not None and not unlearnt:

@@ -95,6 +95,14 @@ def read_evaluation(path, checkpoint, digest):
     return facts
 
 
+def for_eyes(card):
+    """A card as JSON that one likes to read: four digits, and nothing of what it does not have."""
+    known = {name: value for name, value in card.items() if value is not None}
+    text = json.dumps(known, default=str, skipkeys=True)
+    known = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    return json.dumps(known, indent=1)
+
+
 @command
 def main(argv=None):
     parser = Parser(description="Make a small file to share out of a checkpoint.")
@@ -113,8 +121,8 @@ def main(argv=None):
         card = entries.get("card")
         if not isinstance(card, dict):
             raise ValueError(f"{args.card} has no card: export.py did not write it")
-        card = {**card, "network": entries.get("model_config")}  # what --start_from has to be told
-        print(json.dumps(card, indent=1, default=str, skipkeys=True))
+        card["network"] = entries.get("model_config")           # what --start_from has to be told
+        print(for_eyes(card))
         return
     output = Path(args.output)
     make_output_dir(output.parent, output.name)

@@ -1,7 +1,5 @@
 """Plots of the numbers visualize_diffusion.py finds: schedules, solvers, one step, losses."""
 
-import textwrap
-
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -9,7 +7,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from convergence import SOLVERS
-from images import COLOURS, LINES, image_grid, new_figure, save_figure, to_uint8
+from images import COLOURS, LINES, image_grid, new_figure, save_figure, to_uint8, wrapped
 from predictors import NO_PREDICTION
 from schedules import SPACINGS
 
@@ -173,7 +171,7 @@ def predictors_figure(edges, errors, path, title=None):
     axes.set_xticks(range(len(edges) - 1),
                     [f"t = {low} to {high - 1}" for low, high in zip(edges, edges[1:])])
     axes.set_ylabel("mean squared error")
-    axes.set_title("\n".join(textwrap.wrap(title or "", 100)), fontsize=10.5)
+    axes.set_title(wrapped(title, 8, 10.5), fontsize=10.5)
     axes.legend(frameon=False, ncols=len(errors), loc="upper center",
                 bbox_to_anchor=(0.5, -0.1), fontsize=9)
     save_figure(figure, path)

@@ -4,6 +4,7 @@
 import io
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import matplotlib.backends.backend_agg  # noqa: F401: else at a plot, where a signal may break it
@@ -127,6 +128,12 @@ def as_text(name):
     return str(name).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
+def wrapped(text, inches, points=12):
+    """Words on as many lines as keep them within so many inches; letters are half as wide as high,
+    about.  text: None is none."""
+    return "\n".join(textwrap.wrap(text or "", max(20, int(inches * 144 / points))))
+
+
 DPI = 150  # dots in an inch of a figure
 
 
@@ -157,7 +164,7 @@ def save_strip(rows, column_labels, path, row_labels=None, title=None):
                      labelsize=10.5)
     axes.spines[:].set_visible(False)
     if title:
-        axes.set_title(title, fontsize=13, pad=14)
+        axes.set_title(wrapped(title, figure.get_figwidth(), 13), fontsize=13, pad=14)
     save_figure(figure, path)
 
 
@@ -169,6 +176,11 @@ def new_figure(width, height, rows=1, columns=1, **settings):
         one.grid(alpha=0.25)
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def set_heading(figure, text):
+    """A title above all panels of a figure."""
+    figure.suptitle(wrapped(text, figure.get_figwidth()), fontsize=12)
 
 
 def moving_average(values, window):

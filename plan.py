@@ -93,7 +93,8 @@ def print_cost(plan, done, batches, held_out, step_seconds, call_seconds, pictur
     rate = batches.batch_size / step_seconds
     which = (f"the {plan.total_steps - done} steps left" if done
              else f"the whole run of {plan.total_steps} steps")
-    print(f"cost: an epoch is {len(batches)} steps of {batches.batch_size} images, about "
+    print(f"cost: an epoch is {len(batches)} step{'s' * (len(batches) > 1)} "
+          f"of {batches.batch_size} images, about "
           f"{format_seconds(len(batches) * step_seconds)} here ({rate:.0f} images/s); "
           f"{which} about {format_seconds(seconds)}, "
           f"with {format_seconds(pictures)} for each set of pictures; "

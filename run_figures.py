@@ -65,7 +65,8 @@ def epochs_figure(run, path, image_size, count, columns=8):
             torch.stack([pixels[:, PADDING:cell, x:x + image_size] for x in here])))
     fewest = min(len(row) for row in tiles)                 # a resumed run may draw more
     save_strip(list(torch.stack([row[:fewest] for row in tiles], dim=1)),
-               [when(sheet) for sheet in sheets], path)
+               [when(sheet) for sheet in sheets], path,
+               title="the same noises, after more training")
 
 
 def loss_figure(run, path):

@@ -148,7 +148,7 @@ def level_name(t):
     return f"t = {t}" if t >= 0 else "finished"
 
 
-def save_generation_strip(frames, path, num_images=3, num_columns=11):
+def save_generation_strip(frames, path, num_images=3, num_columns=11, title=None):
     """For a few images, x_t above and the x_0 estimated from it below; timesteps over columns."""
     picks = torch.linspace(0, len(frames) - 1, min(num_columns, len(frames))).round().int().tolist()
     columns = [frames[k] for k in picks]
@@ -157,7 +157,7 @@ def save_generation_strip(frames, path, num_images=3, num_columns=11):
         rows.append(torch.stack([x_t[i] for _, x_t, _ in columns]))
         rows.append(torch.stack([x_0[i] for _, _, x_0 in columns]))
         labels += ["$x_t$", r"guess of $x_0$"]
-    save_strip(rows, [level_name(t) for t, _, _ in columns], path, row_labels=labels)
+    save_strip(rows, [level_name(t) for t, _, _ in columns], path, row_labels=labels, title=title)
 
 
 def draw_frame(t, x_t, x_0, num_images=16, height=360):
@@ -222,9 +222,9 @@ def parse(argv):
     add("--single_images",
         "also write each image to a file of its own, in the folder generated_samples",
         False, action="store_true")
-    add("--recreate", "make this picture again as recreated.png: its own settings go before all "
-        "other flags; --checkpoint is found by itself if it is outputs/model_final.pt, "
-        "lies beside the picture or is shipped", metavar="PNG")
+    add("--recreate", "make this picture again as recreated.png in --output_dir: its own settings "
+        "go before all other flags; --checkpoint is found by itself if it is "
+        "outputs/model_final.pt, lies beside the picture or is shipped", metavar="PNG")
     add("--batch_size", "images at a time", 64, type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device")

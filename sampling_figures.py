@@ -23,7 +23,9 @@ def reverse_figure(model, diffusion, path, timesteps, count, **settings):
     levels = diffusion.sampling_levels(settings["sampler"], settings["steps"])
     _, frames = generate(model, diffusion, count, keep=nearest_levels(levels[:-1], timesteps),
                          **settings)
-    save_generation_strip(frames, path, num_images=count, num_columns=len(frames))
+    save_generation_strip(frames, path, num_images=count, num_columns=len(frames),
+                          title=f"the reverse process, {settings['sampler']} "
+                                f"in {len(levels) - 1} steps")
     save_gif([draw_frame(*frame) for frame in frames], path.with_suffix(".gif"), seconds=0.5)
     return [path, path.with_suffix(".gif")]
 

@@ -151,7 +151,7 @@ def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, 
     if keeper.replacing:
         keeper.save(LATEST)
     state, step = keeper.state, len(keeper.state.losses)
-    loss = statistics.fmean(state.losses[plan.previous_report(step):])
+    loss = statistics.fmean(state.losses[state.reported:])
     text = f"{plan.title(step)}: mean loss {loss:.4f}, {seconds:.0f} s"
     best = False
     if held_out:

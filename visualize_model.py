@@ -26,7 +26,8 @@ from command_line import (Parser, command, format_seconds, make_output_dir, posi
                           seed_number, whole_number)
 from data import DATASET_HELP, class_names, keep_apart
 from diffusion import SAMPLERS
-from images import COLOURS, as_text, image_grid, new_figure, save_figure, to_uint8
+from images import (COLOURS, as_text, image_grid, new_figure, save_figure, set_heading,
+                    to_uint8)
 from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest,
                     centre_accuracy, choose_layer, find_tsne, model_table, parts, pca, reach,
                     sampled, table_lines, time_embeddings, tsne)
@@ -113,7 +114,7 @@ def attention_figure(moments, query, path, title=None):
         axis.set_title(name, fontsize=10.5)
     bar = figure.colorbar(drawn, ax=axes, shrink=min(1, 3 / len(moments)), format="%g", pad=0.015)
     bar.set_label("attention, times the even share")
-    figure.suptitle(title, fontsize=12)
+    set_heading(figure, title)
     save_figure(figure, path)
 
 
@@ -146,7 +147,7 @@ def activations_figure(x_t, seen, picture, path, title=None, channels=8):
         count, height, width = output.shape
         panels[0].set_ylabel(f"{name}\n{count} of {height}x{width}", fontsize=9.5, rotation=0,
                              ha="right", va="center", labelpad=6)
-    figure.suptitle(title, fontsize=12)
+    set_heading(figure, title)
     save_figure(figure, path)
 
 
@@ -185,7 +186,7 @@ def time_figure(sines, learned, timesteps, path, title=None):
     axes[0, 1].set_title("three of its sines, by the length of a wave", fontsize=10.5)
     for axis in axes.flat:
         axis.set_xlabel("timestep t")
-    figure.suptitle(title, fontsize=12)
+    set_heading(figure, title)
     save_figure(figure, path)
 
 
@@ -252,7 +253,7 @@ def features_figure(features, labels, names, path, project, heading=None):
         axis.set_yticks([], [])
     for axis in axes.flat[len(features) + 1:]:
         axis.axis("off")
-    figure.suptitle(heading, fontsize=12)
+    set_heading(figure, heading)
     save_figure(figure, path)
     return [*lines, f"all of them, by timestep: {phrase}"]
 
@@ -277,7 +278,7 @@ def table_figure(levels, path, title=None):
     for axis in (left, right):
         axis.grid(False, axis="y")
         axis.set_axisbelow(True)
-    figure.suptitle(title, fontsize=12)
+    set_heading(figure, title)
     save_figure(figure, path)
 
 

@@ -204,3 +204,20 @@ def test_the_rate_is_blamed_if_it_is_high_or_if_nothing_falls_any_more(rate, los
 def test_sixty_steps_are_few_however_small_the_error():
     """The preset quick learns so fast that its error said nothing; its digits were illegible."""
     assert [cause.key for cause in d.check_training(0.4, [0.3] * 60, {})] == ["few steps"]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20, 299])
+def test_a_training_that_has_hardly_begun_is_told_so_and_nothing_else(steps, images):
+    """Its answers fitted images in [0, 1] best, by chance, and did not depend on the time."""
+    process = DiffusionProcess(objective="x0")
+    half = DiffusionProcess(schedule="cosine")
+
+    def begun(x_t, t, y=None):
+        return exact(*roots(half), "x0", mean=0.5)(x_t, torch.full_like(t, 300)) * 2
+
+    begun.num_classes, begun.image_channels = None, 1
+    told = [[cause.key for cause in d.diagnose(begun, None, process, images[:200], images[200:],
+                                               losses=losses)[0]]
+            for losses in ([0.9] * steps, [0.9] * 400, [])]
+    assert told[0][0] == "few steps" and not {"assumption", "deaf"} & set(told[0])
+    assert all("deaf" in keys for keys in told[1:])

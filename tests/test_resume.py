@@ -138,6 +138,14 @@ def test_a_finished_run_can_be_prolonged(tmp_path):
     assert same(a, b)
 
 
+def test_the_mean_loss_that_is_told_is_that_of_the_steps_since_the_last_report(tmp_path, capsys):
+    settings = {**RUN, "lr_schedule": "constant", "save_every": None, "val_fraction": 0.0}
+    losses = train(**settings, steps=6, output_dir=tmp_path)[2]
+    assert f"step 6/6: mean loss {np.mean(losses):.4f}" in capsys.readouterr().out
+    losses = train(**settings, steps=10, output_dir=tmp_path, resume="latest")[2]
+    assert f"step 10/10: mean loss {np.mean(losses[6:]):.4f}" in capsys.readouterr().out
+
+
 def test_changed_settings_are_refused_with_both_values(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_before(2, patch)
