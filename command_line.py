@@ -33,6 +33,23 @@ def stopped(stop):
     sys.exit(128 + getattr(stop, "number", signal.SIGINT))
 
 
+def one_line(error):
+    """What a command says of an error, or None for one that only a traceback explains."""
+    text = str(error).strip()
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        text = f"--compile does not work here: {(text.splitlines() or ['no reason is given'])[0]}"
+    elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
+                                            and re.search(FULL, text)):
+        text = ("out of memory; try fewer or smaller images at a time, and in training "
+                "--accumulate 2, fewer --num_samples, --grad_checkpoint, "
+                "a smaller --base_channels or --image_size")
+    elif isinstance(error, RuntimeError):
+        return None
+    elif isinstance(error, OSError):
+        text = (f"{error.filename}: " if error.filename else "") + str(error.strerror or error)
+    return " ".join(text.split())
+
+
 def command(main):
     """Decorate main(argv=None): turn a bad value or an unusable file into one clear line."""
     @functools.wraps(main)
@@ -53,34 +70,22 @@ def command(main):
             # else Python complains at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)                                   # as a shell counts it, 128 + SIGPIPE
-        except (RuntimeError, MemoryError) as error:
+        except KeyboardInterrupt as stop:
+            stopped(stop)
+        except (RuntimeError, MemoryError, OSError, ValueError, FloatingPointError) as error:
             # Python 3.11 wraps what __set_name__ raises
             if isinstance(error.__cause__, KeyboardInterrupt):
                 stopped(error.__cause__)
-            mine, text = True, str(error).strip()
-            if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-                message = ("--compile does not work here: "
-                           f"{(text.splitlines() or ['no reason is given'])[0]}")
-            elif isinstance(error, MemoryError) or re.search(FULL, text):
-                message = ("out of memory; try fewer or smaller images at a time, and in training "
-                           "--accumulate 2, fewer --num_samples, --grad_checkpoint, "
-                           "a smaller --base_channels or --image_size")
-            else:
+            message = one_line(error)
+            if message is None or sys.flags.dev_mode:       # python -X dev: to look for a bug
                 raise
-        except OSError as error:
-            mine = True
-            name = f"{error.filename}: " if error.filename else ""
-            message = f"{name}{error.strerror or error}"
-        except (ValueError, FloatingPointError) as error:
-            mine = False                        # of several processes, the others meet the same
-            message = str(error)
-        except KeyboardInterrupt as stop:
-            stopped(stop)
+            # of several processes, the others meet the same wrong value
+            mine = not isinstance(error, (ValueError, FloatingPointError))
         if not speaks() and mine:
             message = f"process {os.environ['RANK']}: {message}"
         # else torchrun's first process tells it
         if speaks() or mine or "TORCHELASTIC_RUN_ID" not in os.environ:
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     return wrapped
 

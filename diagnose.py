@@ -27,7 +27,7 @@ from measures import copied_share, nearest_images
 from reference import held_labels, load_reference, note_other_images, same_classes
 from sample import generate, seconds_for
 from schedules import SCHEDULES, linear_alpha_bar
-from utils import describe_device, get_device, shuffled
+from utils import describe_device, evaluating, get_device, shuffled
 
 DECIBELS = (10, 5, 0, -5, -10, -15)  # signal over noise: the levels at which a network is asked
 IMAGES = 32
@@ -323,32 +323,34 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
     settings, weights = settings or {}, getattr(average, "state_dict", dict)()
     images = images[shuffled(len(images))[:20_000]]     # a folder begins with the first sub-folder
     losses, power, some = list(losses), spectrum(images[:2000]), held[:IMAGES]
-    y = None if labels is None else labels[:IMAGES].to(device)
-    own, *others = readings(diffusion)
-    best, ratio = average, errors(average, own, some, power, y, device)
-    causes = check_schedule(diffusion) + check_divergence(weights, losses)
-    if raw is not None:
-        ratio_raw = errors(raw, own, some, power, y, device)
-        lag = check_average(typical(ratio), typical(ratio_raw))
-        if lag:                         # what a cold average hides is seen in the last weights
-            causes, best, ratio = causes + lag, raw, ratio_raw
-    ratios = {own.name: ratio}
-    ratios.update((other.name, errors(best, other, some, power, y, device)) for other in others)
-    # How well it has learnt what it was trained for, be that what is asked of it now or not.
-    learnt = min(map(typical, ratios.values()))
-    if learnt >= LEARNT and has_hardly_begun(losses, settings):
-        # All its answers are bad, and which question suits it best says nothing yet.
-        unlearnt = check_training(typical(ratio), losses, settings)
-    else:
-        unlearnt = check_training(learnt, losses, settings)
-        causes += check_readings(ratios) + check_time(best, diffusion, some, device)
-    causes += unlearnt
-    # One that has learnt little has not learnt the classes either.
-    if labels is not None and not unlearnt:
-        causes += check_labels(best, diffusion, held[:8 * IMAGES], labels[:8 * IMAGES], device)
-    y = torch.arange(64) % average.num_classes if getattr(average, "num_classes", None) else None
-    samples, _ = generate(average, diffusion, 64, held.shape[-1], y=y, device=device)
-    causes += check_samples(to_uint8(samples), images, held[:500])
+    with evaluating(average), evaluating(raw):
+        y = None if labels is None else labels[:IMAGES].to(device)
+        own, *others = readings(diffusion)
+        best, ratio = average, errors(average, own, some, power, y, device)
+        causes = check_schedule(diffusion) + check_divergence(weights, losses)
+        if raw is not None:
+            ratio_raw = errors(raw, own, some, power, y, device)
+            lag = check_average(typical(ratio), typical(ratio_raw))
+            if lag:                         # what a cold average hides is seen in the last weights
+                causes, best, ratio = causes + lag, raw, ratio_raw
+        ratios = {own.name: ratio}
+        ratios.update((other.name, errors(best, other, some, power, y, device)) for other in others)
+        # How well it has learnt what it was trained for, be that what is asked of it now or not.
+        learnt = min(map(typical, ratios.values()))
+        if learnt >= LEARNT and has_hardly_begun(losses, settings):
+            # All its answers are bad, and which question suits it best says nothing yet.
+            unlearnt = check_training(typical(ratio), losses, settings)
+        else:
+            unlearnt = check_training(learnt, losses, settings)
+            causes += check_readings(ratios) + check_time(best, diffusion, some, device)
+        causes += unlearnt
+        # One that has learnt little has not learnt the classes either.
+        if labels is not None and not unlearnt:
+            causes += check_labels(best, diffusion, held[:8 * IMAGES], labels[:8 * IMAGES], device)
+        classes = getattr(average, "num_classes", None)
+        y = torch.arange(64) % classes if classes else None
+        samples, _ = generate(average, diffusion, 64, held.shape[-1], y=y, device=device)
+        causes += check_samples(to_uint8(samples), images, held[:500])
     return sorted(causes, key=lambda cause: list(CAUSES).index(cause.key)), ratios
 
 

@@ -7,7 +7,8 @@ import math
 import textwrap
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401: else at a plot, where a signal may break it
+# Imported now and not at the first plot, where a signal would leave it half imported.
+import matplotlib.backends.backend_agg  # noqa: F401
 import numpy as np
 import torch
 from matplotlib.figure import Figure

@@ -41,7 +41,8 @@ def rate_at(step, total_steps, peak, schedule="constant", warmup=0):
 def hold_back(optimizer, sound):
     """From the first step on that is not `sound` (a boolean tensor), let the optimizer do nothing.
 
-    The device itself sees to that, in torch's fused optimizers, so no step waits for an answer.
+    The device itself sees to that, in Muon and torch's fused optimizers, so no step waits for an
+    answer.
     Returns 0 as long as all was well, then 1.
     """
     bad = (~sound).float()
@@ -58,7 +59,7 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     without (Ho & Salimans 2022, algorithm 1).   min_snr: see DiffusionProcess.training_loss.
     density: how often each timestep is met, see get_timesteps.
     Returns the loss. A loss or gradient that is not a number raises FloatingPointError and leaves
-    the weights as they are; on a GPU with a fused optimizer, which does not wait to hear of it, all
+    the weights as they are; on a GPU with one of OPTIMIZERS, which do not wait to hear of it, all
     losses from then on are NaN instead.
     Of several processes each works on every n-th image. What is random is drawn for the whole batch
     first, so that neither parts nor processes change it.
@@ -90,7 +91,8 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in model.parameters() if p.grad is not None])
     sound = (loss + norm).isfinite()
-    if x_0.device.type == "cuda" and optimizer.defaults.get("fused"):
+    knows_found_inf = isinstance(optimizer, Muon) or optimizer.defaults.get("fused")
+    if x_0.device.type == "cuda" and knows_found_inf:
         loss = loss.where(hold_back(optimizer, sound) == 0, math.nan)
     elif not sound:
         raise FloatingPointError(f"no number any more: loss {float(loss)}, "
@@ -154,7 +156,7 @@ def train_steps(model, batches, optimizer, diffusion, device, steps, losses, bar
                 losses.append(loss)  # still on the device; its place counts the step
             bar.update()
             now = time.perf_counter()
-            last = k == steps - 1       # there all processes look, lest one leave others waiting
+            last = k == steps - 1       # of several processes all look only here, and stop together
             if last or now - shown > 1 and world == 1:
                 shown = now
                 loss = loss.item()      # a GPU waits here, once a second

@@ -118,8 +118,9 @@ def run_files(folder):
 
 
 def clear_run(folder, keep):
-    """Delete what an earlier run has written into a folder. keep: the first file of the new one."""
-    old = [path for path in run_files(folder) if path.name != keep]
+    """Delete what an earlier run has written into a folder. keep: the path of the new one's first
+    file."""
+    old = [path for path in run_files(folder) if path != Path(keep)]
     for path in old:
         path.unlink()
     if old:

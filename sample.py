@@ -198,7 +198,8 @@ def save_intermediate(frames, output_dir):
 # ---- The command
 
 def parse(argv):
-    """(the settings, those of --recreate's picture going before typed ones; its note, or None)"""
+    """(the settings, what the picture of --recreate tells of its making or None). Its settings win
+    over typed flags."""
     parser = Parser(description="Make new pictures from noise with a trained model.")
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)

@@ -20,7 +20,7 @@ from files import write_file
 from images import plot_losses, save_images
 from loop import held_out_loss, train_steps
 from models import model_defaults
-from running import BEST, LATEST, Stopped, clear_run
+from running import BEST, LATEST, Stopped, clear_run, run_files
 
 SAVE_SECONDS = 300  # about so many at most from one save of the latest state to the next
 
@@ -45,13 +45,14 @@ class Keeper:
 
     facts: what they tell beside the state.  signals: see running.py.
     replacing: the folder may hold an earlier run. It is deleted after the first save, so that a run
-    that fails at once has replaced nothing.
+    that fails or is stopped before has replaced nothing.
+    overwrite: that was asked for, so that one that is stopped is saved all the same.
     """
 
-    def __init__(self, folder, state, facts, steps_per_epoch, signals, replacing):
+    def __init__(self, folder, state, facts, steps_per_epoch, signals, replacing, overwrite=False):
         self.folder, self.state, self.facts, self.steps_per_epoch = (
             folder, state, facts, steps_per_epoch)
-        self.signals, self.replacing = signals, replacing
+        self.signals, self.replacing, self.overwrite = signals, replacing, overwrite
         self.tables_written, self.tables_seconds = time.perf_counter(), 0.0
 
     def save(self, name):
@@ -71,7 +72,7 @@ class Keeper:
         if path.name != LATEST:
             print(f"wrote {path}")
         if self.replacing:
-            clear_run(self.folder, keep=name)
+            clear_run(self.folder, keep=path)
             self.replacing = False
 
     def write_tables(self, rate, last):
@@ -87,20 +88,23 @@ class Keeper:
     @contextlib.contextmanager
     def saved_if_stopped(self, total_steps):
         """If a signal, a full disk or want of memory stops what is inside, save the state and let
-        it stop; but not a state that an optimizer has left half-way."""
+        it stop; but not a state that an optimizer has left half-way, nor unasked in the place of an
+        earlier run: a command typed by mistake would cost hours, and this one minutes."""
         try:
             yield
         except (Stopped, OSError, MemoryError, RuntimeError) as stop:
-            steps = len(self.state.losses)
+            steps, latest = len(self.state.losses), self.folder / LATEST
             if steps and not getattr(stop, "half_done", False):
-                with self.signals.held():
-                    self._write(LATEST)
+                if self.replacing and not self.overwrite and run_files(self.folder):
+                    saved = f"not saved, and the earlier run in {self.folder} is as it was"
+                else:
+                    with self.signals.held():
+                        self._write(LATEST)
+                    saved = (f"saved to {latest}; the same command with --resume goes on, "
+                             f"and python sample.py --checkpoint {latest} draws from it")
                 what = stop if isinstance(stop, (Stopped, OSError)) else type(stop).__name__
                 with contextlib.suppress(OSError):              # the terminal may be gone
-                    print(f"{what} after step {steps} of {total_steps}: saved to "
-                          f"{self.folder / LATEST}; the same command with --resume goes on, "
-                          "and python sample.py --checkpoint "
-                          f"{self.folder / LATEST} draws from it", flush=True,
+                    print(f"{what} after step {steps} of {total_steps}: {saved}", flush=True,
                           file=sys.stderr if isinstance(stop, BrokenPipeError) else None)
                 stop.told = isinstance(stop, Stopped)
             raise
@@ -148,7 +152,7 @@ def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, 
 
     seconds: since the last one.  held_out: a Batches, or None.
     """
-    if keeper.replacing:
+    if keeper.replacing:                        # the pictures, too, write over an earlier run's
         keeper.save(LATEST)
     state, step = keeper.state, len(keeper.state.losses)
     loss = statistics.fmean(state.losses[state.reported:])

@@ -21,6 +21,7 @@ import math
 import sys
 import textwrap
 import time
+from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -44,7 +45,7 @@ from utils import (DENSITIES, EMA, PRECISIONS, count_parameters, describe_device
                    get_precision, peak_memory)
 from verify import verify
 
-# For whoever writes: from train import train_epoch, sample_images
+# train_epoch and sample_images are imported for `from train import train_epoch`: many look here.
 
 # What may be different when a run is resumed; everything else decides what it becomes. Of the data,
 # the images count and not where they lie.
@@ -53,9 +54,44 @@ MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "out
               "save_every", "resume", "overwrite", "start_from")
 
 
-def load_batches(dataset_name, batch_size, seed, flip, turn, labels, data_dir, val_dir,
-                 val_fraction, device, **settings):
-    """(name, names of the classes or None, Batches to train on, Batches held out or None)
+class TrainingData(NamedTuple):
+    """What a training learns from."""
+    name: str  # a key of DATASETS, or a folder
+    val_dir: str | None  # where the held-out images lie, if not among those of `name`
+    classes: list | None  # their names
+    batches: Batches
+    held_out: Batches | None
+
+    @property
+    def channels(self):
+        return self.batches.images.shape[1]
+
+    @property
+    def image_size(self):
+        return self.batches.images.shape[-1]
+
+    def facts(self, settings):
+        """For a checkpoint: what it tells of its data, and settings with what these decided."""
+        held_out, shape = self.held_out, dict(image_size=self.image_size, channels=self.channels)
+        data = {"name": full_name(self.name), "classes": self.classes, **shape,
+                "val_dir": self.val_dir and full_name(self.val_dir),
+                "val_fraction": 0.0 if self.val_dir else settings["val_fraction"],
+                **{name: settings[name] for name in ("fit", "flip", "turn", "seed")}}
+        return {"data": data, "settings": dict(
+            settings, **shape, labels=bool(self.classes), images=self.batches.fingerprint(),
+            held_out=held_out and held_out.fingerprint())}
+
+    def __str__(self):
+        shape = "x".join(map(str, self.batches.images.shape[1:]))
+        return (f"{self.name}, {self.batches.num_images} images of {shape}"
+                + (f", {self.held_out.num_images} held out" if self.held_out else "")
+                + (f", {len(self.classes)} classes "
+                   f"({textwrap.shorten(', '.join(self.classes), 100)})" if self.classes else ""))
+
+
+def load_training_data(dataset_name, batch_size, seed, flip, turn, labels, data_dir, val_dir,
+                       val_fraction, device, **settings):
+    """TrainingData of a named set or a folder, or where none is named of MNIST or synthetic digits.
 
     labels: train with classes or not; None: as the data set has them (a folder has none unasked).
     """
@@ -95,28 +131,8 @@ def load_batches(dataset_name, batch_size, seed, flip, turn, labels, data_dir, v
                   "so the held-out loss is that without a class")
     elif len(held):
         held_out = Batches(images, y, batch_size=64, indices=held)
-    return dataset_name, classes, Batches(images, y, batch_size, seed, flip, kept, turn), held_out
-
-
-def facts_of_data(dataset_name, val_dir, classes, batches, held_out, settings):
-    """What a checkpoint tells of its data, and its settings with what the data have decided."""
-    channels, image_size = batches.images.shape[1], batches.images.shape[-1]
-    data = {"name": full_name(dataset_name), "image_size": image_size, "channels": channels,
-            "classes": classes, "val_dir": val_dir and full_name(val_dir),
-            "val_fraction": 0.0 if val_dir else settings["val_fraction"],
-            **{name: settings[name] for name in ("fit", "flip", "turn", "seed")}}
-    return {"data": data, "settings": dict(
-        settings, image_size=image_size, channels=channels, labels=bool(classes),
-        images=batches.fingerprint(), held_out=held_out and held_out.fingerprint())}
-
-
-def print_data(dataset_name, classes, batches, held_out):
-    """Say what is trained on."""
-    shape = "x".join(map(str, batches.images.shape[1:]))
-    print(f"data: {dataset_name}, {batches.num_images} images of {shape}"
-          + (f", {held_out.num_images} held out" if held_out else "")
-          + (f", {len(classes)} classes ({textwrap.shorten(', '.join(classes), 100)})"
-             if classes else ""))
+    batches = Batches(images, y, batch_size, seed, flip, kept, turn)
+    return TrainingData(dataset_name, val_dir, classes, batches, held_out)
 
 
 def build_model(name, config, image_size, seed, device, grad_checkpoint):
@@ -226,19 +242,21 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             start_from = None
         elif start_from:
             spare([start_from], *run_files(output_dir))
-        dataset_name, classes, batches, held_out = load_batches(
+        data = load_training_data(
             dataset_name, batch_size * accumulate, seed, flip, turn, labels, data_dir, val_dir,
             val_fraction, device,
             image_size=image_size, channels=channels, fit=fit, cache_dir=cache_dir)
+        classes, batches, held_out = data.classes, data.batches, data.held_out
         if world > 1 and batches.batch_size % (world * accumulate):
             raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally "
                              f"by {world} processes in {accumulate} parts")
-        channels, image_size = batches.images.shape[1], batches.images.shape[-1]
         plan = make_plan(len(batches), num_epochs, steps, sample_every, save_every,
                          warmup, ema_every)
-        model_config = dict(model_defaults(model_name), **model_config, image_channels=channels,
-                            add_input=objective == "eps", num_classes=classes and len(classes))
-        model = build_model(model_name, model_config, image_size, seed, device, grad_checkpoint)
+        model_config = dict(model_defaults(model_name), **model_config,
+                            image_channels=data.channels, add_input=objective == "eps",
+                            num_classes=classes and len(classes))
+        model = build_model(model_name, model_config, data.image_size, seed, device,
+                            grad_checkpoint)
         started = start_from and take_weights(start_from, model, model_name, model_config,
                                               diffusion.config, classes)
         state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
@@ -252,14 +270,14 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             settings["total_steps"] = plan.total_steps
         facts = {"model_name": model_name, "model_config": model_config,
                  "diffusion_config": diffusion.config, "started_from": started,
-                 **facts_of_data(dataset_name, val_dir, classes, batches, held_out, settings)}
+                 **data.facts(settings)}
         facts = plain(facts, "the run")         # what cannot be saved is told before the training
 
         # ---- What is going to happen
         print(f"device: {describe_device(device, device_asked)}"
               + f", {world} processes" * (world > 1))
         print(f"precision: {precision_reason}; samples are drawn in float32")
-        print_data(dataset_name, classes, batches, held_out)
+        print(f"data: {data}")
         print(f"model: {count_parameters(model):,} parameters")
         if origin:
             restore(state, origin, facts, plan)
@@ -281,11 +299,12 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         # ---- Training
         rate = functools.partial(rate_at, total_steps=plan.total_steps, peak=learning_rate,
                                  schedule=lr_schedule, warmup=warmup)
-        keeper = Keeper(output_dir, state, facts, len(batches), signals, replacing=not same_run)
+        keeper = Keeper(output_dir, state, facts, len(batches), signals, replacing=not same_run,
+                        overwrite=overwrite)
         look = functools.partial(
             report, plan=plan, keeper=keeper, rate=rate, diffusion=diffusion, device=device,
-            precision=precision, held_out=held_out, num_samples=num_samples, image_size=image_size,
-            min_snr=min_snr)
+            precision=precision, held_out=held_out, num_samples=num_samples,
+            image_size=data.image_size, min_snr=min_snr)
         with keeper.saved_if_stopped(plan.total_steps) if rank == 0 else contextlib.nullcontext():
             follow(plan, keeper, look, network, batches, diffusion, device,
                    step_seconds=step_seconds, ema_every=ema_every, rate=rate, seed=seed,

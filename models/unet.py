@@ -97,9 +97,9 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(time_hidden_dim, time_emb_dim),
         )
-        # Row 0 is "no class" (y = -1), rows 1.. are the classes.
-        # The weights that Embedding would draw itself. Drawn here, as on the device "meta"
-        # (load_model) torch would import its compiler for that, two seconds long.
+        # Row 0 is "no class" (y = -1), rows 1.. are the classes. Embedding could draw the same
+        # random weights itself; but where load_model needs none (device "meta"), torch would import
+        # its compiler for that, which takes two seconds.
         self.class_emb = nn.Embedding.from_pretrained(
             torch.randn(num_classes + 1, time_emb_dim), freeze=False) if num_classes else None
 

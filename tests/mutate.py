@@ -365,6 +365,14 @@ EDITS = [
          "state.losses[state.reported:]", "state.losses[plan.previous_report(step):]", "resume"),
     Edit("a function not yet changed called a mistake", "exercises/grader.py",
          "if found == list(range(T - 1, -1, -(T // steps))):", "if False:", "exercises"),
+    Edit("a run stopped at once replaces a finished one", "session.py",
+         "if self.replacing and not self.overwrite", "if False and not self.overwrite", "resume"),
+    Edit("Muon steps on a bad gradient", "muon.py",
+         "update if bad is None else update.where(good, 0.0)", "update", "resume"),
+    Edit("a held step still decays", "muon.py", "p.mul_(1 - good * group", "p.mul_(1 - group",
+         "resume"),
+    Edit("no traceback for whoever looks for a bug", "command_line.py",
+         "message is None or sys.flags.dev_mode", "message is None", "hostile"),
     Edit("sixty steps are enough", "diagnose.py", "FEW_STEPS = 300", "FEW_STEPS = 3", "diagnose"),
     Edit("Data.pkl is not looked into", "checkpoint.py",
          "if len(pickles) != 1 or not", "if False and not", "commands"),
@@ -413,8 +421,8 @@ EDITS = [
     Edit("a temporary file is named", "files.py",
          "error.filename = str(path)", "pass", "hostile"),
     Edit("a folder made among the images", "edit.py",
-         "    _, model, diffusion, data = open_model(args, device)\n    output_dir = make_output_dir("
-         'args.output_dir, "edited.png", "edited_only.png")\n',
+         "    _, model, diffusion, data = open_model(args, device)\n"
+         '    output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")\n',
          '    output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")\n'
          "    _, model, diffusion, data = open_model(args, device)\n", "figures"),
     Edit("an exercise passes over flags", "exercises/grader.py", "    if flags:", "    if False:",

@@ -278,6 +278,14 @@ def test_every_command_explains_itself():
     assert "noisier 70% of" in " ".join(run.stdout.split())
 
 
+@pytest.mark.parametrize("flags, lines", [((), 1), (("-X", "dev"), 5)])
+def test_where_an_error_arose_is_shown_to_whoever_asks(flags, lines, tmp_path):
+    run = subprocess.run([sys.executable, *flags, ROOT / "export.py", "--checkpoint", "none.pt"],
+                         cwd=tmp_path, capture_output=True, text=True)
+    told = run.stderr.strip().splitlines()
+    assert "none.pt" in told[-1] and len(told) >= lines and (len(told) == 1) == (lines == 1)
+
+
 @pytest.mark.parametrize("change, reason", [
     ({"heads": 4.0}, "heads is 4.0"), ({"scale_shift": "no"}, "scale_shift is 'no'"),
     ({"dropout": float("nan")}, "dropout"),
@@ -423,7 +431,7 @@ def test_sheets_of_different_lengths_share_a_figure(tmp_path, monkeypatch):
     for epoch, count in ((1, 4), (2, 16)):
         save_images(torch.zeros(count, 1, 16, 16), tmp_path / "samples" / f"epoch_{epoch:03d}.png")
     drawn = []
-    monkeypatch.setattr(run_figures, "save_strip", lambda rows, *args: drawn.extend(rows))
+    monkeypatch.setattr(run_figures, "save_strip", lambda rows, *args, **kwargs: drawn.extend(rows))
     run_figures.epochs_figure(tmp_path, tmp_path / "epochs.png", 16, 6)
     assert [tuple(row.shape) for row in drawn] == [(2, 3, 16, 16)] * 2    # of two and four in a row
 

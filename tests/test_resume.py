@@ -25,6 +25,7 @@ from conftest import ROOT, same
 from diffusion import SAMPLERS, DiffusionProcess
 from export import export
 from loop import hold_back, train_step
+from muon import Muon
 from running import FINAL, LATEST, Signals, Stopped, find_checkpoint, only_run
 from train import main, train
 
@@ -323,6 +324,22 @@ def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     assert sorted(Path(name).name for name in files(tmp_path)) == [
         "epoch_001.png", "epoch_of_art.png", "mine.png", "model_final.pt", "model_keep.pt",
         "model_step_notes.pt", "step_by_step.png", "training_loss.csv", "training_loss.png"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_stopped_before_its_first_save_has_replaced_nothing_unasked(overwrite, whole,
+                                                                          tmp_path, monkeypatch,
+                                                                          capsys):
+    """A command typed by mistake, and Ctrl-C: the finished run of hours is still there."""
+    train(**RUN, output_dir=tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_before(2, patch)
+        train(**{**RUN, "seed": 8}, output_dir=tmp_path, overwrite=overwrite)
+    out = capsys.readouterr().out
+    if overwrite:
+        assert "saved to" in out and load_checkpoint(tmp_path / LATEST)["step"] == 2
+    else:
+        assert "after step 2 of 12: not saved" in out and same(files(tmp_path), whole)
 
 
 def test_the_lock_takes_nothing_that_is_not_a_run_s(tmp_path):
@@ -647,7 +664,7 @@ def test_kill_9_leaves_a_whole_checkpoint_and_no_lock(tmp_path):
 def test_a_signal_while_the_data_are_read_ends_the_run_at_once(tmp_path, monkeypatch):
     def reading(*args, **settings):
         os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(train_module, "load_batches", reading)
+    monkeypatch.setattr(train_module, "load_training_data", reading)
     with pytest.raises(SystemExit) as exit_:
         main(["--dataset", "synthetic_digits", "--output_dir", str(tmp_path)])
     assert exit_.value.code == 143
@@ -727,6 +744,22 @@ def test_a_step_that_is_not_a_number_is_not_taken(tiny_model):
     with pytest.raises(FloatingPointError):
         train_step(tiny_model, x_0, torch.zeros(2).long(), optimizer, DiffusionProcess())
     assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (3,)])
+def test_muon_holds_everything_back_from_the_first_bad_step_on(shape):
+    """Both of its kinds of parameters, without being asked by the host."""
+    p = torch.nn.Parameter(torch.rand(shape))
+    optimizer = Muon([p], lr=0.1, weight_decay=0.1)
+    seen = [p.detach().clone()]
+    for bad in (False, True, False):
+        p.grad = torch.ones(shape)
+        p.grad.view(-1)[0] = float("nan") if bad else 1.0
+        hold_back(optimizer, p.grad.sum().isfinite())
+        optimizer.step()
+        seen.append(p.detach().clone())
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
 
 
 def test_an_accelerator_holds_everything_back_from_the_first_bad_step_on():

@@ -284,7 +284,7 @@ def test_held_out_images_keep_their_classes_where_those_are_the_models(few_digit
         folder = tmp_path / "val" / (sorted_into[k % len(sorted_into)] if sorted_into else "")
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("L", (40, 30), 10 * k).save(folder / f"{k}.png")
-    _, classes, _, held_out = train_module.load_batches(
+    _, _, classes, _, held_out = train_module.load_training_data(
         few_digits["dataset_name"], 16, 0, False, False, labels, "data", tmp_path / "val", 0.0,
         torch.device("cpu"), image_size=16, channels=None, fit="crop", cache_dir=None)
     assert len(classes) == 10 and held_out.num_images == 20
