@@ -163,7 +163,7 @@ def get_classifier(name, images, labels, held, held_labels, folder):
         classifier, card = make_classifier(path, images, labels, held, held_labels)
         print(f"wrote {path}")
     accuracy = f", test accuracy {card['accuracy']:.2%}" if card.get("accuracy") else ""
-    return classifier, f"of {path.name}, trained to {card['trained_to']}{accuracy}"
+    return classifier, f"{path.name}, trained to {card['trained_to']}{accuracy}"
 
 
 @command

@@ -209,12 +209,12 @@ def main(argv=None):
     device = get_device(args.device)
     precision, _ = get_precision("auto", device)
     output_dir = make_output_dir(args.output_dir, "contest.json", "contest.png")
-    images, held, labels, _ = load_reference({"name": args.dataset, "image_size": None},
-                                             args.data_dir)
+    real = load_reference({"name": args.dataset, "image_size": None}, args.data_dir)
+    images, labels, held, held_labels, _ = real
     if args.num_images > len(held):
         raise ValueError(f"--num_images {args.num_images}: the floor is that of as many of "
                          f"the {len(held)} test images")
-    classifier, name = get_classifier(args.dataset, images, labels[0], held, labels[1], output_dir)
+    classifier, name = get_classifier(args.dataset, images, labels, held, held_labels, output_dir)
     print(f"device: {describe_device(device, args.device)}; features: {name}")
     print(f"cost: {format_seconds(60 * args.minutes * len(args.entrants))} of training, and then "
           f"{args.num_images} pictures each in {STEPS} calls, which may take as long again",

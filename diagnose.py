@@ -24,7 +24,7 @@ from diffusion import OBJECTIVES, seeded_noise
 from images import to_signed, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model
 from measures import copied_share, nearest_images
-from reference import held_labels, load_reference, note_other_images, same_classes
+from reference import load_reference, note_other_images, same_classes
 from sample import generate, seconds_for
 from schedules import SCHEDULES, linear_alpha_bar
 from utils import describe_device, evaluating, get_device, shuffled
@@ -371,13 +371,14 @@ def main(argv=None):
     entries = load_checkpoint(path)
     average, diffusion, data = load_model(path, device)
     raw = load_model(path, device, ema=False)[0] if "model" in entries else None
-    images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
-    labels = held_labels(labels) if same_classes(data, args.dataset) else None
+    real = load_reference(data, args.data_dir, args.dataset)
+    labels = real.held_labels if same_classes(data, args.dataset) else None
     print(f"device: {describe_device(device, args.device)}; model: {path}")
-    print(f"data: {args.dataset or data['name']}, {len(images)} images and {len(held)} {held_name}")
+    print(f"data: {args.dataset or data['name']}, {len(real.images)} images "
+          f"and {len(real.held)} {real.what}")
     note_other_images(data, args.dataset)
     calls = len(diffusion.sampling_levels("ddim")) - 1
-    drawing = seconds_for(average, diffusion, 64, held.shape[-1], 64, calls, device)
+    drawing = seconds_for(average, diffusion, 64, real.held.shape[-1], 64, calls, device)
     print(f"cost: about {format_seconds(drawing)} here to draw 64 pictures, the longest part",
           flush=True)
     losses, settings = entries.get("losses"), entries.get("settings")
@@ -385,8 +386,8 @@ def main(argv=None):
     losses = losses.tolist() if torch.is_tensor(losses) and losses.ndim == 1 else []
     settings = {**(settings if isinstance(settings, dict) else {}),
                 "started_from": data.get("started_from")}
-    causes, ratios = diagnose(average, raw, diffusion, images, held, labels, losses, settings,
-                              device)
+    causes, ratios = diagnose(average, raw, diffusion, real.images, real.held, labels, losses,
+                              settings, device)
 
     print("squared error over that of the best linear filter (of a trained network well below 1), "
           "at a signal-to-noise ratio of")

@@ -32,8 +32,8 @@ from measures import (SURE, copied_by_chance, copied_share, copy_limit, fine_pow
                       frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall, share_sure, single_share)
 from predictors import loss_by_timestep
-from reference import (FEWEST, held_labels, labels_like, load_reference, note_other_images,
-                       positions_of, same_classes)
+from reference import (FEWEST, labels_like, load_reference, note_other_images, positions_of,
+                       same_classes)
 from sample import choose_labels, drawing_words, generate, seconds_for, thinned
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
@@ -88,15 +88,16 @@ def copies(images, features, training, reference, held, held_features, positions
             "median_distance_held_out": float(pixels_held[0].median())}, index[0]
 
 
-def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, classifier, device):
+def evaluate(drawn, model, diffusion, data, y, real, classifier, device):
     """Measure all that this file knows of the pictures drawn.
 
-    y: the classes asked for, if `labels` are of the same ones.
+    real: a Reference.  y: the classes asked for, if its labels are of the same ones.
     Returns (a dict of plain numbers, the index of the training image next to each).
     """
     with tqdm(total=4, desc="measuring", unit="part") as bar:
+        images, held, held_y = real.images, real.held[:len(drawn)], real.held_labels
+        held_y = None if held_y is None else held_y[:len(drawn)]
         _, reference = look(classifier, images)
-        held, held_y = held[:len(drawn)], labels[1][:len(drawn)] if labels else None
         held_probabilities, held_features = look(classifier, held)
         probabilities, features = look(classifier, drawn)
         bar.update()
@@ -113,9 +114,10 @@ def evaluate(drawn, model, diffusion, data, y, images, held, labels, held_name, 
                                held[:SEARCHED], held_features[:SEARCHED], positions_of(data))
         bar.update()
         _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
-                                     held_y[:256].to(device) if y is not None else None)
+                                     None if y is None or held_y is None
+                                     else held_y[:256].to(device))
         bar.update()
-    return {"samples": found, "floor": floor, "held_out": held_name, "copies": copied,
+    return {"samples": found, "floor": floor, "held_out": real.what, "copies": copied,
             "loss_by_timestep": losses, "num_images": len(drawn), "num_held_out": len(held)}, index
 
 
@@ -220,18 +222,18 @@ def choose_ways(args, diffusion):
                       for last_steps in (stage_lengths(steps) if args.stages else [None])]
 
 
-def choose_classes(args, data, labels, known):
+def choose_classes(args, data, real, known):
     """The classes of the samples, [num_images], or None for a model without; args.label becomes
     what evaluation.json tells of them.
 
-    data: what the checkpoint says.  labels: of the real images.
-    known: are they classes of the model's own?
+    data: what the checkpoint says.  real: a Reference.
+    known: are its labels classes of the model's own?
     """
     if args.stages and args.label == "their own":
-        return labels[1][:args.num_images]
+        return real.held_labels[:args.num_images]
     if args.label is None and known:
         args.label = "by chance"
-        return labels_like(labels[0], args.num_images, args.seed)
+        return labels_like(real.labels, args.num_images, args.seed)
     y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
     # In random order: what looks at the first of them sees all classes.
     return None if y is None else y[shuffled(len(y))]
@@ -282,9 +284,10 @@ def main(argv=None):
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png",
                                  "race.json", "race.png", "stages.json", "stages.png")
     known = same_classes(data, args.dataset)
-    images, held, labels, held_name = load_reference(data, args.data_dir, args.dataset)
+    real = load_reference(data, args.data_dir, args.dataset)
+    images, labels, held, held_labels, held_name = real
     if args.stages:
-        args.label = "their own" if known and held_labels(labels) is not None else "none"
+        args.label = "their own" if known and held_labels is not None else "none"
     if not args.race:
         take_sampler(args, data)
     take_guidance(args, data, diffusion)
@@ -292,7 +295,7 @@ def main(argv=None):
     entrants, ways = choose_ways(args, diffusion)
     if args.stages or args.race:                            # the floor has to be of as many
         args.num_images = min(args.num_images, len(held))
-    y = choose_classes(args, data, labels, known)
+    y = choose_classes(args, data, real, known)
     if min(len(images), len(held)) < FEWEST:
         raise ValueError(f"{len(images)} images and {len(held)} to hold them against: "
                          f"distances need {FEWEST} of each; name more with --dataset, "
@@ -303,8 +306,8 @@ def main(argv=None):
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, "
           f"{len(images)} images and {len(held)} {held_name}" + (how + args.weak if weak else ""))
     note_other_images(data, args.dataset)
-    classifier, name = get_classifier(args.dataset or data["name"], images, labels and labels[0],
-                                      held, held_labels(labels), output_dir)
+    classifier, name = get_classifier(args.dataset or data["name"], images, labels, held,
+                                      held_labels, output_dir)
     print(f"features: {name}")
     calls = sum(model_calls(levels, args.guidance, args.guidance_interval) for levels in ways)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size,
@@ -340,8 +343,8 @@ def main(argv=None):
                          title="real images, noised to a level and drawn on from there")
         return
     drawn = to_uint8(draw()[0])
-    found, index = evaluate(drawn, model, diffusion, data, y if known else None, images, held,
-                            labels, held_name, classifier, device)
+    found, index = evaluate(drawn, model, diffusion, data, y if known else None, real, classifier,
+                            device)
     print_found(found, len(drawn), len(images), held_name)
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())
     shown = to_show(None if y is None else y[:len(index)])

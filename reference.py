@@ -1,15 +1,27 @@
 """The real images that samples are held against: a model's training images, and others like them.
 
-    images, held, labels, what = load_reference(data)     # data: what the checkpoint says
+    real = load_reference(data)         # data: what the checkpoint says
+    real.images, real.held, real.what   # "test images"
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from data import DATASETS, Batches, class_names, get_dataset, get_default_dataset, split_held_out
 from interop import UNKNOWN
 from utils import shuffled
+
+class Reference(NamedTuple):
+    """Images that a model was trained on, and `held` ones like them: uint8 [N, C, H, W], in the
+    model's size."""
+    images: torch.Tensor
+    labels: torch.Tensor | None  # [N], or None without classes
+    held: torch.Tensor
+    held_labels: torch.Tensor | None  # also None where those have other classes
+    what: str  # what the held-out ones are, in words
+
 
 FEWEST = 5  # images, or precision and recall have no neighbours to look at
 
@@ -49,10 +61,8 @@ def positions_of(data):
 
 
 def load_reference(data, data_dir, name=None):
-    """The images that a model was trained on, and others like them.
+    """The Reference of a model.  data: what the checkpoint says.  name: another data set instead.
 
-    data: what the checkpoint says.  name: another data set instead.
-    Returns (images, held-out images, labels of both or None, a phrase: what the held-out ones are).
     A named set has its test set. To a folder belongs the --val_dir of the training, or it is
     divided as then (--val_fraction); where nothing was held out, a tenth is set aside. It has
     labels if its classes are those of the model. The held-out images stand in random order, so that
@@ -66,11 +76,11 @@ def load_reference(data, data_dir, name=None):
     images, labels = get_dataset(chosen, data_dir, **like)
     held, held_labels = get_dataset(chosen, data_dir, train=False, **like)
     order = shuffled(len(held))
-    return images, held[order], (labels, held_labels[order]), "test images"
+    return Reference(images, labels, held[order], held_labels[order], "test images")
 
 
 def folder_reference(data, data_dir, like, name=None):
-    """load_reference of a folder. The phrase follows from the fingerprints the training left."""
+    """load_reference of a folder. Its words follow from the fingerprints that the training left."""
     like["fit"] = fit_of(data)
     images, y = get_dataset(name or data["name"], with_labels=same_classes(data, name), **like)
     share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
@@ -80,7 +90,7 @@ def folder_reference(data, data_dir, like, name=None):
     val_dir = str(data.get("val_dir") or "")
     there = val_dir in DATASETS or Path(val_dir).is_dir() and val_dir
     if there and data.get("images") == Batches(images, y).fingerprint():
-        return images, *others(data, data_dir, like, y)
+        return Reference(images, y, *others(data, data_dir, like, y is not None))
     kept, aside = split_held_out(
         len(images), share or min(0.5, max(0.1, FEWEST / len(images))), seed)
     trained_on, held_out = data.get("images"), data.get("held_out")
@@ -99,28 +109,23 @@ def folder_reference(data, data_dir, like, name=None):
     else:                               # an older checkpoint has no fingerprints
         what = "held-out images" if share else "images that it was trained on: nothing was held out"
     aside = aside[shuffled(len(aside))]
-    return images[kept], images[aside], None if y is None else (y[kept], y[aside]), what
+    labels = (None, None) if y is None else (y[kept], y[aside])
+    return Reference(images[kept], labels[0], images[aside], labels[1], what)
 
 
-def others(data, data_dir, like, y):
-    """(images, labels, a phrase) of a run's --val_dir. y: labels of its own images, or None."""
+def others(data, data_dir, like, with_classes):
+    """(images, labels or None, a phrase) of a run's --val_dir. with_classes: has the run any?"""
     name = str(data["val_dir"])
     try:
-        same = y is not None and same_classes(data, name)
+        same = with_classes and same_classes(data, name)
         held, held_y = get_dataset(name, data_dir, train=False, with_labels=same, **like)
     except ValueError as error:
         raise ValueError(
             f"the held-out images of the training, --val_dir {name}: {error}") from error
-    order = shuffled(len(held))
-    if y is not None:
-        y = y, held_y[order] if same else torch.full((len(held),), -1)
-    known = data.get("held_out") == Batches(held, held_y if same else None).fingerprint()
-    return held[order], y, f"images of {name}" + ("" if known else ", which has changed since")
-
-
-def held_labels(labels):
-    """The held-out images' part of load_reference's labels; None without, or if they are others."""
-    return labels[1] if labels and (labels[1] >= 0).all() else None
+    held_y, order = held_y if same else None, shuffled(len(held))
+    known = data.get("held_out") == Batches(held, held_y).fingerprint()
+    return (held[order], None if held_y is None else held_y[order],
+            f"images of {name}" + ("" if known else ", which has changed since"))
 
 
 def labels_like(labels, count, seed=0):
@@ -156,6 +161,6 @@ def unseen_images(data, data_dir, name=None):
     """(name, images, labels or None, what they are): images that a model was not trained on, where
     there are any, in random order. The labels are those of its own classes, or of a named set."""
     name = name_to_show(data, data_dir, name)
-    _, held, labels, what = load_reference(data, data_dir, None if name == data["name"] else name)
+    real = load_reference(data, data_dir, None if name == data["name"] else name)
     note_other_images(data, name)
-    return name, held, held_labels(labels), what
+    return name, real.held, real.held_labels, real.what

@@ -8,6 +8,7 @@ import torch
 
 import diagnose as d
 from diffusion import DiffusionProcess
+from reference import Reference
 from test_commands import fails
 
 SPREAD = 0.15  # of the pixels, which know nothing of each other
@@ -178,8 +179,9 @@ def test_the_command_says_what_to_do_next(two_shades, tmp_path, capsys, monkeypa
     save_checkpoint(tmp_path / "model.pt", entries)
     shades = torch.cat([torch.full((32, 1, 8, 8), 40),
                         torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
-    monkeypatch.setattr(d, "load_reference", lambda *args: (
-        shades, shades, (torch.arange(64) // 32,) * 2, "images"))
+    labels = torch.arange(64) // 32
+    monkeypatch.setattr(d, "load_reference",
+                        lambda *args: Reference(shades, labels, shades, labels, "images"))
     monkeypatch.setattr(d, "same_classes", lambda *args: True)
     d.main(["--checkpoint", str(tmp_path / "model.pt"), "--device", "cpu"])
     out = capsys.readouterr().out

@@ -206,13 +206,13 @@ def test_test_images_come_in_random_order_with_their_labels(monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 200)
     plain, plain_labels = data.get_dataset("synthetic_digits", train=False)
     like = {"name": "synthetic_digits", "image_size": 28, "channels": 1, "classes": None}
-    _, held, (_, labels), _ = load_reference(like, "data")
+    _, _, held, labels, _ = load_reference(like, "data")
     place = (held[:, None].int() - plain[None].int()).abs().sum((2, 3, 4)).argmin(1)
     assert torch.equal(held, plain[place]) and torch.equal(labels, plain_labels[place])
     assert len(place.unique()) == len(plain)
     half = len(plain) // 2
     assert 0.35 * half < (place[:half] < half).sum() < 0.65 * half
-    assert torch.equal(held, load_reference(like, "data")[1])
+    assert torch.equal(held, load_reference(like, "data").held)
 
 
 def test_a_classifier_learns_and_survives_its_file(tmp_path):
@@ -429,7 +429,7 @@ def test_stages_noise_real_images_and_take_the_last_steps(command, tmp_path):
     assert ([row["steps"] for row in found["rows"]] == [0, 1, 2, 4, 5]
             and (tmp_path / "stages.png").is_file())
     model, diffusion, data = load_model(command[1])
-    images, held = load_reference(data, "data", "synthetic_digits")[:2]
+    images, _, held, *_ = load_reference(data, "data", "synthetic_digits")
     network = load_classifier(tmp_path / "classifier.pt")[0]
     count = min(100, len(held))
     noise = seeded_noise(3, range(count), 0, (1, 8, 8))
@@ -457,7 +457,7 @@ def test_the_race_draws_the_same_noises_by_every_sampler(command, tmp_path, monk
     assert [(row["sampler"], row["steps"]) for row in found["rows"]] == [("ddim", 1), ("ddim", 50)]
     assert found["sampler"] is None and (tmp_path / "race.png").is_file()
     model, diffusion, data = load_model(command[1])
-    images = load_reference(data, "data", "synthetic_digits")[0]
+    images = load_reference(data, "data", "synthetic_digits").images
     network = load_classifier(tmp_path / "classifier.pt")[0]
     for row in found["rows"]:
         drawn, _ = generate(model, diffusion, 100, 8, seed=3, steps=row["steps"],

@@ -179,16 +179,16 @@ def test_a_model_is_held_against_the_folder_that_was_held_out_beside_its_own(tmp
              "val_fraction": 0.0, "seed": 0, "val_dir": str(others),
              "images": Batches(images, None).fingerprint(),
              "held_out": Batches(held, None).fingerprint()}
-    found, aside, labels, what = load_reference(about, "data")
+    found, labels, aside, _, what = load_reference(about, "data")
     assert torch.equal(found, images) and labels is None and what == f"images of {others}"
     assert torch.equal(aside.flatten(1).double().mean(1).sort().values,
                        held.flatten(1).double().mean(1).sort().values)
-    assert "lies elsewhere" in load_reference({**about, "val_dir": "nowhere"}, "data")[3]
+    assert "lies elsewhere" in load_reference({**about, "val_dir": "nowhere"}, "data").what
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=f"--val_dir {tmp_path / 'empty'}: .*no images found"):
         load_reference({**about, "val_dir": str(tmp_path / "empty")}, "data")
     assert load_reference({**about, "val_dir": "nowhere"}, "data",
-                          str(others))[3].endswith("set aside here")
+                          str(others)).what.endswith("set aside here")
 
 
 def test_held_out_images_of_a_folder_that_has_grown_are_not_called_held_out(tmp_path):
@@ -198,10 +198,10 @@ def test_held_out_images_of_a_folder_that_has_grown_are_not_called_held_out(tmp_
     told = Batches(images, None, indices=split_held_out(60, 0.2, 0)[1]).fingerprint()
     about = {"name": str(folder), "image_size": 16, "channels": 1, "classes": None,
              "val_fraction": 0.2, "seed": 0, "held_out": told}
-    assert load_reference(about, "data")[3] == "held-out images"
+    assert load_reference(about, "data").what == "held-out images"
     sheets(tmp_path / "more", 61, seed=1)
     (tmp_path / "more" / "060.png").rename(folder / "0.png")           # before all others
-    assert "trained on some" in load_reference(about, "data")[3]
+    assert "trained on some" in load_reference(about, "data").what
 
 
 @pytest.mark.parametrize("share", [0.2, 0.0])
@@ -211,11 +211,11 @@ def test_the_first_held_out_images_of_a_folder_are_like_all_of_them(share, tmp_p
         sheets(tmp_path / name, 150, seed=k)
     about = {"name": str(tmp_path), "image_size": 16, "channels": 1, "classes": ["dark", "light"],
              "val_fraction": share, "seed": 0}
-    images, held, (_, labels), _ = load_reference(about, "data")
+    images, _, held, labels, _ = load_reference(about, "data")
     half = len(held) // 2
     assert 0.2 < labels[:half].double().mean() < 0.8 and len(images) + len(held) == 300
     assert all((held != image).flatten(1).any(1).all() for image in images)
-    _, again, (_, same), _ = load_reference(about, "data")
+    _, _, again, same, _ = load_reference(about, "data")
     assert torch.equal(held, again) and torch.equal(labels, same)
 
 
