@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from schedules import MAX_TIMESTEPS, SCHEDULES, SPACINGS, distinct, half_log_snr, linear_alpha_bar
+from schedules import SPACINGS, alpha_bar_table, distinct, half_log_snr
 from utils import evaluating
 
 OBJECTIVES = ("eps", "x0", "v")
@@ -122,30 +122,10 @@ class DiffusionProcess:
                  beta_start=None, beta_end=None, clip_loss=False):
         if objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {objective!r}; choose from {list(OBJECTIVES)}")
-        if ((beta_start, beta_end) != (None, None)
-                and not (isinstance(schedule, str) and schedule == "linear")):
-            raise ValueError("beta_start and beta_end belong to the linear schedule, "
-                             "and to no other")
+        self.alpha_bar = alpha_bar_table(schedule, num_timesteps, beta_start, beta_end)
         if not isinstance(schedule, str):
-            schedule = self.alpha_bar = torch.as_tensor(schedule, dtype=torch.float64).cpu().clone()
-            if self.alpha_bar.ndim != 1 or not len(self.alpha_bar):
-                raise ValueError("alpha_bar must be a row of numbers, "
-                                 f"got shape {tuple(self.alpha_bar.shape)}")
-            num_timesteps = len(self.alpha_bar)
-        elif schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {schedule!r}; choose from {sorted(SCHEDULES)}")
-        elif not 1 <= num_timesteps <= MAX_TIMESTEPS or num_timesteps != int(num_timesteps):
-            raise ValueError(f"num_timesteps must be a whole number from 1 to {MAX_TIMESTEPS}, "
-                             f"got {num_timesteps}")
-        elif schedule == "linear":
-            self.alpha_bar = linear_alpha_bar(int(num_timesteps), beta_start, beta_end)
-        else:
-            self.alpha_bar = SCHEDULES[schedule](int(num_timesteps))
-        ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
-        if not (torch.cat([ends[:1], self.alpha_bar, ends[1:]]).diff() < 0).all():
-            raise ValueError("alpha_bar must fall strictly, from below 1 to above 0")
-
-        self.num_timesteps = int(num_timesteps)
+            schedule = self.alpha_bar
+        self.num_timesteps = len(self.alpha_bar)
         self.objective, self.clip_loss = objective, bool(clip_loss)
         self.config = dict(num_timesteps=self.num_timesteps, schedule=schedule, objective=objective,
                            beta_start=beta_start, beta_end=beta_end, clip_loss=self.clip_loss)

@@ -55,6 +55,35 @@ def sigmoid_alpha_bar(num_timesteps, start=-3.0, end=3.0):
 SCHEDULES = {"linear": linear_alpha_bar, "cosine": cosine_alpha_bar, "sigmoid": sigmoid_alpha_bar}
 
 
+def alpha_bar_table(schedule, num_timesteps=1000, beta_start=None, beta_end=None):
+    """alpha_bar of every noise level: float64 [T].
+
+    schedule: a key of SCHEDULES, or the numbers themselves, whatever num_timesteps is.
+    beta_start, beta_end: see linear_alpha_bar.  Raises ValueError for an unknown name, ends of
+    another schedule than that, a number out of range, and a table that does not fall strictly.
+    """
+    named = isinstance(schedule, str)
+    if (beta_start, beta_end) != (None, None) and not (named and schedule == "linear"):
+        raise ValueError("beta_start and beta_end belong to the linear schedule, and to no other")
+    if not named:
+        table = torch.as_tensor(schedule, dtype=torch.float64).cpu().clone()
+        if table.ndim != 1 or not len(table):
+            raise ValueError(f"alpha_bar must be a row of numbers, got shape {tuple(table.shape)}")
+    elif schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; choose from {sorted(SCHEDULES)}")
+    elif not 1 <= num_timesteps <= MAX_TIMESTEPS or num_timesteps != int(num_timesteps):
+        raise ValueError(f"num_timesteps must be a whole number from 1 to {MAX_TIMESTEPS}, "
+                         f"got {num_timesteps}")
+    elif schedule == "linear":
+        table = linear_alpha_bar(int(num_timesteps), beta_start, beta_end)
+    else:
+        table = SCHEDULES[schedule](int(num_timesteps))
+    before, after = torch.cat([table.new_ones(1), table]), torch.cat([table, table.new_zeros(1)])
+    if not (before > after).all():
+        raise ValueError("alpha_bar must fall strictly, from below 1 to above 0")
+    return table
+
+
 def half_log_snr(alpha_bar):
     """Half the log of the signal-to-noise ratio, lambda in Lu et al. 2022. alpha_bar: below 1."""
     return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
@@ -109,6 +138,16 @@ def distinct(levels):
     for k in reversed(range(len(levels) - 1)):          # where several meet, they move up,
         levels[k] = max(levels[k], levels[k + 1] + 1)
     return [min(level, top - k) for k, level in enumerate(levels)]      # but none above the first
+
+
+def choose_timesteps(asked, default, num_timesteps):
+    """The levels asked for, or the defaults, scaled from T = 1000. ValueError for one beyond T."""
+    if asked is None:
+        return list(dict.fromkeys(round(t * (num_timesteps - 1) / 999) for t in default))
+    for t in asked:
+        if t >= num_timesteps:
+            raise ValueError(f"--timesteps {t}: there are 0 to {num_timesteps - 1}")
+    return asked
 
 
 def nearest_levels(levels, timesteps):

@@ -331,7 +331,7 @@ def refuse_idle(parser, settings):
     sets = [settings["dataset"] or "mnist", *filter(None, [settings["val_dir"]])]
     if all(name in DATASETS for name in sets):
         parser.refuse({"cache_dir", "fit"}, f"{' and '.join(sets)}: no folder")
-    if not any(name in DATASETS and isinstance(DATASETS[name].source, str) for name in sets):
+    if not any(name in DATASETS and not name.startswith("synthetic") for name in sets):
         parser.refuse({"data_dir"}, f"{' and '.join(sets)}, which torchvision knows nothing of")
     if settings["labels"] is False or settings["labels"] is None and sets[0] not in DATASETS:
         parser.refuse({"label_drop"}, "a training without classes")

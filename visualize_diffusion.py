@@ -35,7 +35,7 @@ from running import FINAL, LATEST
 from run_figures import epochs_figure, found_in, loss_figure, spread_out, when
 from sample import choose_labels, drawing_words, seconds_for
 from sampling_figures import explain_step, reverse_figure, seeds_figure, steps_figure
-from schedules import SCHEDULES, SPACINGS
+from schedules import SCHEDULES, SPACINGS, choose_timesteps
 from utils import get_device, shuffled
 
 
@@ -81,16 +81,6 @@ TIMESTEPS = {"forward": FORWARD_TIMESTEPS, "explore": (0, 100, 250, 500, 750, 99
              "schedules": (0, 100, 250, 500, 750, 900, 999)}
 STEPS_LIST, SEEDS = (50, 100, 250, 500, 1000), (42, 7, 123, 999)
 TIMESTEP_BINS = 20  # rows of the heat map of losses
-
-
-def choose_timesteps(asked, default, num_timesteps):
-    """The levels asked for, or the defaults, scaled from T = 1000. ValueError for one beyond T."""
-    if asked is None:
-        return list(dict.fromkeys(round(t * (num_timesteps - 1) / 999) for t in default))
-    for t in asked:
-        if t >= num_timesteps:
-            raise ValueError(f"--timesteps {t}: there are 0 to {num_timesteps - 1}")
-    return asked
 
 
 # ---- Figures of data

@@ -35,8 +35,8 @@ from load import CHECKPOINT_HELP, open_model, refuse_other_images
 from models import MODELS, create_model
 from reference import unseen_images
 from sample import choose_labels, seconds_for
+from schedules import choose_timesteps
 from utils import get_device, shuffled
-from visualize_diffusion import choose_timesteps
 
 
 class Row(NamedTuple):

@@ -397,7 +397,7 @@ EDITS = [
          ".square().mean((1, 2, 3))", ".square().mean((0, 1, 2, 3), keepdim=True)", "evaluate"),
     Edit("models compared with their dropout", "loop.py",
          "with evaluating(model), autocast", "with autocast", "diffusion"),
-    Edit("a schedule shared with its caller", "diffusion.py",
+    Edit("a schedule shared with its caller", "schedules.py",
          ".cpu().clone()", ".cpu()", "diffusion"),
     Edit("a step to any level", "diffusion.py",
          "if not -1 <= t_prev < t < self.num_timesteps", "if False", "diffusion"),
