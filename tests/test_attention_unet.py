@@ -180,6 +180,38 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(x, t), model(x, t))
 
 
+@pytest.mark.parametrize("name, function", [("silu", "SiLU"), ("gelu", "GELU"),
+                                            ("relu", "ReLU")])
+def test_the_nonlinearity_is_the_one_asked_for(name, function):
+    model = AttentionUNet(**SMALL, activation=name)
+    del model.time_mlp                                          # which is the same in all networks
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert kinds & {"SiLU", "GELU", "ReLU"} == {function}
+
+
+def kept_bytes(model, image, t):
+    """What the network keeps of a picture for its backward pass, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(image, t)
+    return sum(kept.values())
+
+
+def test_gradient_checkpointing_keeps_far_less():
+    image, t = torch.zeros(4, 1, 32, 32), torch.tensor([3, 9, 5, 7])
+    plain, frugal = (kept_bytes(AttentionUNet(**SMALL, grad_checkpoint=flag), image, t)
+                     for flag in (False, True))
+    assert frugal < 0.35 * plain
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     grads = []
     for flag in (False, True):

@@ -1,5 +1,7 @@
 """Training with classes, asking for one of them, and guidance towards it."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -192,10 +194,32 @@ def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):
                               "--output_dir", tmp_path, "--recreate", picture)
 
 
-def test_a_weak_model_of_another_process_is_refused(two_shades, tmp_path, capsys):
-    write_model(tmp_path / "other.pt")
-    assert "another schedule" in fails(capsys, sample.main, "--checkpoint", two_shades,
-                                       "--output_dir", tmp_path, "--weak", tmp_path / "other.pt")
+@pytest.mark.parametrize("change", [
+    {"diffusion_config": {"schedule": "cosine"}}, {"diffusion_config": {"objective": "v"}},
+    {"data": {"classes": ["light", "shade"]}}, {"data": {"name": "other"}}])
+def test_a_weak_model_of_another_process_or_of_other_classes_is_refused(change, two_shades,
+                                                                        tmp_path, capsys):
+    entries = load_checkpoint(two_shades)
+    weights = {name: value + 1e-3 for name, value in entries["ema"].items()}
+    entries.update({part: {**entries[part], **new} for part, new in change.items()}, ema=weights)
+    save_checkpoint(tmp_path / "other.pt", entries)
+    flags = ["--checkpoint", two_shades, "--output_dir", tmp_path, "--num_images", 2, "--steps", 2,
+             "--weak", tmp_path / "other.pt"]
+    if change == {"data": {"name": "other"}}:               # the same images, under another name
+        sample.main([str(flag) for flag in flags])
+    else:
+        assert "another schedule" in fails(capsys, sample.main, *flags)
+
+
+def test_the_weights_that_lie_beside_a_picture_are_found(two_shades, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    shutil.copy(two_shades, tmp_path / "run" / "model_final.pt")
+    drawn(tmp_path / "run" / "model_final.pt", tmp_path / "run", "--num_images", "2")
+    threads = torch.get_num_threads()
+    sample.main(["--recreate", "run/generated_samples.png", "--device", "cpu"])
+    torch.set_num_threads(threads)
+    assert "byte for byte the same" in capsys.readouterr().out
 
 
 def test_a_sheet_larger_than_memory_is_refused_before_it_is_drawn(two_shades, tmp_path, capsys):

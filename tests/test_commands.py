@@ -127,12 +127,14 @@ def test_frames_carry_the_loops_own_levels_and_the_finished_sample_bit_for_bit(c
     assert [t for t, _, _ in few] == [39, 29, 19, 9, -1]
 
 
-def test_the_same_seed_gives_the_same_picture_in_other_batches(checkpoint, tmp_path):
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m_sde"])
+def test_the_same_seed_gives_the_same_picture_in_other_batches(sampler, checkpoint, tmp_path):
+    """Also where each step adds noise of its own."""
     pixels = []
     for k, extra in enumerate((["--batch_size", "2"], ["--batch_size", "7"], ["--seed", "1"])):
         out = tmp_path / str(k)
         sample.main(["--checkpoint", str(checkpoint), "--num_images", "7", "--steps", "4", *extra,
-                     "--output_dir", str(out)])
+                     "--sampler", sampler, "--output_dir", str(out)])
         pixels.append(np.asarray(Image.open(out / "generated_samples.png")).astype(int))
     assert abs(pixels[0] - pixels[1]).max() <= 1 and abs(pixels[0] - pixels[2]).max() > 20
 
@@ -310,6 +312,25 @@ def test_a_billion_images_are_refused_before_anything_is_made_for_them(tmp_path,
     assert "at most" in fails(capsys, sample.main, "--num_images", 10**9,
                               "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_is_no_tensor_is_refused_before_torch_reads_it(protocol, tmp_path, monkeypatch):
+    """torch would make a bytearray of any size; protocol 2 names it by GLOBAL, 4 from the stack."""
+    torch.save({"model": bytearray(10)}, tmp_path / "bad.pt", pickle_protocol=protocol)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ValueError, match="refused"):
+        load_checkpoint(tmp_path / "bad.pt")
+
+
+def test_as_many_classes_are_named_as_the_network_knows(checkpoint, tmp_path, capsys):
+    entries = load_checkpoint(checkpoint)
+    model = create_model(image_channels=1, base_channels=8, num_classes=3)
+    entries.update(model_config=dict(image_channels=1, base_channels=8, num_classes=3),
+                   ema=model.state_dict(), data={**entries["data"], "classes": ["a", "b"]})
+    save_checkpoint(tmp_path / "bad.pt", entries)
+    assert "do not fit together" in fails(capsys, sample.main, "--checkpoint", tmp_path / "bad.pt",
+                                          "--output_dir", tmp_path / "out")
 
 
 def test_a_malicious_checkpoint_that_passes_for_tensors_runs_no_code(tmp_path, monkeypatch):

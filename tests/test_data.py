@@ -33,6 +33,15 @@ def test_real_sets_load_as_they_lie(data_dir, name, mean, std):
     assert len(class_names(name)) == 10
 
 
+def test_a_named_set_made_smaller_averages_instead_of_skipping_pixels(monkeypatch):
+    stripes = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
+    stripes[..., ::2] = 255
+    monkeypatch.setitem(data.DATASETS, "synthetic_digits", data.Dataset(
+        lambda count, seed: (stripes, torch.zeros(3, dtype=torch.int64)), tuple("0123456789")))
+    images, _ = get_dataset("synthetic_digits", image_size=8)
+    assert 100 < images.min() and images.max() < 155
+
+
 def test_cifar10_loads_from_torchvisions_layout(tmp_path, monkeypatch):
     """Five pickled batches and a test batch, rows of 3 x 32 x 32 bytes. torchvision checks their
     md5 sums also when it does not download, so a subclass brings those of this small archive."""

@@ -56,6 +56,22 @@ TABLE = {  # t: (linear alpha_bar, dB, cosine alpha_bar, dB) at T = 1000, comput
     999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
 
 
+@pytest.mark.parametrize("settings", [
+    dict(num_timesteps=50, beta_start=2e-3, beta_end=0.3, clip_loss=True, objective="v"),
+    dict(num_timesteps=7, schedule="cosine", objective="x0"), dict(schedule=[0.9, 0.5, 0.1])])
+def test_its_settings_rebuild_a_process(settings):
+    process = DiffusionProcess(**settings)
+    again = DiffusionProcess(**process.config)
+    assert torch.equal(process.alpha_bar, again.alpha_bar)
+    assert (again.objective, again.clip_loss) == (process.objective, process.clip_loss)
+
+
+@pytest.mark.parametrize("betas", [(1e-4, 1.5), (0.9995, 0.02), (-1e-4, 0.02), (1e-4, math.inf)])
+def test_betas_that_no_step_can_have_are_refused(betas):
+    with pytest.raises(ValueError, match="betas must"):
+        DiffusionProcess(beta_start=betas[0], beta_end=betas[1])
+
+
 @pytest.mark.parametrize("column, schedule", [(0, "linear"), (2, "cosine")])
 def test_schedules_match_the_known_table(column, schedule):
     ab = DiffusionProcess(schedule=schedule).alpha_bar
@@ -327,6 +343,11 @@ def test_eta_1_is_the_posterior_of_ho_et_al(schedule, t):
     torch.testing.assert_close(got, mean + math.sqrt(variance) * z, atol=5e-7, rtol=0)
     got, _ = step(lambda *_: x_0, x_t, t, noise=z, variance="beta")
     torch.testing.assert_close(got, mean + math.sqrt(beta) * z, atol=5e-7, rtol=0)
+    # With less noise the mean is that of Song et al. 2021, eq. 12, and the noise as much less.
+    eps = (x_t - math.sqrt(ab[t]) * x_0) / math.sqrt(1 - ab[t])
+    mean = (math.sqrt(ab[t - 1]) * x_0 + math.sqrt(1 - ab[t - 1] - 0.5**2 * variance) * eps)
+    got, _ = step(lambda *_: x_0, x_t, t, noise=z, variance="beta", eta=0.5)
+    torch.testing.assert_close(got, mean + 0.5 * math.sqrt(beta) * z, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -376,9 +397,24 @@ def test_the_last_step_adds_no_noise(sampler):
     *_, (t, x, x_0) = diffusion.trajectory(GaussianModel(diffusion), x_T, sampler=sampler)
     assert t == -1
     torch.testing.assert_close(x, x_0)
-    y, _ = diffusion.reverse_diffusion_step(GaussianModel(diffusion), x_T, 0,
-                                            noise=torch.ones_like(x_T) * 9)
-    assert float(y.abs().max()) <= 1.0
+    for variance in ("posterior", "beta"):
+        y, x_0 = diffusion.reverse_diffusion_step(
+            GaussianModel(diffusion), x_T, 0, variance=variance, noise=torch.ones_like(x_T) * 9)
+        torch.testing.assert_close(y, x_0)
+
+
+def test_a_step_follows_its_class_as_far_as_guidance_says():
+    """A model that sees the class's own shade everywhere, and grey without one."""
+    diffusion, x_t = DiffusionProcess(objective="x0"), torch.zeros(2, 1, 4, 4)
+
+    def shade(x_t, t, y=None):
+        y = torch.full((len(x_t),), -1) if y is None else y
+        return (0.2 * (y + 1)).view(-1, 1, 1, 1).expand_as(x_t)
+
+    for y, guidance, wanted in ((None, 1.0, (0, 0)), (torch.tensor([0, 1]), 1.0, (0.2, 0.4)),
+                                (torch.tensor([0, 1]), 2.0, (0.4, 0.8))):
+        _, x_0 = diffusion.reverse_diffusion_step(shade, x_t, 500, y=y, guidance=guidance, eta=0)
+        assert x_0[:, 0, 0, 0].tolist() == pytest.approx(wanted)
 
 
 # ---- The loop

@@ -57,6 +57,24 @@ def test_every_mode_becomes_grey_or_colour(tmp_path, mode, suffix, channels, pix
     assert images.shape == (1, channels, 16, 16) and images[0, :, 5, 5].tolist() == pixel
 
 
+def test_a_transparent_colour_of_a_palette_is_shown_on_white(tmp_path):
+    drawing = Image.new("P", (16, 16), 1)
+    drawing.putpalette([0, 0, 0, 200, 0, 0])
+    drawing.paste(0, (0, 0, 8, 16))
+    drawing.save(tmp_path / "x.png", transparency=0)
+    images, _ = get_dataset(str(tmp_path))
+    assert images[0, :, 5, 3].tolist() == [255] * 3 and images[0, :, 5, 12].tolist() == [200, 0, 0]
+
+
+def test_hidden_files_are_no_pictures(tmp_path, capsys):
+    """macOS lays ._photo.jpg beside photo.jpg on other file systems."""
+    save_numbered(tmp_path, [10, 20])
+    picture("L").save(tmp_path / "._0.png")
+    (tmp_path / "._1.png").write_bytes(b"not a picture")
+    assert len(get_dataset(str(tmp_path))[0]) == 2
+    assert "cannot be used" not in capsys.readouterr().out
+
+
 def test_jpegs_of_unequal_size_are_cut_square_and_scaled(tmp_path):
     wide = np.zeros((100, 300, 3), np.uint8)
     wide[:, 100:200] = 255                                      # the central square is white
@@ -180,6 +198,16 @@ def test_the_sub_folders_are_the_classes(tmp_path):
 
 
 # ---- The cache
+
+def test_another_cut_has_a_cache_of_its_own(tmp_path):
+    pixels = np.zeros((16, 32), np.uint8)
+    pixels[:, 8:24] = 255                                       # the central square is white
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "x.png")
+    cut = {fit: get_dataset(str(tmp_path / "in"), image_size=16, fit=fit,
+                            cache_dir=tmp_path / "cache")[0].min() for fit in ("crop", "stretch")}
+    assert cut == {"crop": 255, "stretch": 0}
+
 
 @pytest.mark.parametrize("colour", [False, True])
 def test_the_cache_gives_the_same_images_and_is_made_once(colour, tmp_path, capsys, monkeypatch):

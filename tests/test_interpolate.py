@@ -59,6 +59,25 @@ def test_the_noise_of_gaussian_data_is_found():
     assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.03, errors
 
 
+def test_there_and_back_is_told_the_class_and_leaves_dropout_off(tiny_model):
+    """Each image lies at its class's shade; the network is in training mode."""
+    diffusion, y = DiffusionProcess(), torch.tensor([0, 1])
+    modes = []
+
+    class Shades(torch.nn.Module):
+        def forward(self, x_t, t, y=None):
+            modes.append(self.training)
+            y = torch.full((len(x_t),), -1) if y is None else y
+            ab = diffusion.alpha_bar[t].view(-1, 1, 1, 1)
+            return (x_t - ab.sqrt() * (y.view(-1, 1, 1, 1) - 0.5)) / (1 - ab).sqrt()
+
+    model, x_0 = Shades().train(), torch.tensor([-0.5, 0.5]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    x_T = diffusion.invert(model, x_0, steps=10, y=y)
+    back = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=10, y=y)
+    torch.testing.assert_close(back, x_0, atol=1e-3, rtol=0)
+    assert float(x_T.abs().max()) < 1 and not any(modes) and model.training
+
+
 def test_there_and_back_returns_the_picture_and_asking_again_returns_it_better():
     diffusion = DiffusionProcess()
     model, x_0 = GaussianModel(diffusion), MEAN + STD * noises(4).double()

@@ -61,6 +61,23 @@ def test_a_step_of_a_convolution_has_adams_size():
     assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.3)
 
 
+def test_a_matrix_steps_by_its_nesterov_momentum():
+    """The published rule by a plain loop (Jordan et al. 2024): the average of the gradients, one
+    more step towards the newest, made even; here with singular values of exactly 1."""
+    random = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(32, 48))
+    optimizer, average, place = Muon([p], lr=0.1, momentum=0.8), torch.zeros(32, 48), 0
+    for _ in range(4):
+        p.grad = torch.randn(32, 48, generator=random)
+        average = 0.8 * average + 0.2 * p.grad
+        left, _, right = torch.linalg.svd(0.8 * average + 0.2 * p.grad, full_matrices=False)
+        before = p.detach().clone()
+        optimizer.step()
+        step, wanted = before - p.detach(), 0.1 * 0.2 * 48**0.5 * left @ right
+        likeness = float((step * wanted).sum() / (step.norm() * wanted.norm()))
+        assert likeness > 0.98 and float(step.norm() / wanted.norm()) == pytest.approx(1, abs=0.2)
+
+
 def test_a_resumed_muon_is_the_one_that_never_stopped():
     torch.manual_seed(0)
     start, grads = torch.randn(32, 32), torch.randn(6, 32, 32)
