@@ -194,7 +194,8 @@ def add_drawing_flags(add):
         "given, else the sampler's own", choices=sorted(SPACINGS))
     add("--eta", "fresh noise in each step: 0 none, 1 as much as DDPM, "
         f"above 1 (at most {MAX_ETA}) more, only with many steps; "
-        "default: as the model's card says, or the sampler's own", type=number_from(0, MAX_ETA))
+        "default: as the model's card says where --sampler is not given, else the sampler's own",
+        type=number_from(0, MAX_ETA))
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the "
         "cost; default: as the model's card says, or 1", type=guidance_number)
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the "

@@ -351,7 +351,8 @@ def main(argv=None):
     parser.group("data")
     add("--dataset", DATASET_HELP, metavar="NAME")
     add("--data_dir")
-    add("--verify", "look at the data set (MNIST unless --dataset names one), and at a folder of "
+    add("--verify", "look at the data set (MNIST unless --dataset or --preset names one), "
+        "and at a folder of "
         "--val_dir, and stop: exit code 0 if they can be used, else 2", False, action="store_true")
     add("--image_size", "height and width in pixels; default: a named set's own, "
         "for a folder 64 or the pictures' common size below that", type=positive_int)

@@ -20,7 +20,6 @@ from loop import train_step
 from models import create_model
 from sample import choose_labels, generate, thinned
 from test_commands import fails
-from test_figures import write_model
 from train import train
 
 TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, image_size=8, device="cpu",

@@ -66,7 +66,7 @@ def test_a_matrix_steps_by_its_nesterov_momentum():
     more step towards the newest, made even; here with singular values of exactly 1."""
     random = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(32, 48))
-    optimizer, average, place = Muon([p], lr=0.1, momentum=0.8), torch.zeros(32, 48), 0
+    optimizer, average = Muon([p], lr=0.1, momentum=0.8), torch.zeros(32, 48)
     for _ in range(4):
         p.grad = torch.randn(32, 48, generator=random)
         average = 0.8 * average + 0.2 * p.grad
