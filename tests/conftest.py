@@ -1,11 +1,15 @@
-"""What tests share: the repository on the import path, the folder of real data, a tiny model."""
+"""What tests share: the repository on the import path, real data, models, files, a failing command.
+"""
 
+import math
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -18,6 +22,18 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_this_machine(monkeypatch):
+    """What a cluster or an office sets in its environment, and the threads that --recreate takes
+    from a picture, do not reach a test or the next one."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "http_proxy", "https_proxy", "HTTP_PROXY",
+                 "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -46,6 +62,34 @@ def awake(module):
     return module
 
 
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Make every synthetic set 64 digits of 16x16 pixels, so that a run takes a second."""
+    import data
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 64)
+    return dict(dataset_name="synthetic_digits", image_size=16)
+
+
+def write_model(path, T=40, zero=False, **data_facts):
+    """The checkpoint of an untrained network of 8x8 images, three classes; zero: it answers 0."""
+    from checkpoint import save_checkpoint
+    from diffusion import DiffusionProcess
+    from models import create_model
+    torch.manual_seed(0)
+    config = dict(image_channels=1, base_channels=8, time_emb_dim=16, num_classes=3,
+                  add_input=not zero)
+    model = create_model(**config)
+    for p in model.conv_out.parameters():
+        p.data *= 0 if zero else 20
+    save_checkpoint(path, {
+        "model_name": "simple", "model_config": config,
+        "diffusion_config": DiffusionProcess(T).config,
+        "data": {"name": "synthetic_digits", "image_size": 8, "channels": 1,
+                 "classes": ["a", "b", "c"], **data_facts},
+        "model": model.state_dict(), "ema": model.state_dict()})
+    return path
+
+
 @pytest.fixture(scope="session")
 def two_shades(tmp_path_factory):
     """The checkpoint of a network trained on dark images of class 0 and bright ones of class 1."""
@@ -63,3 +107,51 @@ def two_shades(tmp_path_factory):
                     device="cpu", precision="float32", num_samples=4, sample_every=1000,
                     output_dir=folder)
     return folder / "model_final.pt"
+
+
+# ---- What tests do
+
+def fails(capsys, main, *argv):
+    """Run a command that must fail with exit code 2 and one line; returns the line."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(arg) for arg in argv])
+    error = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2
+    assert "\n" not in error and "error: " in error and "Traceback" not in error, error
+    return error
+
+
+def sheets(folder, count, size=16, seed=0):
+    """A folder of that many noisy grey pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size), dtype=np.uint8)
+    for k, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{k:03d}.png")
+    return folder
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+# ---- Data whose exact answer is known
+
+MEAN, STD = -0.2, 0.25
+
+
+class GaussianModel:
+    """The exact answer for data N(MEAN, STD^2): E[x_0 | x_t], in the form the process asks for.
+
+    Written from numpy's own tables, so that it shares no schedule code with what it tests.
+    """
+
+    def __init__(self, diffusion):
+        self.ab = diffusion.alpha_bar.numpy()
+        self.objective = diffusion.objective
+
+    def __call__(self, x_t, t, y=None):
+        ab = float(self.ab[int(t[0])])
+        a, b = math.sqrt(ab), math.sqrt(1 - ab)
+        x_0 = MEAN + STD**2 * a * (x_t - a * MEAN) / (STD**2 * ab + b**2)
+        eps = (x_t - a * x_0) / b
+        return {"eps": eps, "x0": x_0, "v": a * eps - b * x_0}[self.objective]

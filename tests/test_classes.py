@@ -13,13 +13,13 @@ import load
 import sample
 import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
+from conftest import fails
 from diffusion import DiffusionProcess
 from images import png_bytes, read_note
 from load import load_model
 from loop import train_step
 from models import create_model
 from sample import choose_labels, generate, thinned
-from test_commands import fails
 from train import train
 
 TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, image_size=8, device="cpu",
@@ -163,11 +163,9 @@ def drawn(two_shades, folder, *argv):
 def test_a_picture_is_made_again_byte_for_byte(argv, two_shades, tmp_path, capsys):
     drawn(two_shades, tmp_path, *argv)
     picture = tmp_path / "generated_samples.png"
-    threads = torch.get_num_threads()
     drawn(two_shades, tmp_path / "again", "--recreate", str(picture))
     assert "byte for byte the same" in capsys.readouterr().out
     assert (tmp_path / "again" / "recreated.png").read_bytes() == picture.read_bytes()
-    torch.set_num_threads(threads)
 
 
 def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):
@@ -185,10 +183,8 @@ def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):
     assert read_note(picture)["guidance"] == load.WEAK_GUIDANCE
     with Image.open(picture) as guided:
         assert np.abs(np.asarray(guided).astype(int) - plain).max() <= 1
-    threads = torch.get_num_threads()
     drawn(two_shades, tmp_path, "--recreate", str(picture), "--weak", str(weak))
     assert "byte for byte the same" in capsys.readouterr().out
-    torch.set_num_threads(threads)
     assert "name it" in fails(capsys, sample.main, "--checkpoint", two_shades,
                               "--output_dir", tmp_path, "--recreate", picture)
 
@@ -215,9 +211,7 @@ def test_the_weights_that_lie_beside_a_picture_are_found(two_shades, tmp_path, c
     (tmp_path / "run").mkdir()
     shutil.copy(two_shades, tmp_path / "run" / "model_final.pt")
     drawn(tmp_path / "run" / "model_final.pt", tmp_path / "run", "--num_images", "2")
-    threads = torch.get_num_threads()
     sample.main(["--recreate", "run/generated_samples.png", "--device", "cpu"])
-    torch.set_num_threads(threads)
     assert "byte for byte the same" in capsys.readouterr().out
 
 
@@ -243,10 +237,8 @@ def test_a_picture_that_is_made_again_otherwise_is_told_so(change, verdict, two_
     for name, value in text.items():
         note.add_text(name, value)
     Image.fromarray(pixels).save(picture, pnginfo=note)
-    threads = torch.get_num_threads()
     with pytest.raises(SystemExit) as exit_:
         drawn(two_shades, tmp_path / "again", "--recreate", str(picture))
-    torch.set_num_threads(threads)
     said = capsys.readouterr().out
     assert exit_.value.code == 1 and "NOT the same pixels" in said and verdict in said
     assert ("rounding" in said) == (change == 2)

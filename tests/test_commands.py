@@ -21,7 +21,7 @@ import sample
 import train
 import visualize_diffusion
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import ROOT
+from conftest import ROOT, fails
 from diffusion import SAMPLERS, DiffusionProcess
 from images import image_grid, save_images, to_uint8
 from models import create_model
@@ -40,16 +40,6 @@ def checkpoint(tmp_path):
         "data": {"name": "mnist", "image_size": 8, "channels": 1, "classes": None},
         "model": model.state_dict(), "ema": model.state_dict()})
     return path
-
-
-def fails(capsys, main, *argv):
-    """Run a command that must fail with exit code 2 and one line; returns the line."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(arg) for arg in argv])
-    error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2
-    assert "\n" not in error and "error: " in error and "Traceback" not in error, error
-    return error
 
 
 # ---- What they write

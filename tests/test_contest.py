@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import contest
-from test_commands import fails
+from conftest import fails
 
 
 def test_a_training_ends_with_its_time():

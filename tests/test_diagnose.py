@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import diagnose as d
+from conftest import fails
 from diffusion import DiffusionProcess
 from reference import Reference
-from test_commands import fails
 
 SPREAD = 0.15  # of the pixels, which know nothing of each other
 

@@ -8,33 +8,13 @@ import torch
 
 import edit
 from checkpoint import load_checkpoint, save_checkpoint
+from conftest import GaussianModel, MEAN, STD
 from data import Batches
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
 from images import to_signed
 from loop import held_out_loss
 from predictors import loss_by_timestep, predictor_errors
 from synthetic import digits
-
-MEAN, STD = -0.2, 0.25
-
-
-class GaussianModel:
-    """The exact answer for data N(MEAN, STD^2): E[x_0 | x_t], in the form the process asks for.
-
-    Written from numpy's own tables, so that it shares no schedule code with what it tests.
-    """
-
-    def __init__(self, diffusion):
-        self.ab = diffusion.alpha_bar.numpy()
-        self.objective = diffusion.objective
-
-    def __call__(self, x_t, t, y=None):
-        ab = float(self.ab[int(t[0])])
-        a, b = math.sqrt(ab), math.sqrt(1 - ab)
-        x_0 = MEAN + STD**2 * a * (x_t - a * MEAN) / (STD**2 * ab + b**2)
-        eps = (x_t - a * x_0) / b
-        return {"eps": eps, "x0": x_0, "v": a * eps - b * x_0}[self.objective]
-
 
 class CountingModel:
     """Predicts zeros and remembers what it was asked."""
@@ -235,7 +215,7 @@ def test_predicting_no_noise_scores_one_at_every_level():
 
 
 def test_training_visits_all_levels_evenly():
-    diffusion, model = DiffusionProcess(10), CountingModel()
+    diffusion = DiffusionProcess(10)
     torch.manual_seed(0)
     seen = []
     model = lambda x, t, y: seen.append(t) or torch.zeros_like(x)       # noqa: E731

@@ -14,6 +14,7 @@ import evaluate
 from checkpoint import load_checkpoint
 from classifier import (Classifier, get_classifier, load_classifier, look, save_classifier,
                         train_classifier)
+from conftest import ROOT, fails
 from data import get_dataset
 from diffusion import seeded_noise
 from images import to_signed, to_uint8
@@ -25,7 +26,6 @@ from reference import Reference, labels_like, load_reference
 from sample import generate
 from synthetic import digits
 from utils import shuffled
-from test_commands import fails
 
 
 def test_the_distance_of_one_dimensional_gaussians_is_the_closed_form():
@@ -412,7 +412,7 @@ def test_stages_of_other_classes_take_guidance_from_none(tmp_path, monkeypatch):
     """The shipped digits' card asks for guidance, and garments have no class for it to follow."""
     monkeypatch.setattr("data.SYNTHETIC_SIZE", 120)
     monkeypatch.setattr(evaluate, "same_classes", lambda *given: False)
-    evaluate.main(["--checkpoint", "pretrained/synthetic_digits.pt", "--stages",
+    evaluate.main(["--checkpoint", str(ROOT / "pretrained" / "synthetic_digits.pt"), "--stages",
                    "--num_images", "100", "--steps", "2", "--sampler", "ddim",
                    "--output_dir", str(tmp_path), "--device", "cpu"])
     found = json.loads((tmp_path / "stages.json").read_text())

@@ -12,9 +12,9 @@ import export
 import load
 import sample
 from checkpoint import load_checkpoint, save_checkpoint
+from conftest import fails
 from images import read_note
 from load import card_recipe, load_model
-from test_commands import fails
 
 
 @pytest.fixture

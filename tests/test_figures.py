@@ -16,16 +16,14 @@ import run_figures
 import sample
 import sampling_figures
 import visualize_diffusion as figures
-from checkpoint import save_checkpoint
+from conftest import fails, write_model
 from convergence import MIXTURES, even_noise, exact_denoiser, exact_flow, solver_errors
 from diffusion import DiffusionProcess, seeded_noise
 from figures import step_rows
 from images import save_images, to_uint8
 from load import load_model
-from models import create_model
 from predictors import NO_PREDICTION, predictor_errors
 from schedules import SPACINGS
-from test_commands import fails
 
 FACTS = {  # t: linear alpha_bar, dB, cosine alpha_bar, dB; computed elsewhere
     0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34),
@@ -36,23 +34,6 @@ FACTS = {  # t: linear alpha_bar, dB, cosine alpha_bar, dB; computed elsewhere
 
 # Another weight and spread for each, so that none can be left out.
 LOPSIDED = [(0.3, -0.5, 0.1), (0.7, 0.6, 0.25)]
-
-
-def write_model(path, T=40, zero=False, **data_facts):
-    """The checkpoint of an untrained network of 8x8 images, three classes; zero: it answers 0."""
-    torch.manual_seed(0)
-    config = dict(image_channels=1, base_channels=8, time_emb_dim=16, num_classes=3,
-                  add_input=not zero)
-    model = create_model(**config)
-    for p in model.conv_out.parameters():
-        p.data *= 0 if zero else 20
-    save_checkpoint(path, {
-        "model_name": "simple", "model_config": config,
-        "diffusion_config": DiffusionProcess(T).config,
-        "data": {"name": "synthetic_digits", "image_size": 8, "channels": 1,
-                 "classes": ["a", "b", "c"], **data_facts},
-        "model": model.state_dict(), "ema": model.state_dict()})
-    return path
 
 
 @pytest.fixture

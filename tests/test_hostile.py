@@ -9,7 +9,6 @@ import sys
 import zlib
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -29,7 +28,7 @@ import sample
 import visualize_diffusion as figures
 import visualize_model
 from command_line import Parser, command, speaks
-from conftest import ROOT
+from conftest import ROOT, fails, sheets, write_model
 from data import Batches, split_held_out
 from diffusion import DiffusionProcess
 from files import write_file
@@ -41,8 +40,6 @@ from reference import load_reference
 from running import Signals, Stopped
 from sample import choose_labels
 from session import sample_images
-from test_commands import fails
-from test_figures import write_model
 from train import main as train_main
 from train import train
 
@@ -54,15 +51,6 @@ TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, device="cpu", preci
 def few_digits(monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 32)
     return dict(dataset_name="synthetic_digits", image_size=8)
-
-
-def sheets(folder, count, size=16, seed=0):
-    """A folder of that many noisy grey pictures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size), dtype=np.uint8)
-    for k, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{k:03d}.png")
-    return folder
 
 
 # ---- Nothing is lost
@@ -464,14 +452,15 @@ def test_a_place_that_there_is_not_is_one_line(rank, world, few_digits, tmp_path
     assert len(folders.load_folder(sheets(tmp_path / "in", 6))[0]) == 6
 
 
-def test_an_error_is_told_also_where_RANK_is_set_without_torchrun(monkeypatch, capsys):
+def test_an_error_is_told_also_where_RANK_is_set_without_torchrun(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for torchrun, told in (("", True), ("1", False)):
         if torchrun:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", torchrun)
         with pytest.raises(SystemExit):
-            sample.main(["--label", "no such class"])
+            sample.main(["--label", "no such class", "--dataset", "synthetic_digits",
+                         "--output_dir", str(tmp_path)])
         assert ("unknown class" in capsys.readouterr().err) == told
 
 
@@ -887,7 +876,9 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     for lines in (2, 100_000):
         code = ("from command_line import command\n@command\n"
                 f"def main(argv): print(*range({lines}), sep='\\n')\nmain()")
-        process = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(0.5)\n{code}"],
-                                   cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", f"import sys; sys.stdin.read()\n{code}"],
+                                   cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
         process.stdout.close()
+        process.stdin.close()                   # now it may begin
         assert process.stderr.read() == b"" and process.wait() == 141

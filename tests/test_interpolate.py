@@ -9,11 +9,11 @@ from PIL import Image
 
 import interpolate
 from checkpoint import load_checkpoint, save_checkpoint
+from conftest import GaussianModel, MEAN, STD
 from diffusion import DiffusionProcess, seeded_noise
 from images import to_signed
 from interpolate import lerp, psnr, slerp, walk
 from load import load_model
-from test_diffusion import MEAN, STD, GaussianModel
 
 
 def noises(count):

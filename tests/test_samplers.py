@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import GaussianModel, MEAN, STD
 from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from schedules import SPACINGS, distinct
-from test_diffusion import MEAN, STD, GaussianModel
-
-FAST = [name for name, row in SAMPLERS.items() if row.order > 1]
 
 
 def noise():

@@ -11,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import session
 import train as train_module
 from checkpoint import load_checkpoint
-from conftest import ROOT
+from conftest import ROOT, weights
 from data import Batches, split_held_out
 from diffusion import DiffusionProcess
 from folders import FITS
@@ -34,13 +33,6 @@ TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32",
 
 
 @pytest.fixture
-def few_digits(monkeypatch):
-    """Make every synthetic set 64 digits of 16x16 pixels, so that a run takes a second."""
-    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 64)
-    return dict(dataset_name="synthetic_digits", image_size=16)
-
-
-@pytest.fixture
 def settings_of(monkeypatch):
     """What train() is called with for given flags."""
     def settings_of(*argv):
@@ -49,10 +41,6 @@ def settings_of(monkeypatch):
         main(list(argv))
         return seen
     return settings_of
-
-
-def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def furthest(a, b):

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import session
 import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import ROOT
+from conftest import ROOT, weights
 from data import Batches
 from diffusion import DiffusionProcess
 from images import moving_average, to_signed
@@ -27,18 +27,6 @@ from train import sample_images, train
 from utils import EMA, get_precision, get_timesteps, seed_step
 
 TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32")
-
-
-@pytest.fixture
-def few_digits(monkeypatch):
-    """Make every data set 64 synthetic digits of 16x16 pixels, so that a run takes a second."""
-    import data
-    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 64)
-    return dict(dataset_name="synthetic_digits", image_size=16)
-
-
-def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def equal(a, b):
@@ -54,6 +42,7 @@ def test_the_documented_use_from_python_works(data_dir, tmp_path):
     dataset = torchvision.datasets.MNIST(data_dir, train=True, transform=transform, download=False)
     dataloader = DataLoader(torch.utils.data.Subset(dataset, range(256)), batch_size=32,
                             shuffle=True)
+    torch.manual_seed(0)
     diffusion, model = DiffusionProcess(), create_model(base_channels=8)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     before = weights(model)

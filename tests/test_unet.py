@@ -29,10 +29,13 @@ def test_blocks_keep_the_resolution_and_change_the_channels():
 
 
 def test_the_up_block_lays_x_before_the_skip():
+    """Without the weights of the first 16 channels x plays no part, and the skip does."""
     up, t_emb = UpBlock(24, 8, 32), torch.randn(2, 32)
+    up.conv1.weight.data[:, :16] = 0
     x, skip = torch.randn(2, 16, 6, 6), torch.randn(2, 8, 6, 6)
-    torch.testing.assert_close(up(x, skip, t_emb),
-                               DownBlock.forward(up, torch.cat([x, skip], 1), t_emb))
+    whole = up(x, skip, t_emb)
+    torch.testing.assert_close(up(0 * x, skip, t_emb), whole)
+    assert (up(x, 0 * skip, t_emb) - whole).abs().max() > 0.01
 
 
 def test_the_network_goes_28_14_7_14_28():

@@ -8,12 +8,10 @@ import torch
 
 import inside
 import visualize_model as figures
-from conftest import awake
+from conftest import awake, fails, write_model
 from diffusion import DiffusionProcess, seeded_noise
 from models import create_model
 from models.attention_unet import SelfAttention
-from test_commands import fails
-from test_figures import write_model
 
 
 @pytest.fixture

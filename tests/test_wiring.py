@@ -10,6 +10,7 @@ import torch
 import data
 import session
 from checkpoint import load_checkpoint, save_checkpoint
+from conftest import sheets
 from data import Batches, get_dataset, split_held_out
 from diffusion import DiffusionProcess
 from images import save_images
@@ -17,7 +18,6 @@ from loop import held_out_loss, train_epoch
 from models import create_model
 from running import LATEST, Signals
 from session import Keeper, sample_images
-from test_hostile import sheets
 from train import train
 from utils import get_timesteps, seed_step
 
