@@ -134,7 +134,13 @@ def weights(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
-# ---- Data whose exact answer is known
+# ---- Data and schedules whose exact answer is known
+
+LEVELS = {  # t: (linear alpha_bar, dB, cosine alpha_bar, dB) at T = 1000, computed elsewhere
+    0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34),
+    250: (0.521, 0.37, 0.846, 7.39), 500: (0.078, -10.74, 0.492, -0.13),
+    750: (0.0033, -24.80, 0.143, -7.77), 900: (2.7e-4, -35.68, 0.0236, -16.16),
+    999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
 
 MEAN, STD = -0.2, 0.25
 

@@ -8,7 +8,7 @@ import torch
 
 import edit
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import GaussianModel, MEAN, STD
+from conftest import LEVELS, MEAN, STD, GaussianModel
 from data import Batches
 from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
 from images import to_signed
@@ -28,12 +28,6 @@ class CountingModel:
 
 
 # ---- Schedules
-
-TABLE = {  # t: (linear alpha_bar, dB, cosine alpha_bar, dB) at T = 1000, computed elsewhere
-    0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34),
-    250: (0.521, 0.37, 0.846, 7.39), 500: (0.078, -10.74, 0.492, -0.13),
-    750: (0.0033, -24.80, 0.143, -7.77), 900: (2.7e-4, -35.68, 0.0236, -16.16),
-    999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
 
 
 @pytest.mark.parametrize("settings", [
@@ -55,7 +49,7 @@ def test_betas_that_no_step_can_have_are_refused(betas):
 @pytest.mark.parametrize("column, schedule", [(0, "linear"), (2, "cosine")])
 def test_schedules_match_the_known_table(column, schedule):
     ab = DiffusionProcess(schedule=schedule).alpha_bar
-    for t, row in TABLE.items():
+    for t, row in LEVELS.items():
         assert float(ab[t]) == pytest.approx(row[column], rel=0.02)
         assert 10 * math.log10(ab[t] / (1 - ab[t])) == pytest.approx(row[column + 1], abs=0.006)
 

@@ -16,7 +16,7 @@ import run_figures
 import sample
 import sampling_figures
 import visualize_diffusion as figures
-from conftest import fails, write_model
+from conftest import LEVELS, fails, write_model
 from convergence import MIXTURES, even_noise, exact_denoiser, exact_flow, solver_errors
 from diffusion import DiffusionProcess, seeded_noise
 from figures import step_rows
@@ -24,12 +24,6 @@ from images import save_images, to_uint8
 from load import load_model
 from predictors import NO_PREDICTION, predictor_errors
 from schedules import SPACINGS
-
-FACTS = {  # t: linear alpha_bar, dB, cosine alpha_bar, dB; computed elsewhere
-    0: (0.9999, 40.00, 0.99996, 43.84), 100: (0.895, 9.31, 0.972, 15.34),
-    250: (0.521, 0.37, 0.846, 7.39), 500: (0.078, -10.74, 0.492, -0.13),
-    750: (0.0033, -24.80, 0.143, -7.77), 900: (2.7e-4, -35.68, 0.0236, -16.16),
-    999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
 
 
 # Another weight and spread for each, so that none can be left out.
@@ -81,8 +75,8 @@ def test_the_printed_table_has_the_known_numbers(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = {int(line.split()[0]): [float(word) for word in line.split()[1:5]]
             for line in lines[1:8]}
-    assert list(rows) == list(FACTS)
-    for t, want in FACTS.items():
+    assert list(rows) == list(LEVELS)
+    for t, want in LEVELS.items():
         assert rows[t] == [pytest.approx(want[0], rel=0.02), pytest.approx(want[1], abs=0.006),
                            pytest.approx(want[2], rel=0.02), pytest.approx(want[3], abs=0.006)]
     assert "linear t = 259, cosine t = 496, sigmoid t = 499" in lines[8]
