@@ -25,6 +25,7 @@ from images import to_signed
 from utils import autocast, get_device, get_precision, seed_step
 
 TURNS = 4
+FEWEST_STEPS = 100  # with less, four epochs of some hundred images, it has learnt next to nothing
 
 
 class Classifier(nn.Module):
@@ -67,7 +68,7 @@ def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size
     seed_step(seed, 0)
     classifier = Classifier(images.shape[1], images.shape[-1], num_classes).to(device).train()
     batches = Batches(images, labels, batch_size, seed)
-    steps = epochs * len(batches)
+    steps = max(epochs * len(batches), FEWEST_STEPS)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(2, steps),
                                                pct_start=0.1)
@@ -144,6 +145,14 @@ def make_classifier(path, images, labels, held, held_labels, epochs=4, seed=0, *
     return classifier, card
 
 
+def warn_of_guesses(classifier, card):
+    """Say so where a classifier hardly does better than a guess: its features then tell nothing."""
+    outputs, accuracy = classifier.settings["outputs"], card.get("accuracy")
+    if accuracy and outputs > 1 and accuracy < 1.2 / outputs:
+        print(f"note: this classifier is right {accuracy:.0%} of the time, and a guess among "
+              f"{outputs} would be {1 / outputs:.0%}: distances in its features say little")
+
+
 def get_classifier(name, images, labels, held, held_labels, folder):
     """The classifier of a data set: shipped, found in `folder`, or trained now and kept there.
 
@@ -162,6 +171,7 @@ def get_classifier(name, images, labels, held, held_labels, folder):
               "a minute or two on two cores", flush=True)
         classifier, card = make_classifier(path, images, labels, held, held_labels)
         print(f"wrote {path}")
+    warn_of_guesses(classifier, card)
     accuracy = f", test accuracy {card['accuracy']:.2%}" if card.get("accuracy") else ""
     return classifier, f"{path.name}, trained to {card['trained_to']}{accuracy}"
 

@@ -337,12 +337,15 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
         ratios.update((other.name, errors(best, other, some, power, y, device)) for other in others)
         # How well it has learnt what it was trained for, be that what is asked of it now or not.
         learnt = min(map(typical, ratios.values()))
-        if learnt >= LEARNT and has_hardly_begun(losses, settings):
+        hardly_begun = has_hardly_begun(losses, settings)
+        if learnt >= LEARNT and hardly_begun:
             # All its answers are bad, and which question suits it best says nothing yet.
             unlearnt = check_training(typical(ratio), losses, settings)
         else:
             unlearnt = check_training(learnt, losses, settings)
-            causes += check_readings(ratios) + check_time(best, diffusion, some, device)
+            causes += check_readings(ratios)
+        if not hardly_begun:                                # what t is for is learnt later
+            causes += check_time(best, diffusion, some, device)
         causes += unlearnt
         # One that has learnt little has not learnt the classes either.
         if labels is not None and not unlearnt:
@@ -394,10 +397,12 @@ def main(argv=None):
     print(" " * 47 + "".join(f"{decibel:>6} dB" for decibel in DECIBELS))
     for name, row in ratios.items():
         print(f"  {name:<45}" + "".join(f"{ratio:>9.2f}" for ratio in row))
-    print("  a way other than the checkpoint's counts where its errors are 1.3 times lower, "
+    print("  another row than the first is suspected only where its errors are 1.3 times lower, "
           "on average")
     if not causes:
-        print("found nothing wrong: look at python evaluate.py for how good the pictures are")
+        print("found nothing broken" + f" after {len(losses)} steps" * bool(losses)
+              + ": python evaluate.py measures how good the pictures are, "
+                "and more training makes them better")
     for k, cause in enumerate(causes, start=1):
         print(f"{k}. {cause.what}\n   seen: {cause.evidence}\n   next: {cause.advice}")
 

@@ -254,10 +254,11 @@ def main(argv=None):
         found = ", ".join(f"{name} {psnr(pictures, originals):.2f} dB"
                           for name, pictures in rows.items() if name != "original")
         print(f"PSNR, likeness to the originals: {found}"
-              + "; but the colours are free, and others as right" * (args.task == "colourise"))
+              + "; but other colours may be as right" * (args.task == "colourise"))
         if psnr(ours, originals) < psnr(plain, originals):
-            print("less than of what was given: the model guesses, and a wrong guess costs more "
-                  "than a blank. The mean of several answers is nearer, and blurred: --average 8")
+            print("That is less than what was given has: the model guesses, and a wrong guess "
+                  "costs more than a blank. The mean of several answers is nearer, and blurred: "
+                  "--average 8")
 
     count = min(len(originals), 8)
     save_strip([pictures[:count].cpu() for pictures in rows.values()], [""] * count,

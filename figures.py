@@ -163,7 +163,8 @@ def predictors_figure(edges, errors, path, title=None):
     """
     figure, ((axes,),) = new_figure(9, 4)
     width = 0.8 / len(errors)
-    for k, ((name, row), colour) in enumerate(zip(errors.items(), (*COLOURS, "#999999"))):
+    colours = [*COLOURS[:len(errors) - 1], "#999999"]       # the last is no prediction
+    for k, ((name, row), colour) in enumerate(zip(errors.items(), colours)):
         places = np.arange(len(row)) + (k - (len(errors) - 1) / 2) * width
         bars = axes.bar(places, row, 0.9 * width, color=colour, label=name,
                         **({"hatch": "//", "edgecolor": "white"} if name == NO_PREDICTION else {}))

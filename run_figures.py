@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from checkpoint import load_checkpoint
 from images import PADDING, enlargement, plot_losses, save_strip, to_signed
-from running import run_files
+from running import FINAL, LATEST, run_files
 
 
 def when(path):
     """epoch_005.png -> "epoch 5"."""
     unit, number = path.stem.split("_")[-2:]
-    return f"{unit} {int(number)}"
+    return f"{unit} {int(number)}" if number.isdecimal() else "the end"
 
 
 def spread_out(items, most):
@@ -39,6 +40,13 @@ def found_in(run, places, what):
     if not paths:
         raise ValueError(f"no {what} in {run}; name a folder that train.py wrote with --run")
     return paths
+
+
+def with_the_end(numbered, run):
+    """Numbered checkpoints, and the run's last one if it comes after them."""
+    last = [path for path in (Path(run) / FINAL, Path(run) / LATEST) if path.is_file()][:1]
+    steps = [load_checkpoint(path).get("step") for path in (*last, numbered[-1])]
+    return numbered if steps[0] == steps[-1] else [*numbered, *last]
 
 
 def epochs_figure(run, path, image_size, count, columns=8):

@@ -339,7 +339,8 @@ def main(argv=None):
     seconds = seconds_for(model, diffusion, count, size, args.batch_size, calls, device, precision)
     print(f"cost: {count} images in {len(levels) - 1} steps of {args.sampler}"
           + drawing_words(args.guidance, args.guidance_interval, args.eta)
-          + f", {calls} calls of the model, about {format_seconds(seconds)} here", flush=True)
+          + f", {calls} calls of the model, about {format_seconds(seconds)} here"
+          + ", and some seconds more to draw the way" * args.show_intermediate, flush=True)
 
     images, frames = generate(
         model, diffusion, count, size, seed=args.seed, sampler=args.sampler, steps=args.steps,

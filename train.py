@@ -293,8 +293,14 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
                              label_drop=label_drop if classes else 0.0,
                              min_snr=min_snr, density=density)
-        step_seconds = tell_cost(plan, len(state.losses), network, batches, held_out, diffusion,
-                                 device, num_samples, optimizer, compile, **step_settings)
+        done = len(state.losses)
+        if done < plan.total_steps:
+            step_seconds = tell_cost(plan, done, network, batches, held_out, diffusion, device,
+                                     num_samples, optimizer, compile, **step_settings)
+        else:
+            step_seconds = 1.0
+            print("no step is left to do: this run is finished, and more --epochs or --steps "
+                  "would prolong it")
 
         # ---- Training
         rate = functools.partial(rate_at, total_steps=plan.total_steps, peak=learning_rate,

@@ -17,6 +17,8 @@ from folders import MIN_SIDE, class_folders, common_size, find_files, listing, r
 from images import save_images, to_signed
 from models import create_model
 
+FEW = 100  # images; with fewer, copies are nearly all that a network draws
+
 
 def counted(values, most=8):
     """The commonest values and how often each is there."""
@@ -98,6 +100,9 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
         section("without a class (no sub-folder), so that --labels cannot be trained with",
                  outside)
     print(f"other files, ignored: {others}")
+    if 0 < len(used) < FEW:
+        print(f"note: {len(used)} pictures are few: a network learns them by heart, "
+              "and what it draws are copies")
     if used:
         save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet, total=len(used))
     return bool(used) and not outside and not bare and fits(image_size, multiple)

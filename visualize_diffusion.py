@@ -32,7 +32,7 @@ from load import CHECKPOINT_HELP, load_model, open_model, refuse_other_images
 from predictors import RANGES, loss_by_timestep, predictor_errors, predictor_lines
 from reference import same_classes, training_images, unseen_images
 from running import FINAL, LATEST
-from run_figures import epochs_figure, found_in, loss_figure, spread_out, when
+from run_figures import epochs_figure, found_in, loss_figure, spread_out, when, with_the_end
 from sample import choose_labels, drawing_words, seconds_for
 from sampling_figures import explain_step, reverse_figure, seeds_figure, steps_figure
 from schedules import SCHEDULES, SPACINGS, choose_timesteps
@@ -107,7 +107,8 @@ def forward_figure(images, diffusion, path, timesteps=FORWARD_TIMESTEPS, seed=0,
     columns = [diffusion.forward_diffusion(x_0, torch.full((len(x_0),), t), noise)[0]
                for t in timesteps]
     shares = [diffusion.alpha_bar_at(t) for t in timesteps]
-    labels = [f"t = {t}\n" + r"$\bar\alpha$ " + (f"{share:.4f}" if share > 1e-3 else f"{share:.0e}")
+    labels = [f"t = {t}\n" + r"$\bar\alpha$ "
+              + (f"{share:.{4 + (share > 0.99995)}f}" if share > 1e-3 else f"{share:.0e}")
               for t, share in zip(timesteps, shares)]
     save_strip(torch.stack(columns, dim=1), labels, path, title=title)
 
@@ -160,7 +161,8 @@ def draw_from_data(name, args, path, loaded=None):
         timesteps = choose_timesteps(args.timesteps, TIMESTEPS[args.figure],
                                      diffusion.num_timesteps)
         pick = different_ones(labels, len(images), args.seed)[:count]
-        schedule = "the model's own" if loaded else args.schedule
+        schedule = diffusion.config["schedule"]
+        schedule = schedule if isinstance(schedule, str) else "the model's own"
         forward_figure(
             images[pick], diffusion, path, timesteps, args.seed,
             title=f"{as_text(Path(dataset).name)}: the forward process, {schedule} schedule")
@@ -297,7 +299,7 @@ def draw_from_run(name, args, path, device):
     if name == "epochs":
         epochs_figure(args.run, path, data["image_size"], count)
         return [path]
-    files = spread_out(files, 24)
+    files = with_the_end(spread_out(files, 24), args.run)
     x_0, y, which = some_unseen(data, args, count, device)
     calls = TIMESTEP_BINS * len(files)
     cost = format_seconds(

@@ -14,8 +14,8 @@ first_t_below_0_dB_cosine = None
 # has its square.
 factor_of_the_image_at_250 = None
 
-# python sample.py --sampler dpmpp_2m --guidance 1
-# python sample.py --sampler dpmpp_2m --guidance 2
+# python sample.py --sampler dpmpp_2m --guidance 1 --output_dir outputs/plain
+# python sample.py --sampler dpmpp_2m --guidance 2 --output_dir outputs/guided
 # How often is the network asked for each picture, by the first command and by the second? (a, b)
 calls_without_and_with_guidance = None
 

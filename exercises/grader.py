@@ -128,7 +128,7 @@ EXECUTE = {
     "the_same_picture_whatever_the_batch": number(
         True,
         "the noise of a picture depends on the seed and its number alone, "
-        "so that the two sheets are equal"),
+        "so that the two sheets are equal, pixel by pixel"),
     "memory_of_the_second_level_over_the_first": number(
         0.5, "a fourth of the places, but twice the channels in each"),
     "loss_of_zero_and_of_the_copy": number(
@@ -150,7 +150,9 @@ def check_alpha_bar(alpha_bar):
             (before / curve[0], "alpha_bar at index t belongs to t + 1 steps: the first is not 1"),
             (before, "alpha_bar at index t belongs to t + 1 steps; and divide by the curve at 0"),
             (after,
-             "divide by the curve at 0, so that all of the image is there before the first step")])
+             "divide by the curve at 0, so that all of the image is there before the first step"),
+            (torch.cat([(1 - after / before)[:-1], torch.tensor([0.999])]),
+             "those are the betas: alpha_bar is the product of all 1 - beta so far")])
         if wrong:
             return wrong
         last = 1 - float(found[-1] / found[-2])             # too small a difference for compare
@@ -215,7 +217,8 @@ def check_step(step):
          "fresh noise is still added, on top of all the old one"),
         (x_0, "that is the guess of the clean image: go no further than to ab_prev"),
         (ab_prev ** 0.5 * x_0 + (1 - ab_prev) ** 0.5 * fresh,
-         "the noise is all fresh: DDIM keeps eps")])
+         "the noise is all fresh: DDIM keeps eps"),
+        (ab_prev * x_0 + (1 - ab_prev) * eps, "the factors are roots")])
 
 
 def check_guided(guided):
@@ -226,7 +229,8 @@ def check_guided(guided):
             (with_class + 3 * (with_class - without),
              "that counts from the answer with the class: 0 would be plain, and here 1 is"),
             (with_class + 3 * (without - with_class), "it leads away from the class"),
-            (3 * with_class, "it has to count from the answer without a class")])
+            (3 * with_class, "it has to count from the answer without a class"),
+            (without + 3 * with_class, "what is added is the difference of the two answers")])
 
 
 MODIFY = {"alpha_bar": check_alpha_bar, "target": check_target, "levels": check_levels,
@@ -293,7 +297,7 @@ def check_loss(loss):
     wrong = compare(seen[0][0], x_t, [(x_0, "the model is shown the clean images"),
                                       (noise, "the model is shown noise")])
     if wrong:
-        return f"what the model sees: {wrong}"
+        return f"what the model sees: {wrong} (first mend noisy, if that is not right yet)"
     if torch.is_tensor(found) and not found.requires_grad:
         return "no gradient leads back to the model: nothing would be learnt"
     error = 0.5 * x_t - noise
@@ -346,8 +350,8 @@ def check_learn(learn):
     at_last = measured()
     if not at_last < 0.15:
         return (f"the loss on {len(images)} pictures went from {at_first:.2f} to {at_last:.2f}; "
-                "below 0.1 is usual: are the gradients set to zero before each step, "
-                "and the noise the one that was added?")
+                "below 0.1 is usual: are the gradients set to zero before each step, and the noise "
+                "the one that was added? (first mend loss, if that is not right yet)")
     return None
 
 

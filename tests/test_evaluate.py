@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -309,6 +310,26 @@ def test_shipped_files_know_the_real_images(name, data_dir, tmp_path, monkeypatc
     card = load_checkpoint(classifier_module.PRETRAINED / "synthetic_digits.pt")["card"]
     assert card["settings"]["images"] == data.Batches(
         *get_dataset("synthetic_digits")).fingerprint()
+
+
+def test_a_classifier_of_few_images_has_learnt_them_nevertheless(tmp_path, capsys):
+    """Four epochs of 60 images were four steps: it guessed, and coloured noise was near to real."""
+    images, labels = digits(200, seed=0)
+    some = labels < 2
+    images, labels = images[some], labels[some]
+    half = len(images) // 2
+    phrase = get_classifier("x", images[:half], labels[:half], images[half:], labels[half:],
+                            tmp_path)[1]
+    assert "note: " not in capsys.readouterr().out
+    assert float(re.search(r"accuracy (\d+)", phrase)[1]) > 80
+
+
+def test_a_classifier_that_guesses_is_told_so(tmp_path, capsys):
+    images = torch.randint(256, (300, 1, 8, 8), generator=torch.Generator().manual_seed(0),
+                           dtype=torch.uint8)
+    labels = torch.arange(300) % 2                              # which noise knows nothing of
+    get_classifier("x", images[:100], labels[:100], images[100:], labels[100:], tmp_path)
+    assert "a guess among 2 would be 50%" in capsys.readouterr().out
 
 
 def test_a_foreign_file_is_no_classifier(tmp_path):

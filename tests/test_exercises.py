@@ -131,7 +131,12 @@ def test_the_right_changes_are_right(capsys):
     ("step", lambda *args: modify.step(*args[:4], 0.0), "part of the old one is still taken away"),
     ("step", lambda *args: 1 / 0, "ZeroDivisionError: division by zero"),
     ("guided", lambda c, u, g: c + g * (c - u), "counts from the answer with the class"),
-    ("guided", lambda c, u, g: u + g * c, "wrong: up to"),
+    ("guided", lambda c, u, g: u + g * c, "the difference of the two answers"),
+    ("guided", lambda c, u, g: c - u, "wrong: up to"),
+    ("alpha_bar", lambda T: 1 - cosine(T) / torch.cat([torch.ones(1), cosine(T)[:-1]]),
+     "those are the betas"),
+    ("step", lambda x_t, eps, ab, ab_prev, fresh: ab_prev * (
+        x_t - (1 - ab) ** 0.5 * eps) / ab ** 0.5 + (1 - ab_prev) * eps, "the factors are roots"),
 ])
 def test_a_usual_mistake_is_named(task, wrong, words, capsys):
     code, said, _ = graded("modify", {**MODIFIED, task: wrong}, capsys)

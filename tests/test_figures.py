@@ -16,6 +16,7 @@ import run_figures
 import sample
 import sampling_figures
 import visualize_diffusion as figures
+from checkpoint import save_checkpoint
 from conftest import LEVELS, fails, write_model
 from convergence import MIXTURES, even_noise, exact_denoiser, exact_flow, solver_errors
 from diffusion import DiffusionProcess, seeded_noise
@@ -333,6 +334,17 @@ def test_epochs_of_a_single_picture_are_shown(run, tmp_path):
         save_images(torch.zeros(1, 1, 8, 8), sheet)
     figures.main(["--figure", "epochs", "--run", str(run), "--output_dir", str(tmp_path)])
     assert (tmp_path / "epochs.png").is_file()
+
+
+@pytest.mark.parametrize("end, names", [
+    ({"model_final.pt": 6}, ["step 4", "the end"]), ({"model_final.pt": 4}, ["step 4"]),
+    ({"model_latest.pt": 5}, ["step 4", "the end"]), ({}, ["step 4"])])
+def test_a_map_of_losses_ends_where_the_run_does(end, names, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    numbered = tmp_path / "checkpoints" / "model_step_0000004.pt"
+    for path, step in ((numbered, 4), *((tmp_path / name, step) for name, step in end.items())):
+        save_checkpoint(path, {"step": step})
+    assert [*map(run_figures.when, run_figures.with_the_end([numbered], tmp_path))] == names
 
 
 def test_a_model_that_predicts_no_noise_has_loss_one_at_every_level(run, tmp_path, monkeypatch):
