@@ -43,7 +43,7 @@ def one_line(error):
         text = ("out of memory; try fewer or smaller images at a time, and in training "
                 "--accumulate 2, fewer --num_samples, --grad_checkpoint, "
                 "a smaller --base_channels or --image_size")
-    elif isinstance(error, RuntimeError):
+    elif isinstance(error, RuntimeError) and not text.startswith("Symlink loop"):
         return None
     elif isinstance(error, OSError):
         text = (f"{error.filename}: " if error.filename else "") + str(error.strerror or error)
@@ -124,7 +124,8 @@ class Parser(argparse.ArgumentParser):
         self.typed = [name for name, value in vars(super().parse_args(argv, nothing)).items()
                       if value is not ...]
         for name, value in vars(args).items():        # as from a shell variable that was never set
-            if value == "" or isinstance(value, list) and "" in value:
+            # (Python 3.11 makes an empty list of --flag=--)
+            if value in ("", []) or isinstance(value, list) and "" in value:
                 self.error(f"--{name} is given, but empty")
         return args
 

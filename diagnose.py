@@ -264,7 +264,9 @@ def check_labels(model, diffusion, images, labels, device="cpu"):
 
 def has_hardly_begun(losses, settings):
     """Was it random weights a few steps ago? Not if the steps are unknown."""
-    return 0 < len(losses) < FEW_STEPS and not settings.get("started_from")
+    start = settings.get("started_from") or {"steps": 0}
+    before = start.get("steps") if isinstance(start, dict) else None
+    return 0 < len(losses) and type(before) is int and before + len(losses) < FEW_STEPS
 
 
 def check_training(ratio, losses, settings):
@@ -272,7 +274,8 @@ def check_training(ratio, losses, settings):
     steps, hardly_begun = len(losses), has_hardly_begun(losses, settings)
     if steps == 0 or ratio < LEARNT and not hardly_begun:
         return []
-    early = f"; {steps} steps are few: pictures take shape within the first thousand" * hardly_begun
+    early = ("; it has hardly begun: pictures take shape within the first thousand steps"
+             * hardly_begun)
     if ratio < LEARNT or steps < 4:
         return [Cause("few steps", f"its error is {ratio:.2f} times that of the best linear filter"
                       + early)]
@@ -322,7 +325,9 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
     """
     settings, weights = settings or {}, getattr(average, "state_dict", dict)()
     images = images[shuffled(len(images))[:20_000]]     # a folder begins with the first sub-folder
-    losses, power, some = list(losses), spectrum(images[:2000]), held[:IMAGES]
+    # No loss is so large; and the mean of such a list would be an error.
+    losses = [loss if abs(loss) < 1e30 else math.nan for loss in losses]
+    power, some = spectrum(images[:2000]), held[:IMAGES]
     with evaluating(average), evaluating(raw):
         y = None if labels is None else labels[:IMAGES].to(device)
         own, *others = readings(diffusion)

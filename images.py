@@ -5,6 +5,7 @@ import io
 import json
 import math
 import textwrap
+import warnings
 from pathlib import Path
 
 # Imported now and not at the first plot, where a signal would leave it half imported.
@@ -124,9 +125,12 @@ def save_gif(pictures, path, seconds=0.12, last_seconds=2.0):
     write_file(path, buffer.getvalue())
 
 
-def as_text(name):
-    """A name from outside (a folder, a class) for a figure: no formula, no stray bytes."""
-    return str(name).encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+def as_text(name, most=100):
+    """A name from outside (a folder, a class) for a figure: no formula, no stray bytes, and of a
+    long one the beginning."""
+    text = str(name).encode("utf-8", "backslashreplace").decode()
+    text = text if len(text) <= most else text[:most - 3] + "..."
+    return text.replace("$", r"\$")
 
 
 def wrapped(text, inches, points=12):
@@ -141,7 +145,9 @@ DPI = 150  # dots in an inch of a figure
 def save_figure(figure, path):
     """Save a matplotlib figure as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
+    with warnings.catch_warnings():             # a letter that the font lacks becomes a box
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
     write_file(path, buffer.getvalue())
 
 

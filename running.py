@@ -13,6 +13,8 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from checkpoint import load_checkpoint
 
 # ---- The folder of a run
@@ -94,37 +96,51 @@ def last_of_each_unit(numbered):
 
 def farthest(folder, paths):
     """Of several checkpoints of a run the one with the most steps behind it: one that was killed
-    may have come farther in any of them than in the latest. Says which it cannot read. ValueError
-    if it can read none."""
-    steps, problem = {}, None
+    may have come farther in any of them than in the latest. Those of another run do not count: one
+    that was killed while it replaced an earlier run has left some of that. Says what it passes
+    over. ValueError if it can read none.
+
+    paths: the latest first.
+    """
+    losses, problem = {}, None
     for path in paths:
         try:
             if path.exists():
-                step = load_checkpoint(path).get("step")
-                steps[path] = step if type(step) is int else -1
+                found = load_checkpoint(path).get("losses")
+                losses[path] = found.tolist() if torch.is_tensor(found) else []
         except (ValueError, OSError) as error:
             problem = error
-    if not steps:
+    if not losses:
         raise problem or ValueError(f"nothing to resume: {folder} holds no checkpoint of a run")
     if problem:
         print(f"passed over: {problem}")
-    return max(steps, key=steps.get)
+    own = next(iter(losses.values()))           # of the latest, if it is there
+    for path, others in list(losses.items()):
+        shared = min(len(own), len(others))
+        if own[:shared] != others[:shared]:     # a run's losses are its own
+            print(f"passed over: {path} is of an earlier run")
+            del losses[path]
+    return max(losses, key=lambda path: len(losses[path]))
 
 
 def run_files(folder):
     """What a run has written into a folder, and nothing else that lies there."""
     return [path for pattern in RUN_FILES for path in Path(folder).glob(pattern)
-            if "*" not in pattern or NUMBERED.fullmatch(path.name)]
+            if ("*" not in pattern or NUMBERED.fullmatch(path.name)) and not path.is_dir()]
 
 
 def clear_run(folder, keep):
     """Delete what an earlier run has written into a folder. keep: the path of the new one's first
     file."""
-    old = [path for path in run_files(folder) if path != Path(keep)]
+    old, left = [path for path in run_files(folder) if path != Path(keep)], []
     for path in old:
-        path.unlink()
+        try:
+            path.unlink()
+        except OSError as error:                # no reason to stop a training
+            left.append(f"{path} ({error.strerror})")
     if old:
-        print(f"replaced an earlier run in {folder} ({len(old)} files)")
+        print(f"replaced an earlier run in {folder} ({len(old) - len(left)} files)"
+              + f"; it still has {', '.join(left[:5])}" * bool(left))
 
 
 # ---- Stopping in good order

@@ -72,8 +72,8 @@ class Keeper:
         if path.name != LATEST:
             print(f"wrote {path}")
         if self.replacing:
+            self.replacing = False              # whatever happens now, the new run is there
             clear_run(self.folder, keep=path)
-            self.replacing = False
 
     def write_tables(self, rate, last):
         """write_losses, as long as that takes under a twentieth of the time, and at the end."""

@@ -126,7 +126,8 @@ def dataset_figure(images, labels, names, path, columns=10, seed=0, title=None):
     # White where a class has too few images.
     blank = torch.full((columns, *images.shape[1:]), 255, dtype=torch.uint8)
     rows = [to_signed(torch.cat([images[row], blank[len(row):]])) for row in chosen]
-    save_strip(rows, [""] * columns, path, row_labels=names and [*map(as_text, names)], title=title)
+    save_strip(rows, [""] * columns, path,
+               row_labels=names and [as_text(name, most=30) for name in names], title=title)
 
 
 # ---- From the flags to a figure. Each of these returns the paths of what it wrote.

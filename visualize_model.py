@@ -305,7 +305,7 @@ def draw_table(args, path, device):
     title = f"{name}, {model.image_channels}x{size}x{size}"
     levels, peak = model_table(model.to(device), size)
     print(f"{title}, one image, float32", *table_lines(levels, peak), sep="\n")
-    table_figure(levels, path, title)
+    table_figure(levels, path, as_text(title))
 
 
 def draw_from_model(name, args, path, device):
@@ -382,7 +382,8 @@ def draw_features(args, path, device):
     names = None if labels is None else class_names(dataset, True)
     labels = None if labels is None else labels[pick]
     print(*features_figure(
-        features, labels, names and [*map(as_text, names)], path, project, title), sep="\n")
+        features, labels, names and [as_text(name, most=30) for name in names], path, project,
+        title), sep="\n")
 
 
 @command

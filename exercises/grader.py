@@ -31,9 +31,12 @@ def grade(name, answers):
     for number, (task, check) in enumerate(checks.items(), start=1):
         try:
             wrong = check(answers[task])
+        except KeyboardInterrupt:
+            print(f"{number}. {task}: stopped")
+            sys.exit(130)
         except (Exception, SystemExit) as error:
             # Whatever goes wrong in the student's code is told, not raised.
-            wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no message'}"
+            wrong = told(error)
             own = [line for line in traceback.extract_tb(error.__traceback__)
                    if Path(line.filename).stem == name]
             wrong += f" (line {own[-1].lineno})" if own else ""
@@ -43,9 +46,18 @@ def grade(name, answers):
     if name == "create" and right == len(checks):
         try:
             draw_digits(answers["draw"])
-        except (OSError, ValueError) as error:
-            print(f"but no digits can be drawn here: {error}")
+        except Exception as error:
+            print(f"but no 64 digits can be drawn by it: {told(error)}")
     sys.exit(0 if right == len(checks) else 1)
+
+
+def told(error):
+    """An error in one line, whatever it is."""
+    try:
+        words = " ".join(str(error).split())[:200]
+    except Exception:                           # a student's own kind of error
+        words = ""
+    return f"{type(error).__name__}: {words or 'no message'}"
 
 
 def compare(found, right, mistakes=()):

@@ -132,6 +132,21 @@ def test_a_loss_that_rises_again_is_a_divergence(losses, diverged):
     assert bool(d.check_divergence({}, losses)) == diverged
 
 
+@pytest.mark.parametrize("losses", [[1.7e308] * 60, [math.inf, -math.inf] * 30])
+def test_losses_beyond_all_numbers_are_a_divergence(losses, images):
+    process = DiffusionProcess()
+    told = d.diagnose(exact(*roots(process)), None, process, images[:200], images[200:],
+                      losses=losses)[0]
+    assert told[0].key == "diverged"
+
+
+def test_what_it_started_from_counts_as_steps():
+    few = [0.3] * 60
+    assert d.has_hardly_begun(few, {}) and d.has_hardly_begun(few, {"started_from": {"steps": 9}})
+    for start in ({"steps": 5000}, {"steps": "x"}, "a stranger's"):
+        assert not d.has_hardly_begun(few, {"started_from": start})
+
+
 def test_weights_that_are_no_numbers_are_a_divergence():
     assert d.check_divergence({"w": torch.tensor([math.nan])}, [])
 

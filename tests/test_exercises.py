@@ -252,4 +252,4 @@ def test_digits_that_cannot_be_drawn_are_a_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(grader, "ROOT", tmp_path)
     monkeypatch.setitem(grader.EXERCISES, "create", {"draw": grader.CREATE["draw"]})
     code, _, out = graded("create", CREATED, capsys)
-    assert code == 0 and "but no digits can be drawn here" in out
+    assert code == 0 and "but no 64 digits can be drawn by it" in out

@@ -255,6 +255,24 @@ def test_a_flag_is_not_taken_for_a_longer_one(tmp_path, capsys):
     assert "unrecognized arguments: --seed 5" in error
 
 
+@pytest.mark.parametrize("flag", ["--dataset", "--val_dir", "--output_dir", "--seed"])
+def test_two_dashes_are_no_value(flag, capsys):
+    """Python 3.11 makes an empty list of them, and a traceback came of that."""
+    assert "" != fails(capsys, train_main, f"{flag}=--", "--steps", 1)
+
+
+@pytest.mark.parametrize("flag", ["--dataset", "--val_dir", "--cache_dir"])
+def test_a_link_to_itself_is_one_line(flag, few_digits, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    more = ["--dataset", sheets(tmp_path / "in", 8)] if flag == "--cache_dir" else []
+    fails(capsys, train_main, *more, flag, tmp_path / "loop", "--steps", 1,
+          "--output_dir", tmp_path / "out")
+
+
+def test_the_beginning_of_a_long_name_is_shown():
+    assert as_text("n" * 200, most=30) == "n" * 27 + "..." and as_text("$x") == r"\$x"
+
+
 def test_every_command_explains_itself():
     """A "70% of" in sample.py's help ended it in a traceback of argparse."""
     commands = [path for path in ROOT.glob("*.py") if "\n@command\n" in path.read_text()]

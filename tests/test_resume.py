@@ -76,6 +76,11 @@ def stop_before(step, monkeypatch, error=Stopped(signal.SIGTERM)):
     monkeypatch.setattr(loop, "train_step", stopping)
 
 
+def after(step):
+    """What find_checkpoint looks at in a checkpoint after so many steps."""
+    return {"step": step, "losses": torch.arange(step) / 7}
+
+
 def is_folder(descriptor):
     """Is an open file a folder?"""
     return stat.S_ISDIR(os.fstat(descriptor).st_mode)
@@ -227,11 +232,11 @@ def test_the_checkpoint_that_came_farthest_is_the_one_to_go_on_from(latest, numb
     """After kill -9 the latest may be five minutes older than a numbered one; 995 precedes 1000."""
     (tmp_path / "checkpoints").mkdir()
     if latest:
-        save_checkpoint(tmp_path / LATEST, {"step": latest})
+        save_checkpoint(tmp_path / LATEST, after(latest))
     for number in numbers:
         width = 7 if latest else 3
         save_checkpoint(tmp_path / "checkpoints" / f"model_step_{number:0{width}d}.pt",
-                        {"step": number})
+                        after(number))
     assert find_checkpoint(tmp_path, "latest", False)[0].name == goes_on_from
 
 
@@ -240,7 +245,7 @@ def test_a_damaged_checkpoint_does_not_hide_a_good_one_and_units_are_not_mixed(t
     (tmp_path / "checkpoints").mkdir()
     for name, step in {LATEST: 4, "checkpoints/model_step_0000300.pt": 300,
                        "checkpoints/model_epoch_050.pt": 350, "model_best.pt": 360}.items():
-        save_checkpoint(tmp_path / name, {"step": step})
+        save_checkpoint(tmp_path / name, after(step))
     assert find_checkpoint(tmp_path, "latest", False)[0].name == "model_best.pt"
     (tmp_path / "model_best.pt").write_bytes((tmp_path / "model_best.pt").read_bytes()[:200])
     (tmp_path / "checkpoints" / "model_epoch_051.pt").mkdir()
@@ -330,6 +335,48 @@ def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     assert sorted(Path(name).name for name in files(tmp_path)) == [
         "epoch_001.png", "epoch_of_art.png", "mine.png", "model_final.pt", "model_keep.pt",
         "model_step_notes.pt", "step_by_step.png", "training_loss.csv", "training_loss.png"]
+
+
+def test_a_run_killed_while_it_replaces_another_is_the_one_to_go_on_with(tmp_path, monkeypatch,
+                                                                         capsys):
+    """The folder then holds the new run's latest and a finished one that came farther: --resume
+    took that for its own end, and deleted the new run."""
+    new = {**RUN, "num_epochs": 2, "seed": 8}
+    train(**new, output_dir=tmp_path / "whole")
+    train(**RUN, output_dir=tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(session, "clear_run", lambda *args, **settings: {}["killed"])
+        train(**new, output_dir=tmp_path / "run")
+    capsys.readouterr()
+    train(**new, output_dir=tmp_path / "run", resume="latest")
+    assert "model_final.pt is of an earlier run" in capsys.readouterr().out
+    a, b = (load_checkpoint(tmp_path / name / FINAL) for name in ("whole", "run"))
+    assert same(a, b)
+
+
+def test_what_cannot_be_deleted_of_an_earlier_run_stops_no_training(tmp_path, monkeypatch, capsys):
+    """Nor does a folder that is named like a sheet, or a pipe that was closed meanwhile."""
+    train(**RUN, output_dir=tmp_path)
+    (tmp_path / "samples" / "epoch_900.png").mkdir()
+    plain = Path.unlink
+
+    def unlink(self, *args, **settings):
+        if self.name == "epoch_002.png":
+            raise PermissionError(1, "Operation not permitted", str(self))
+        plain(self, *args, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        train(**{**RUN, "num_epochs": 1}, output_dir=tmp_path)
+    assert "it still has " in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / FINAL)["step"] == 4
+
+    def closed(*args, **settings):
+        raise BrokenPipeError(32, "Broken pipe")
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr(session, "clear_run", closed)
+        train(**RUN, output_dir=tmp_path)
+    assert "not saved" not in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 4
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -50,6 +50,13 @@ def test_the_table_has_all_parameters_of_any_model(attentive):
                 == sum(p.numel() for p in model.parameters()))
 
 
+def test_any_name_of_a_file_is_a_title(tmp_path):
+    """A formula that is none was an error of matplotlib's, after the whole table."""
+    model = write_model(tmp_path / "a$\\frac$_b.pt")
+    figures.main(["--figure", "table", "--checkpoint", str(model), "--output_dir", str(tmp_path)])
+    assert (tmp_path / "model_table.png").is_file()
+
+
 def test_a_part_that_is_called_twice_is_counted_once():
     class Twice(torch.nn.Module):
         image_channels = 1
