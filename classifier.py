@@ -70,8 +70,7 @@ def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size
     batches = Batches(images, labels, batch_size, seed)
     steps = max(epochs * len(batches), FEWEST_STEPS)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(2, steps),
-                                               pct_start=0.1)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     bar = tqdm(zip(range(steps), batches.stream()), total=steps, desc="classifier", unit="step",
                disable=not speaks())
     for _, (x_0, y) in bar:
@@ -108,11 +107,11 @@ def load_classifier(path):
         weights = whole_precision(entries["classifier"])
         check_weights(path, weights, classifier)
         classifier.load_state_dict(weights)
-        card = {"accuracy": 0.0, **entries["card"]}
+        card = dict(entries["card"])
         if not all(value.isfinite().all() for value in weights.values()):
             raise RuntimeError("not all weights are finite numbers")
-        words = card["data"], card["trained_to"]
-        if not all(isinstance(word, str) for word in words) or type(card["accuracy"]) is not float:
+        words, accuracy = (card["data"], card["trained_to"]), card.get("accuracy", 0.0)
+        if not all(isinstance(word, str) for word in words) or type(accuracy) is not float:
             raise TypeError("its card is damaged")
         return classifier.eval().requires_grad_(False), card
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -148,7 +147,7 @@ def make_classifier(path, images, labels, held, held_labels, epochs=4, seed=0, *
 def warn_of_guesses(classifier, card):
     """Say so where a classifier hardly does better than a guess: its features then tell nothing."""
     outputs, accuracy = classifier.settings["outputs"], card.get("accuracy")
-    if accuracy and outputs > 1 and accuracy < 1.2 / outputs:
+    if accuracy is not None and outputs > 1 and accuracy < 1.2 / outputs:
         print(f"note: this classifier is right {accuracy:.0%} of the time, and a guess among "
               f"{outputs} would be {1 / outputs:.0%}: distances in its features say little")
 
@@ -172,7 +171,7 @@ def get_classifier(name, images, labels, held, held_labels, folder):
         classifier, card = make_classifier(path, images, labels, held, held_labels)
         print(f"wrote {path}")
     warn_of_guesses(classifier, card)
-    accuracy = f", test accuracy {card['accuracy']:.2%}" if card.get("accuracy") else ""
+    accuracy = f", test accuracy {card['accuracy']:.2%}" if "accuracy" in card else ""
     return classifier, f"{path.name}, trained to {card['trained_to']}{accuracy}"
 
 

@@ -209,8 +209,8 @@ def main(argv=None):
     device = get_device(args.device)
     precision, _ = get_precision("auto", device)
     output_dir = make_output_dir(args.output_dir, "contest.json", "contest.png")
-    real = load_reference({"name": args.dataset, "image_size": None}, args.data_dir)
-    images, labels, held, held_labels, _ = real
+    images, labels, held, held_labels, _ = load_reference(
+        {"name": args.dataset, "image_size": None}, args.data_dir)
     if args.num_images > len(held):
         raise ValueError(f"--num_images {args.num_images}: the floor is that of as many of "
                          f"the {len(held)} test images")

@@ -32,7 +32,7 @@ from utils import describe_device, evaluating, get_device, shuffled
 DECIBELS = (10, 5, 0, -5, -10, -15)  # signal over noise: the levels at which a network is asked
 IMAGES = 32
 FEW_STEPS = 300  # with less no preset draws anything that can be read
-LEARNT = 0.75  # error over the linear filter's; of a trained network it is half of that filter's
+LEARNT = 0.75  # below this share of the filter's error it has learnt something; trained ones: half
 
 # Every cause that can be found: what it is, and what to do next. The first make the later ones
 # meaningless, so this is the order in which they are told.
@@ -343,15 +343,12 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
         # How well it has learnt what it was trained for, be that what is asked of it now or not.
         learnt = min(map(typical, ratios.values()))
         hardly_begun = has_hardly_begun(losses, settings)
-        if learnt >= LEARNT and hardly_begun:
-            # All its answers are bad, and which question suits it best says nothing yet.
-            unlearnt = check_training(typical(ratio), losses, settings)
-        else:
-            unlearnt = check_training(learnt, losses, settings)
-            causes += check_readings(ratios)
+        # Where all answers are bad, which question suits them best says nothing yet.
+        lost = hardly_begun and learnt >= LEARNT
+        unlearnt = check_training(typical(ratio) if lost else learnt, losses, settings)
+        causes += unlearnt if lost else unlearnt + check_readings(ratios)
         if not hardly_begun:                                # what t is for is learnt later
             causes += check_time(best, diffusion, some, device)
-        causes += unlearnt
         # One that has learnt little has not learnt the classes either.
         if labels is not None and not unlearnt:
             causes += check_labels(best, diffusion, held[:8 * IMAGES], labels[:8 * IMAGES], device)
@@ -402,8 +399,8 @@ def main(argv=None):
     print(" " * 47 + "".join(f"{decibel:>6} dB" for decibel in DECIBELS))
     for name, row in ratios.items():
         print(f"  {name:<45}" + "".join(f"{ratio:>9.2f}" for ratio in row))
-    print("  another row than the first is suspected only where its errors are 1.3 times lower, "
-          "on average")
+    print("  a row other than the first is suspected only if its errors are at least 1.3 times "
+          "lower, on average")
     if not causes:
         print("found nothing broken" + f" after {len(losses)} steps" * bool(losses)
               + ": python evaluate.py measures how good the pictures are, "

@@ -5,9 +5,9 @@
     sampling   start from noise; again and again guess x_0, and step to a slightly cleaner level
 
 A model is any callable `model(x_t, t, y=None)`: x_t [B, C, H, W], t [B] integers (0 = least noisy),
-y [B] class indices with -1 for "no class" (None means all -1). It returns a tensor shaped like x_t,
-which means the noise, the image or the velocity v: the objective of the process, "eps", "x0" or
-"v". Who draws asks predict_x0 and need not know which. Images are float in [-1, 1].
+y [B] class indices with -1 for "no class" (None means all -1). It returns a tensor shaped like x_t.
+What that means is the objective of the process: the noise ("eps"), the image ("x0") or the velocity
+("v"). predict_x0 makes an image of each, so that samplers need not know. Images are in [-1, 1].
 
     diffusion = DiffusionProcess(num_timesteps=1000, schedule="linear")
     loss = diffusion.training_loss(model, x_0)

@@ -1,4 +1,4 @@
-"""A folder of images as one array: what cannot be used is told, the rest cut to one size.
+"""A folder of images as one array: what cannot be used is reported, the rest cut to one size.
 
     images, labels = load_folder("photos", image_size=64)           # uint8 [N, C, 64, 64], None
 

@@ -61,8 +61,8 @@ class Plan(NamedTuple):
 
 def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_every=None, warmup=0,
               ema_every=1):
-    """Pictures after each epoch and a checkpoint every 5; in a run by steps both 5 times, but not
-    within 200 steps. Raises ValueError if the run is too short for its warmup or its average."""
+    """Pictures after each epoch and a checkpoint every 5; in a run by steps both 5 times, at least
+    200 steps apart. Raises ValueError if the run is too short for its warmup or its average."""
     total = num_epochs * steps_per_epoch if steps is None else steps
     if warmup >= total:
         raise ValueError(f"warmup must be shorter than the run of {total} steps, got {warmup}: "

@@ -13,6 +13,7 @@ from data import DATASETS, Batches, class_names, get_dataset, get_default_datase
 from interop import UNKNOWN
 from utils import shuffled
 
+
 class Reference(NamedTuple):
     """Images that a model was trained on, and `held` ones like them: uint8 [N, C, H, W], in the
     model's size."""

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import load_checkpoint
 from images import PADDING, enlargement, plot_losses, save_strip, to_signed
-from running import FINAL, LATEST, run_files
+from running import FINAL, LATEST, farthest, run_files
 
 
 def when(path):
@@ -44,9 +43,8 @@ def found_in(run, places, what):
 
 def with_the_end(numbered, run):
     """Numbered checkpoints, and the run's last one if it comes after them."""
-    last = [path for path in (Path(run) / FINAL, Path(run) / LATEST) if path.is_file()][:1]
-    steps = [load_checkpoint(path).get("step") for path in (*last, numbered[-1])]
-    return numbered if steps[0] == steps[-1] else [*numbered, *last]
+    last = farthest(run, [numbered[-1], Path(run) / FINAL, Path(run) / LATEST])
+    return numbered if last == numbered[-1] else [*numbered, last]
 
 
 def epochs_figure(run, path, image_size, count, columns=8):

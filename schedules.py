@@ -59,8 +59,8 @@ def alpha_bar_table(schedule, num_timesteps=1000, beta_start=None, beta_end=None
     """alpha_bar of every noise level: float64 [T].
 
     schedule: a key of SCHEDULES, or the numbers themselves, whatever num_timesteps is.
-    beta_start, beta_end: see linear_alpha_bar.  Raises ValueError for an unknown name, ends of
-    another schedule than that, a number out of range, and a table that does not fall strictly.
+    beta_start, beta_end: see linear_alpha_bar.  Raises ValueError for an unknown name, betas given
+    for another schedule, a number out of range, and a table that does not fall strictly.
     """
     named = isinstance(schedule, str)
     if (beta_start, beta_end) != (None, None) and not (named and schedule == "linear"):
@@ -78,8 +78,8 @@ def alpha_bar_table(schedule, num_timesteps=1000, beta_start=None, beta_end=None
         table = linear_alpha_bar(int(num_timesteps), beta_start, beta_end)
     else:
         table = SCHEDULES[schedule](int(num_timesteps))
-    before, after = torch.cat([table.new_ones(1), table]), torch.cat([table, table.new_zeros(1)])
-    if not (before > after).all():
+    ends = table.new_tensor([1.0, 0.0])
+    if not (torch.cat([ends[:1], table, ends[1:]]).diff() < 0).all():
         raise ValueError("alpha_bar must fall strictly, from below 1 to above 0")
     return table
 

@@ -44,9 +44,9 @@ class Keeper:
     """Writes the checkpoints of a run into its folder.
 
     facts: what they tell beside the state.  signals: see running.py.
-    replacing: the folder may hold an earlier run. It is deleted after the first save, so that a run
-    that fails or is stopped before has replaced nothing.
-    overwrite: that was asked for, so that one that is stopped is saved all the same.
+    replacing: the folder may hold an earlier run. It is deleted after the first save: a run that
+    fails or is stopped before that leaves it as it was.
+    overwrite: replacing was asked for, so a run that is stopped is saved even then.
     """
 
     def __init__(self, folder, state, facts, steps_per_epoch, signals, replacing, overwrite=False):
@@ -88,8 +88,8 @@ class Keeper:
     @contextlib.contextmanager
     def saved_if_stopped(self, total_steps):
         """If a signal, a full disk or want of memory stops what is inside, save the state and let
-        it stop; but not a state that an optimizer has left half-way, nor unasked in the place of an
-        earlier run: a command typed by mistake would cost hours, and this one minutes."""
+        it stop; but not a state that an optimizer has left half-way, nor, unless asked, in the
+        place of an earlier run: that would cost its hours, and not to save costs minutes."""
         try:
             yield
         except (Stopped, OSError, MemoryError, RuntimeError) as stop:

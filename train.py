@@ -71,7 +71,8 @@ class TrainingData(NamedTuple):
         return self.batches.images.shape[-1]
 
     def facts(self, settings):
-        """For a checkpoint: what it tells of its data, and settings with what these decided."""
+        """Entries of a checkpoint: "data", and "settings" with what the data decided (size,
+        channels, classes, fingerprints)."""
         held_out, shape = self.held_out, dict(image_size=self.image_size, channels=self.channels)
         data = {"name": full_name(self.name), "classes": self.classes, **shape,
                 "val_dir": self.val_dir and full_name(self.val_dir),
@@ -210,10 +211,12 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     count steps, else epochs.  model_config: base_channels and whatever else create_model takes.
     resume: "latest" or the path of a checkpoint to go on from: the result is bit for bit that of a
     run that never stopped (on a CPU, with as many processes).
-    overwrite: replace an unfinished run in output_dir.
+    overwrite: replace an unfinished run in output_dir, and save a run over an earlier one also if
+    it is stopped before its first save.
     start_from: the path of a checkpoint whose averaged weights replace random ones (take_weights).
     Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders,
-    and Stopped (a KeyboardInterrupt) after a signal, with the state saved once there is any.
+    and Stopped (a KeyboardInterrupt) after a signal, with the state saved, but before the first
+    save not over an earlier run in output_dir.
     """
     arguments = dict(locals())                  # the first line: these, and nothing else
     settings = {name: value for name, value in arguments.items()

@@ -193,11 +193,11 @@ def check_levels(levels):
         found = levels(T, steps)
         if found is None:
             return TO_DO
-        if found == list(range(T - 1, -1, -(T // steps))):
-            return "still without the clean image: " + TO_DO
         told = f"levels({T}, {steps})"
         if not isinstance(found, list) or not all(type(t) is int for t in found):
             return f"{told} is no list of integers"
+        if found == list(range(T - 1, -1, -(T // steps))):
+            return "still without the clean image: " + TO_DO
         if not found or found[0] != T - 1:
             return (f"{told} begins with {found[0] if found else 'nothing'} "
                     f"and not with {T - 1}, the noisiest")

@@ -26,9 +26,10 @@ def same(a, b):
 
 @pytest.fixture(autouse=True)
 def nothing_of_this_machine(monkeypatch):
-    """What a cluster or an office sets in its environment, and the threads that --recreate takes
-    from a picture, do not reach a test or the next one."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "http_proxy", "https_proxy", "HTTP_PROXY",
+    """Keep from each test what a cluster or an office sets in the environment, and give back the
+    number of threads, which --recreate takes from a picture."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "PYTHONDEVMODE",
+                 "http_proxy", "https_proxy", "HTTP_PROXY",
                  "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()

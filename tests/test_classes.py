@@ -191,19 +191,15 @@ def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):
 
 @pytest.mark.parametrize("change", [
     {"diffusion_config": {"schedule": "cosine"}}, {"diffusion_config": {"objective": "v"}},
-    {"data": {"classes": ["light", "shade"]}}, {"data": {"name": "other"}}])
+    {"data": {"classes": ["light", "shade"]}}])
 def test_a_weak_model_of_another_process_or_of_other_classes_is_refused(change, two_shades,
                                                                         tmp_path, capsys):
     entries = load_checkpoint(two_shades)
     weights = {name: value + 1e-3 for name, value in entries["ema"].items()}
     entries.update({part: {**entries[part], **new} for part, new in change.items()}, ema=weights)
     save_checkpoint(tmp_path / "other.pt", entries)
-    flags = ["--checkpoint", two_shades, "--output_dir", tmp_path, "--num_images", 2, "--steps", 2,
-             "--weak", tmp_path / "other.pt"]
-    if change == {"data": {"name": "other"}}:               # the same images, under another name
-        sample.main([str(flag) for flag in flags])
-    else:
-        assert "another schedule" in fails(capsys, sample.main, *flags)
+    assert "another schedule" in fails(capsys, sample.main, "--checkpoint", two_shades,
+                                       "--output_dir", tmp_path, "--weak", tmp_path / "other.pt")
 
 
 def test_the_weights_that_lie_beside_a_picture_are_found(two_shades, tmp_path, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from loop import held_out_loss
 from predictors import loss_by_timestep, predictor_errors
 from synthetic import digits
 
+
 class CountingModel:
     """Predicts zeros and remembers what it was asked."""
 

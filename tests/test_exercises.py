@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +128,7 @@ def test_the_right_changes_are_right(capsys):
     ("levels", lambda T, steps: [*range(T - 1, -1, -round(T / steps))][:steps] + [-1],
      "has strides of 33 and of 43"),
     ("levels", lambda T, steps: torch.linspace(T - 1, -1, steps + 1), "no list of integers"),
+    ("levels", lambda T, steps: np.arange(T), "no list of integers"),
     ("levels", lambda T, steps: [*range(T - 1, T - 1 - steps, -1), -1], "strides of"),
     ("step", lambda *args: modify.step(*args[:4], 0.0), "part of the old one is still taken away"),
     ("step", lambda *args: 1 / 0, "ZeroDivisionError: division by zero"),

@@ -29,6 +29,13 @@ def evaluation(two_shades, tmp_path):
     return path
 
 
+def test_a_card_is_printed_for_eyes():
+    """Four digits, nothing of what it does not have, and other numbers as they are."""
+    card = {"fd": 0.0507845089, "agreement": None, "num_images": 12345, "settings": {"lr": 0.002}}
+    assert json.loads(export.for_eyes(card)) == {"fd": 0.05078, "num_images": 12345,
+                                          "settings": {"lr": 0.002}}
+
+
 def test_an_exported_model_answers_like_the_averaged_one(two_shades, evaluation, tmp_path, capsys):
     small = tmp_path / "small.pt"
     export.main(["--checkpoint", str(two_shades), "--evaluation", str(evaluation),

@@ -21,7 +21,7 @@ from conftest import LEVELS, fails, write_model
 from convergence import MIXTURES, even_noise, exact_denoiser, exact_flow, solver_errors
 from diffusion import DiffusionProcess, seeded_noise
 from figures import step_rows
-from images import save_images, to_uint8
+from images import save_images, to_uint8, wrapped
 from load import load_model
 from predictors import NO_PREDICTION, predictor_errors
 from schedules import SPACINGS
@@ -70,6 +70,10 @@ def sampled(checkpoint, count=3, **settings):
 
 
 # ---- Schedules
+
+def test_a_title_keeps_within_its_figure():
+    assert max(map(len, wrapped("word " * 60, 4).splitlines())) <= 48 and wrapped(None, 4) == ""
+
 
 def test_the_printed_table_has_the_known_numbers(tmp_path, capsys):
     figures.main(["--figure", "schedules", "--output_dir", str(tmp_path)])
@@ -338,12 +342,13 @@ def test_epochs_of_a_single_picture_are_shown(run, tmp_path):
 
 @pytest.mark.parametrize("end, names", [
     ({"model_final.pt": 6}, ["step 4", "the end"]), ({"model_final.pt": 4}, ["step 4"]),
-    ({"model_latest.pt": 5}, ["step 4", "the end"]), ({}, ["step 4"])])
+    ({"model_final.pt": 2, "model_latest.pt": 5}, ["step 4", "the end"]),       # prolonged
+    ({"model_final.pt": 2}, ["step 4"]), ({}, ["step 4"])])
 def test_a_map_of_losses_ends_where_the_run_does(end, names, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     numbered = tmp_path / "checkpoints" / "model_step_0000004.pt"
     for path, step in ((numbered, 4), *((tmp_path / name, step) for name, step in end.items())):
-        save_checkpoint(path, {"step": step})
+        save_checkpoint(path, {"step": step, "losses": torch.arange(step) / 7})
     assert [*map(run_figures.when, run_figures.with_the_end([numbered], tmp_path))] == names
 
 

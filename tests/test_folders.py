@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 import folders
 import train
 from data import class_names, get_dataset
+from verify import verify_folder
 
 
 def picture(mode, size=(16, 16), value=100):
@@ -195,6 +196,13 @@ def test_the_sub_folders_are_the_classes(tmp_path):
     picture("L").save(tmp_path / "stray.png")
     with pytest.raises(ValueError, match="stray.png"):
         get_dataset(str(tmp_path), with_labels=True)
+
+
+def test_few_pictures_are_told_to_be_few(tmp_path, capsys):
+    for count in (99, 100):
+        save_numbered(tmp_path / str(count), range(count))
+        assert verify_folder(tmp_path / str(count), tmp_path / "sheet.png", image_size=16)
+        assert ("pictures are few" in capsys.readouterr().out) == (count == 99)
 
 
 # ---- The cache

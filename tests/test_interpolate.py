@@ -59,7 +59,7 @@ def test_the_noise_of_gaussian_data_is_found():
     assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.03, errors
 
 
-def test_there_and_back_is_told_the_class_and_leaves_dropout_off(tiny_model):
+def test_there_and_back_is_told_the_class_and_leaves_dropout_off():
     """Each image lies at its class's shade; the network is in training mode."""
     diffusion, y = DiffusionProcess(), torch.tensor([0, 1])
     modes = []

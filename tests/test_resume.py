@@ -379,14 +379,15 @@ def test_what_cannot_be_deleted_of_an_earlier_run_stops_no_training(tmp_path, mo
     assert load_checkpoint(tmp_path / LATEST)["step"] == 4
 
 
+@pytest.mark.parametrize("error", [Stopped(signal.SIGINT), OSError(28, "full"), MemoryError()])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_stopped_before_its_first_save_has_replaced_nothing_unasked(overwrite, whole,
+def test_a_run_stopped_before_its_first_save_has_replaced_nothing_unasked(overwrite, error, whole,
                                                                           tmp_path, monkeypatch,
                                                                           capsys):
     """A command typed by mistake, and Ctrl-C: the finished run of hours is still there."""
     train(**RUN, output_dir=tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_before(2, patch)
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        stop_before(2, patch, error)
         train(**{**RUN, "seed": 8}, output_dir=tmp_path, overwrite=overwrite)
     out = capsys.readouterr().out
     if overwrite:

@@ -9,25 +9,25 @@ import torch
 
 import data
 import session
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import State, load_checkpoint, save_checkpoint
 from conftest import sheets
 from data import Batches, get_dataset, split_held_out
 from diffusion import DiffusionProcess
 from images import save_images
+from load import load_model
 from loop import held_out_loss, train_epoch
 from models import create_model
+from reference import fit_of, load_reference, positions_of
 from running import LATEST, Signals
 from session import Keeper, sample_images
 from train import train
-from utils import get_timesteps, seed_step
+from utils import EMA, get_timesteps, seed_step
 
 
 @pytest.fixture
 def digits(monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 64)
     return get_dataset("synthetic_digits", image_size=8)
-
-
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
@@ -118,7 +118,8 @@ def test_train_epoch_returns_the_mean_of_its_own_steps(tiny_model):
 
 # ---- Checkpoints
 
-def test_a_long_epoch_is_saved_every_few_minutes(digits, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("digits")
+def test_a_long_epoch_is_saved_every_few_minutes(tmp_path, monkeypatch):
     """Here after every step, as no minutes are to pass."""
     saved, plain = [], Keeper.save
 
@@ -135,8 +136,6 @@ def test_a_long_epoch_is_saved_every_few_minutes(digits, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spoil", ["weight", "loss"])
 def test_a_state_that_is_no_number_replaces_no_checkpoint(spoil, tiny_model, tmp_path):
-    from checkpoint import State
-    from utils import EMA
     state = State(tiny_model, EMA(tiny_model), torch.optim.Adam(tiny_model.parameters()))
     state.losses.append(float("nan") if spoil == "loss" else 0.5)
     if spoil == "weight":
@@ -148,9 +147,7 @@ def test_a_state_that_is_no_number_replaces_no_checkpoint(spoil, tiny_model, tmp
     assert load_checkpoint(tmp_path / LATEST)["good"] == 1
 
 
-def test_a_checkpoint_with_more_losses_than_steps_is_damaged(tiny_model, tmp_path):
-    from checkpoint import State
-    from utils import EMA
+def test_a_checkpoint_with_more_losses_than_steps_is_damaged(tiny_model):
 
     def new():
         return State(tiny_model, EMA(tiny_model), torch.optim.Adam(tiny_model.parameters()))
@@ -168,8 +165,6 @@ def test_a_checkpoint_with_more_losses_than_steps_is_damaged(tiny_model, tmp_pat
 def test_what_a_training_tells_of_its_images_reaches_the_evaluation(tmp_path):
     """From the folder to the words beside the floor, and that the weights it began with may know
     the held-out images."""
-    from load import load_model
-    from reference import fit_of, load_reference, positions_of
     folder = sheets(tmp_path / "in", 40)
     settings = dict(steps=1, batch_size=4, base_channels=8, num_samples=1, device="cpu",
                     precision="float32", fit="stretch")
