@@ -53,6 +53,7 @@ class Keeper:
         self.folder, self.state, self.facts, self.steps_per_epoch = (
             folder, state, facts, steps_per_epoch)
         self.signals, self.replacing, self.overwrite = signals, replacing, overwrite
+        self.saved_step = 0                     # the steps in model_latest.pt, as far as it knows
         self.tables_written, self.tables_seconds = time.perf_counter(), 0.0
 
     def save(self, name):
@@ -69,7 +70,9 @@ class Keeper:
                              f"by step {len(state.losses)}; {path} is left as it was")
         epoch = len(state.losses) // self.steps_per_epoch
         save_checkpoint(path, {**self.facts, **state.entries(), "epoch": epoch})
-        if path.name != LATEST:
+        if path.name == LATEST:
+            self.saved_step = len(state.losses)
+        else:
             print(f"wrote {path}")
         if self.replacing:
             self.replacing = False              # whatever happens now, the new run is there
@@ -98,10 +101,15 @@ class Keeper:
                 if self.replacing and not self.overwrite and run_files(self.folder):
                     saved = f"not saved, and the earlier run in {self.folder} is as it was"
                 else:
-                    with self.signals.held():
-                        self._write(LATEST)
-                    saved = (f"saved to {latest}; the same command with --resume goes on, "
-                             f"and python sample.py --checkpoint {latest} draws from it")
+                    try:
+                        with self.signals.held():
+                            self._write(LATEST)
+                        saved = (f"saved to {latest}; the same command with --resume goes on, "
+                                 f"and python sample.py --checkpoint {latest} draws from it")
+                    except OSError as error:            # the disk is still full
+                        saved = f"it cannot be saved ({error.strerror or error})" + (
+                            f"; {latest} has the first {self.saved_step}, and --resume goes on "
+                            "from there" * bool(self.saved_step))
                 what = stop if isinstance(stop, (Stopped, OSError)) else type(stop).__name__
                 with contextlib.suppress(OSError):              # the terminal may be gone
                     print(f"{what} after step {steps} of {total_steps}: {saved}", flush=True,

@@ -354,6 +354,23 @@ def test_a_run_killed_while_it_replaces_another_is_the_one_to_go_on_with(tmp_pat
     assert same(a, b)
 
 
+def test_a_full_disk_is_told_with_what_is_left_to_go_on_from(whole, tmp_path, monkeypatch, capsys):
+    plain = session.save_checkpoint
+
+    def full(path, entries):
+        if entries["step"] > 4:
+            raise OSError(28, "No space left on device", str(path))
+        plain(path, entries)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(session, "save_checkpoint", full)
+        train(**RUN, output_dir=tmp_path)
+    out = capsys.readouterr().out
+    assert "after step 8 of 12: it cannot be saved (No space left on device); " in out
+    assert "model_latest.pt has the first 4, and --resume goes on from there" in out
+    train(**RUN, output_dir=tmp_path, resume="latest")
+    assert same(files(tmp_path), whole)
+
+
 def test_what_cannot_be_deleted_of_an_earlier_run_stops_no_training(tmp_path, monkeypatch, capsys):
     """Nor does a folder that is named like a sheet, or a pipe that was closed meanwhile."""
     train(**RUN, output_dir=tmp_path)
