@@ -135,6 +135,22 @@ def weights(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
+def kept_bytes(model, image, t):
+    """What the network keeps of a picture for its backward pass, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(image, t)
+    return sum(kept.values())
+
+
 # ---- Data and schedules whose exact answer is known
 
 LEVELS = {  # t: (linear alpha_bar, dB, cosine alpha_bar, dB) at T = 1000, computed elsewhere

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conftest import awake
+from conftest import awake, kept_bytes
 from models.attention_unet import AttentionUNet, ResBlock, SelfAttention
 from utils import count_parameters
 
@@ -187,22 +187,6 @@ def test_the_nonlinearity_is_the_one_asked_for(name, function):
     del model.time_mlp                                          # which is the same in all networks
     kinds = {type(module).__name__ for module in model.modules()}
     assert kinds & {"SiLU", "GELU", "ReLU"} == {function}
-
-
-def kept_bytes(model, image, t):
-    """What the network keeps of a picture for its backward pass, weights aside."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(image, t)
-    return sum(kept.values())
 
 
 def test_gradient_checkpointing_keeps_far_less():

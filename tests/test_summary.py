@@ -22,7 +22,7 @@ import presets
 import sample
 import train
 import visualize_diffusion
-from conftest import ROOT
+from conftest import ROOT, kept_bytes
 from convergence import MIXTURES, solver_errors
 from data import get_dataset
 from diffusion import SAMPLERS, DiffusionProcess
@@ -552,19 +552,8 @@ def test_zero_scores_one_and_random_noise_two():
                                                     (True, f"keeps about {N} MB an image")],
                          ids=["plain", "checkpointed"])
 def test_memory_of_the_backward_pass(grad_checkpoint, claim):
-    model = create_model(grad_checkpoint=grad_checkpoint)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long))
-    megabytes = sum(kept.values()) / 1e6
+    megabytes = kept_bytes(create_model(grad_checkpoint=grad_checkpoint),
+                           torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long)) / 1e6
     (text,) = re.findall(claim, PROSE)
     assert agrees(text, megabytes)
     if not grad_checkpoint:
