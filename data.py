@@ -25,8 +25,9 @@ from images import MAX_SIZE, to_signed
 
 
 class Dataset(NamedTuple):
-    source: Callable | str  # a function of synthetic.py, or what torchvision calls the set
+    source: Callable | str  # what torchvision calls the set; if drawn, a function of synthetic.py
     classes: tuple  # class names, in the order of the labels
+    drawn: bool = False
 
 
 DIGITS = tuple("0123456789")
@@ -37,8 +38,8 @@ DATASETS = {
         "sandal", "shirt", "sneaker", "bag", "boot")),
     "cifar10": Dataset("CIFAR10", (
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
-    "synthetic_digits": Dataset(synthetic.digits, DIGITS),
-    "synthetic_fabrics": Dataset(synthetic.fabrics, synthetic.FABRIC_FAMILIES),
+    "synthetic_digits": Dataset(synthetic.digits, DIGITS, drawn=True),
+    "synthetic_fabrics": Dataset(synthetic.fabrics, synthetic.FABRIC_FAMILIES, drawn=True),
 }
 SYNTHETIC_SIZE = 10_000
 DATASET_HELP = (f"one of {', '.join(DATASETS)}, or a folder of images; "
@@ -67,7 +68,7 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=
     if name not in DATASETS:
         return load_folder(existing_folder(name), image_size, channels=channels, **folder_settings)
     source = DATASETS[name].source
-    if name.startswith("synthetic"):
+    if DATASETS[name].drawn:
         images, labels = source(SYNTHETIC_SIZE, seed=0 if train else 1)
     else:
         images, labels = _torchvision_arrays(name, source, data_dir, train)

@@ -163,11 +163,11 @@ def predictors_figure(edges, errors, path, title=None):
     """
     figure, ((axes,),) = new_figure(9, 4)
     width = 0.8 / len(errors)
-    colours = [*COLOURS[:len(errors) - 1], "#999999"]       # the last is no prediction
-    for k, ((name, row), colour) in enumerate(zip(errors.items(), colours)):
+    for k, (name, row) in enumerate(errors.items()):
         places = np.arange(len(row)) + (k - (len(errors) - 1) / 2) * width
-        bars = axes.bar(places, row, 0.9 * width, color=colour, label=name,
-                        **({"hatch": "//", "edgecolor": "white"} if name == NO_PREDICTION else {}))
+        style = ({"color": "#999999", "hatch": "//", "edgecolor": "white"}
+                 if name == NO_PREDICTION else {"color": COLOURS[k]})
+        bars = axes.bar(places, row, 0.9 * width, label=name, **style)
         axes.bar_label(bars, [f"{value:.2f}" for value in row], fontsize=7, padding=1)
     axes.set_xticks(range(len(edges) - 1),
                     [f"t = {low} to {high - 1}" for low, high in zip(edges, edges[1:])])

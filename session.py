@@ -190,11 +190,11 @@ def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, 
 def follow(plan, keeper, look, network, batches, diffusion, device, *, step_seconds, **settings):
     """Train from where the state is to the end of the plan, saving it on the way.
 
-    look(seconds): report, after so many seconds.  step_seconds: that a step takes, roughly.
+    look(seconds): report, after so many seconds.
+    step_seconds: that a step takes, roughly; unused if none is left.
     settings: as train_steps takes them.
     """
     state, (rank, _) = keeper.state, distributed.place()
-    leg = max(1, int(SAVE_SECONDS / 10 / step_seconds))     # steps between two looks at the clock
     stream = batches.stream(len(state.losses))
     looked = saved = time.perf_counter()
     save_seconds = 0.0
@@ -205,6 +205,7 @@ def follow(plan, keeper, look, network, batches, diffusion, device, *, step_seco
             looked = time.perf_counter()
         if step >= plan.total_steps:
             return
+        leg = max(1, int(SAVE_SECONDS / 10 / step_seconds))     # steps between looks at the clock
         first, last = plan.previous_report(step + 1), plan.next_report(step)
         with tqdm(initial=step - first, total=last - first, desc=plan.stretch(first, last),
                   unit="step", disable=not speaks()) as bar:

@@ -19,9 +19,7 @@ import contextlib
 import functools
 import math
 import sys
-import textwrap
 import time
-from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -30,8 +28,7 @@ import distributed
 from checkpoint import FLAGS, State, plain, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, spare, whole_number)
-from data import (DATASETS, DATASET_HELP, Batches, class_names, full_name, get_dataset,
-                  get_default_dataset, keep_apart, keep_unseen, split_held_out)
+from data import DATASETS, DATASET_HELP, keep_apart, keep_unseen
 from diffusion import OBJECTIVES, DiffusionProcess
 from folders import FITS
 from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401
@@ -41,6 +38,7 @@ from presets import PRESETS, parse
 from running import BEST, FINAL, LATEST, Signals, find_checkpoint, only_run, run_files
 from schedules import SCHEDULES
 from session import Keeper, follow, report, restore, sample_images  # noqa: F401
+from training_data import load_training_data
 from utils import (DENSITIES, EMA, PRECISIONS, count_parameters, describe_device, get_device,
                    get_precision, peak_memory)
 from verify import verify
@@ -52,88 +50,6 @@ from verify import verify
 MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "output_dir", "device",
               "cache_dir", "grad_checkpoint", "compile", "num_samples", "sample_every",
               "save_every", "resume", "overwrite", "start_from")
-
-
-class TrainingData(NamedTuple):
-    """What a training learns from."""
-    name: str  # a key of DATASETS, or a folder
-    val_dir: str | None  # where the held-out images lie, if not among those of `name`
-    classes: list | None  # their names
-    batches: Batches
-    held_out: Batches | None
-
-    @property
-    def channels(self):
-        return self.batches.images.shape[1]
-
-    @property
-    def image_size(self):
-        return self.batches.images.shape[-1]
-
-    def facts(self, settings):
-        """Entries of a checkpoint: "data", and "settings" with what the data decided (size,
-        channels, classes, fingerprints)."""
-        held_out, shape = self.held_out, dict(image_size=self.image_size, channels=self.channels)
-        data = {"name": full_name(self.name), "classes": self.classes, **shape,
-                "val_dir": self.val_dir and full_name(self.val_dir),
-                "val_fraction": 0.0 if self.val_dir else settings["val_fraction"],
-                **{name: settings[name] for name in ("fit", "flip", "turn", "seed")}}
-        return {"data": data, "settings": dict(
-            settings, **shape, labels=bool(self.classes), images=self.batches.fingerprint(),
-            held_out=held_out and held_out.fingerprint())}
-
-    def __str__(self):
-        shape = "x".join(map(str, self.batches.images.shape[1:]))
-        return (f"{self.name}, {self.batches.num_images} images of {shape}"
-                + (f", {self.held_out.num_images} held out" if self.held_out else "")
-                + (f", {len(self.classes)} classes "
-                   f"({textwrap.shorten(', '.join(self.classes), 100)})" if self.classes else ""))
-
-
-def load_training_data(dataset_name, batch_size, seed, flip, turn, labels, data_dir, val_dir,
-                       val_fraction, device, **settings):
-    """TrainingData of a named set or a folder, or where none is named of MNIST or synthetic digits.
-
-    labels: train with classes or not; None: as the data set has them (a folder has none unasked).
-    """
-    settings["with_labels"] = bool(labels)
-    with distributed.first_rank_first():
-        if dataset_name is None:
-            dataset_name, *arrays = get_default_dataset(data_dir, **settings)
-        else:
-            arrays = get_dataset(dataset_name, data_dir, **settings)
-        images, classes = arrays[0], (None if labels is False
-                                      else class_names(dataset_name, bool(labels)))
-        if val_dir:                               # without classes, if it has others or none
-            try:
-                same = bool(classes) and class_names(val_dir, True) == classes
-                like = dict(settings, image_size=images.shape[-1], channels=images.shape[1],
-                            with_labels=same)
-                held_arrays = get_dataset(val_dir, data_dir, train=False, **like)
-            except ValueError as error:
-                raise ValueError(f"--val_dir: {error}") from error
-    y = arrays[1] if classes else None
-    if set(classes or []) & {"none", "all"}:
-        raise ValueError(f"{dataset_name}: a class cannot be called none or all, "
-                         "as --label means something else by them: rename the sub-folder")
-    bare = [name for k, name in enumerate(classes or []) if not (y == k).any()]
-    if bare and dataset_name not in DATASETS:
-        raise ValueError(f"{dataset_name}: no usable image of {', '.join(bare)}: "
-                         "every sub-folder is a class")
-    if (device.type == "cuda"
-            and images.nbytes < torch.cuda.get_device_properties(device).total_memory / 8):
-        images = images.to(device)      # then no step waits for a copy
-    kept, held = split_held_out(len(images), 0.0 if val_dir else val_fraction, seed)
-    held_out = None                     # or 64 at a time
-    if val_dir:
-        held_out = Batches(held_arrays[0], held_arrays[1] if same else None, batch_size=64)
-        if classes and not same:
-            print(f"note: {val_dir} has not the same classes, "
-                  "so the held-out loss is that without a class")
-    elif len(held):
-        held_out = Batches(images, y, batch_size=64, indices=held)
-    batches = Batches(images, y, batch_size, seed, flip, kept, turn)
-    return TrainingData(dataset_name, val_dir, classes, batches, held_out)
 
 
 def build_model(name, config, image_size, seed, device, grad_checkpoint):
@@ -150,11 +66,16 @@ def build_model(name, config, image_size, seed, device, grad_checkpoint):
 
 def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_samples, optimizer,
               compiled, **settings):
-    """Measure how fast this is here, and print the training's cost. Returns the seconds of a step.
+    """Measure how fast this is here, and print the training's cost. Returns the seconds of a step,
+    or None where none is left to do.
 
     done: the steps behind a resumed run.  compiled: does the first step wait for torch.compile?
     settings: as train_step takes them.
     """
+    if done >= plan.total_steps:
+        print("no step is left to do: this run is finished, and more --epochs or --steps "
+              "would prolong it")
+        return None
     batch = tuple(part.to(device) for part in next(iter(batches)))
     print("compiling, and " * compiled + "measuring how fast this is here ...", flush=True)
     step_seconds, call_seconds = measure_seconds(
@@ -296,14 +217,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
                              label_drop=label_drop if classes else 0.0,
                              min_snr=min_snr, density=density)
-        done = len(state.losses)
-        if done < plan.total_steps:
-            step_seconds = tell_cost(plan, done, network, batches, held_out, diffusion, device,
-                                     num_samples, optimizer, compile, **step_settings)
-        else:
-            step_seconds = 1.0
-            print("no step is left to do: this run is finished, and more --epochs or --steps "
-                  "would prolong it")
+        step_seconds = tell_cost(plan, len(state.losses), network, batches, held_out, diffusion,
+                                 device, num_samples, optimizer, compile, **step_settings)
 
         # ---- Training
         rate = functools.partial(rate_at, total_steps=plan.total_steps, peak=learning_rate,
@@ -340,7 +255,7 @@ def refuse_idle(parser, settings):
     sets = [settings["dataset"] or "mnist", *filter(None, [settings["val_dir"]])]
     if all(name in DATASETS for name in sets):
         parser.refuse({"cache_dir", "fit"}, f"{' and '.join(sets)}: no folder")
-    if not any(name in DATASETS and not name.startswith("synthetic") for name in sets):
+    if not any(name in DATASETS and not DATASETS[name].drawn for name in sets):
         parser.refuse({"data_dir"}, f"{' and '.join(sets)}, which torchvision knows nothing of")
     if settings["labels"] is False or settings["labels"] is None and sets[0] not in DATASETS:
         parser.refuse({"label_drop"}, "a training without classes")

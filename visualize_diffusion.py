@@ -138,6 +138,12 @@ def named_process(args):
                             beta_end=args.beta_end)
 
 
+def schedule_words(diffusion):
+    """"linear schedule"; a process that came as numbers has a schedule of its own."""
+    schedule = diffusion.config["schedule"]
+    return f"{schedule} schedule" if isinstance(schedule, str) else "a schedule of its own"
+
+
 def draw_from_data(name, args, path, loaded=None):
     """Draw the figures `forward` and `dataset`. Returns the paths written, like the next three.
 
@@ -162,11 +168,10 @@ def draw_from_data(name, args, path, loaded=None):
         timesteps = choose_timesteps(args.timesteps, TIMESTEPS[args.figure],
                                      diffusion.num_timesteps)
         pick = different_ones(labels, len(images), args.seed)[:count]
-        schedule = diffusion.config["schedule"]
-        schedule = schedule if isinstance(schedule, str) else "the model's own"
         forward_figure(
             images[pick], diffusion, path, timesteps, args.seed,
-            title=f"{as_text(Path(dataset).name)}: the forward process, {schedule} schedule")
+            title=f"{as_text(Path(dataset).name)}: the forward process, "
+                  + schedule_words(diffusion))
     return [path]
 
 
@@ -276,9 +281,8 @@ def show_predictors(args, path, diffusion, x_0, which, model=None, y=None):
     ranges = min(RANGES, diffusion.num_timesteps)
     with tqdm(total=ranges, desc="predicting", unit="range") as bar:
         edges, errors = predictor_errors(diffusion, x_0, model, y, ranges, args.seed, bar.update)
-    schedule = diffusion.config["schedule"]
-    title = (f"error of the predicted noise, {which}, T = {diffusion.num_timesteps}"
-             + f", {schedule} schedule" * isinstance(schedule, str))
+    title = (f"error of the predicted noise, {which}, T = {diffusion.num_timesteps}, "
+             + schedule_words(diffusion))
     print("mean squared " + title, *predictor_lines(edges, errors), sep="\n")
     predictors_figure(edges, errors, path, as_text(title))
     return [path]

@@ -473,7 +473,7 @@ EDITS = [
          "EMA(model, ema_decay)", "EMA(model)", "wiring"),
     Edit("--min_snr and --density play no part", "train.py",
          "min_snr=min_snr, density=density)", 'min_snr=None, density="uniform")', "wiring"),
-    Edit("--flip plays no part", "train.py",
+    Edit("--flip plays no part", "training_data.py",
          "Batches(images, y, batch_size, seed, flip, kept, turn)",
          "Batches(images, y, batch_size, seed, False, kept, False)", "wiring"),
     Edit("--beta2 plays no part", "train.py",

@@ -413,7 +413,7 @@ def test_imports_run_one_way():
     storeys = ("files models muon measures schedules", "images", "utils", "command_line diffusion",
                "checkpoint convergence distributed folders inside plan predictors synthetic",
                "data figures interop loop presets recipe running",
-               "classifier load reference session verify", "train",
+               "classifier load reference session training_data verify", "train",
                "comparisons export sample",
                "benchmark evaluate interpolate run_figures sampling_figures",
                "contest diagnose edit visualize_diffusion", "visualize_model")

@@ -37,7 +37,8 @@ def test_a_named_set_made_smaller_averages_instead_of_skipping_pixels(monkeypatc
     stripes = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
     stripes[..., ::4] = 255
     monkeypatch.setitem(data.DATASETS, "synthetic_digits", data.Dataset(
-        lambda count, seed: (stripes, torch.zeros(3, dtype=torch.int64)), tuple("0123456789")))
+        lambda count, seed: (stripes, torch.zeros(3, dtype=torch.int64)), tuple("0123456789"),
+        drawn=True))
     images, _ = get_dataset("synthetic_digits", image_size=8)
     assert 40 < images.min() and images.max() < 90              # a fourth; skipping would give 0
 

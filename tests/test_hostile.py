@@ -48,12 +48,6 @@ TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, device="cpu", preci
             num_samples=4)
 
 
-@pytest.fixture
-def few_digits(monkeypatch):
-    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 32)
-    return dict(dataset_name="synthetic_digits", image_size=8)
-
-
 # ---- Nothing is lost
 
 def test_a_run_that_fails_at_once_has_replaced_nothing(few_digits, tmp_path):

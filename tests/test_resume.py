@@ -706,11 +706,10 @@ def test_a_signal_waits_until_a_save_is_done(tmp_path, monkeypatch):
         done.append(path.name)
 
     monkeypatch.setattr(session, "save_checkpoint", interrupted)
-    images = torch.zeros(32, 1, 8, 8, dtype=torch.uint8)
-    monkeypatch.setattr(train_module, "get_dataset", lambda *args, **settings: (images, None))
+    monkeypatch.setattr("data.SYNTHETIC_SIZE", 32)
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
-        train("synthetic_digits", batch_size=8, num_epochs=3, base_channels=8, labels=False,
-              device="cpu", precision="float32", num_samples=1, output_dir=tmp_path)
+        train("synthetic_digits", image_size=8, batch_size=8, num_epochs=3, base_channels=8,
+              labels=False, device="cpu", precision="float32", num_samples=1, output_dir=tmp_path)
     # after the epoch; and on stopping
     assert load_checkpoint(tmp_path / LATEST)["step"] == 4 and len(done) == 2
 

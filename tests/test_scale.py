@@ -26,6 +26,7 @@ from plan import make_plan
 from presets import PRESETS, as_flags
 from sample import generate
 from train import MODEL_FLAGS, main, train
+from training_data import load_training_data
 from utils import count_parameters, seed_step
 
 TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32",
@@ -272,11 +273,11 @@ def test_held_out_images_keep_their_classes_where_those_are_the_models(few_digit
         folder = tmp_path / "val" / (sorted_into[k % len(sorted_into)] if sorted_into else "")
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("L", (40, 30), 10 * k).save(folder / f"{k}.png")
-    _, _, classes, _, held_out = train_module.load_training_data(
-        few_digits["dataset_name"], 16, 0, False, False, labels, "data", tmp_path / "val", 0.0,
-        torch.device("cpu"), image_size=16, channels=None, fit="crop", cache_dir=None)
-    assert len(classes) == 10 and held_out.num_images == 20
-    assert sorted(held_out.labels.tolist()) == (sorted([*range(10)] * 2) if same else [-1] * 20)
+    found = load_training_data("synthetic_digits", labels=labels, val_dir=tmp_path / "val",
+                               image_size=16)
+    assert len(found.classes) == 10 and found.held_out.num_images == 20
+    assert sorted(found.held_out.labels.tolist()) == (
+        sorted([*range(10)] * 2) if same else [-1] * 20)
 
 
 @pytest.mark.parametrize("setting", ["model_name", "optimizer", "lr_schedule", "fit"])
