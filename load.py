@@ -201,11 +201,12 @@ def add_drawing_flags(add):
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the "
         "highest; default: as the model's card says where --guidance is not given, else all, "
         "or those of --weak", metavar="LOW,HIGH", type=interval)
-    add("--weak", "a worse checkpoint of the same training, an early one: guidance leads away "
-        "from its mistakes (autoguidance), also without classes, "
+    add("--weak", "a worse model of the same images, smaller or an early checkpoint: guidance "
+        "leads away from its mistakes (autoguidance), also without classes, "
         f"by {WEAK_GUIDANCE:g} unless --guidance says otherwise, "
         f"at the noisier {1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; "
-        "default: what the model's card names beside it", metavar="FILE")
+        "default: what the model's card names beside it, unless a --guidance is given that can "
+        "follow a class", metavar="FILE")
 
 
 def take_sampler(args, data):
@@ -250,19 +251,22 @@ def take_guidance(args, data, diffusion):
     args.guidance, args.guidance_interval = guidance, None if guidance in (0, 1) else interval
 
 
+def weak_beside(checkpoint, data):
+    """The path of the weak model that a checkpoint's card names, if it lies there, or None."""
+    beside = data["weak"] and Path(checkpoint).parent / data["weak"]
+    return str(beside) if beside and beside.is_file() else None
+
+
 def default_guidance(args, data, T, guided):
-    """(guidance, levels) where the command line names none; args.weak becomes the weak model of the
-    card, if it has one that is there. guided: is there a class to follow?"""
-    named = args.weak is not None
-    if data["weak"] and not named and args.guidance not in (0, 1):
-        beside = Path(args.checkpoint).parent / data["weak"]
-        if beside.is_file():
-            args.weak = str(beside)
-        elif args.guidance is None:
-            print(f"{args.checkpoint} was measured with --weak {beside}, and there is no such "
-                  "file: drawing without")
-    if named:
+    """(guidance, levels) where the command line names none. args.weak becomes the weak model of the
+    card, unless a --guidance was typed that can follow a class. guided: is there one to follow?"""
+    if args.weak is not None:
         return WEAK_GUIDANCE, (round(WEAK_FROM * T), T - 1)
+    if data["weak"] and (args.guidance is None or not guided and args.guidance not in (0, 1)):
+        args.weak = weak_beside(args.checkpoint, data)
+        if args.weak is None and args.guidance is None:
+            print(f"{args.checkpoint} was measured with --weak {data['weak']}, and there is no "
+                  "such file beside it: drawing without")
     # a card's guidance is worth nothing without its --weak
     if args.weak or guided and not data["weak"]:
         return data["guidance"], data["guidance_interval"]

@@ -27,7 +27,7 @@ from files import write_file
 from images import (PADDING, enlargement, image_grid, png_bytes, save_gif, save_images, save_strip,
                     to_uint8)
 from load import (CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak,
-                  take_guidance, take_sampler)
+                  take_guidance, take_sampler, weak_beside)
 from recipe import MAX_IMAGES, note_flags, compare, make_note, read_recipe
 from utils import PRECISIONS, autocast, describe_device, get_device, get_precision, measure
 
@@ -315,8 +315,10 @@ def main(argv=None):
                          f"of digest {str(again['weights'])[:12]}..., "
                          f"not {data['digest'][:12]}...")
     size = data["image_size"]
-    if again and "weak" in again and not (args.weak or data["weak"]):
-        raise ValueError(made_with_weak(args.recreate, again))
+    if again and "weak" in again and not args.weak:
+        args.weak = weak_beside(args.checkpoint, data)
+        if not args.weak:
+            raise ValueError(made_with_weak(args.recreate, again))
     take_sampler(args, data)
     take_guidance(args, data, diffusion)
     y, columns = choose_labels(args.label, data["classes"], args.num_images, args.first_index)

@@ -151,7 +151,7 @@ def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_p
         return note["guidance"], note.get("guidance_interval"), "weak" in note
 
     assert (drawn() == (1, None, False)
-            and "no such file: drawing without" in capsys.readouterr().out)
+            and "no such file beside it" in capsys.readouterr().out)
     shutil.copy(two_shades, tmp_path / "early.pt")
     assert (drawn() == (3, "0,10", True)
             and f"away from {tmp_path / 'early.pt'}" in capsys.readouterr().out)
@@ -160,6 +160,12 @@ def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_p
     assert "byte for byte" in capsys.readouterr().out
     assert (drawn("--guidance", "2") == (2, "0,10", True)
             and drawn("--guidance", "1") == (1, None, False))
+    # Where there is a class to follow, a guidance that is typed follows that.
+    assert drawn("--label", "bright") == (3, "0,10", True)
+    sample.main(["--recreate", str(sheet), "--checkpoint", str(small),
+                 "--output_dir", str(tmp_path)])
+    assert "byte for byte" in capsys.readouterr().out
+    assert drawn("--label", "bright", "--guidance", "2") == (2, None, False)
     assert drawn("--weak", str(two_shades)) == (load.WEAK_GUIDANCE, "15,49", True)
     assert drawn("--weak", str(two_shades), "--guidance", "5") == (5, "15,49", True)
     # 0 asks for the model without a class; only where the weak model was named, for that one alone
