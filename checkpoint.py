@@ -324,6 +324,22 @@ def told_of(entries, name="settings"):
     return told if isinstance(told, dict) else {}
 
 
+def class_vectors(own, vectors, known, classes):
+    """The class table of a new model, with the rows of "no class" and of the classes that an old
+    one knows by name.
+
+    own: the new model's, [1 + classes, C].  vectors: the old one's, or None.  known, classes: the
+    names of the classes in the old one and in the new one.
+    """
+    table = own.clone()
+    if vectors is not None:
+        table[0] = vectors[0]                   # "no class"
+        for k, label in enumerate(classes, start=1):
+            if label in known:
+                table[k] = vectors[known.index(label) + 1]
+    return table
+
+
 def take_weights(path, model, name, config, process, classes=None):
     """Give a new model the averaged weights of a checkpoint, to learn on from there.
 
@@ -353,11 +369,8 @@ def take_weights(path, model, name, config, process, classes=None):
             raise ValueError(f"{path}: its classes and the vectors that stand for them "
                              "do not fit together")
         if config["num_classes"]:
-            weights["class_emb.weight"] = own = model.state_dict()["class_emb.weight"].clone()
-            rows = {0: 0, **{k + 1: known.index(name) + 1
-                             for k, name in enumerate(classes or []) if name in known}}
-            if vectors is not None:             # row 0 is "no class"
-                own[list(rows)] = vectors[list(rows.values())].to(own)
+            weights["class_emb.weight"] = class_vectors(
+                model.state_dict()["class_emb.weight"], vectors, known, classes or [])
         check_weights(path, weights, model)
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError(f"{path}: not all of its weights are finite numbers")

@@ -17,9 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import distributed
 from checkpoint import (PRETRAINED, check_weights, half_precision, load_checkpoint, save_checkpoint,
                         whole_precision)
-from command_line import Parser, command, make_output_dir, positive_int, seed_number, speaks
+from command_line import Parser, command, make_output_dir, positive_int, seed_number
 from data import Batches, get_dataset
 from images import to_signed
 from utils import autocast, get_device, get_precision, seed_step
@@ -72,7 +73,7 @@ def train_classifier(images, labels=None, num_classes=None, epochs=4, batch_size
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     bar = tqdm(zip(range(steps), batches.stream()), total=steps, desc="classifier", unit="step",
-               disable=not speaks())
+               disable=not distributed.speaks())
     for _, (x_0, y) in bar:
         x_0, y = turned(x_0) if labels is None else (x_0, y)
         with autocast(device, precision):

@@ -9,18 +9,13 @@ import signal
 import sys
 from pathlib import Path
 
+from distributed import speaks
 from files import write_file
 from utils import keep_memory
 
 
 # What torch says of a full memory.
 FULL = "out of memory|t allocate memory|size calculation overflowed|could not create a primitive"
-
-
-def speaks():
-    """Is this the process that prints? Of several that torchrun has started, the first."""
-    rank = os.environ.get("RANK", "0")
-    return rank == "0" or not rank.isdecimal() or "WORLD_SIZE" not in os.environ
 
 
 def stopped(stop):

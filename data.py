@@ -25,9 +25,13 @@ from images import MAX_SIZE, to_signed
 
 
 class Dataset(NamedTuple):
-    source: Callable | str  # what torchvision calls the set; if drawn, a function of synthetic.py
+    source: Callable | str  # a function of synthetic.py, or what torchvision calls the set
     classes: tuple  # class names, in the order of the labels
-    drawn: bool = False
+
+    @property
+    def drawn(self):
+        """Is it drawn by code, without a download?"""
+        return callable(self.source)
 
 
 DIGITS = tuple("0123456789")
@@ -38,8 +42,8 @@ DATASETS = {
         "sandal", "shirt", "sneaker", "bag", "boot")),
     "cifar10": Dataset("CIFAR10", (
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
-    "synthetic_digits": Dataset(synthetic.digits, DIGITS, drawn=True),
-    "synthetic_fabrics": Dataset(synthetic.fabrics, synthetic.FABRIC_FAMILIES, drawn=True),
+    "synthetic_digits": Dataset(synthetic.digits, DIGITS),
+    "synthetic_fabrics": Dataset(synthetic.fabrics, synthetic.FABRIC_FAMILIES),
 }
 SYNTHETIC_SIZE = 10_000
 DATASET_HELP = (f"one of {', '.join(DATASETS)}, or a folder of images; "
@@ -67,11 +71,10 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=
     check_shape(image_size, channels)
     if name not in DATASETS:
         return load_folder(existing_folder(name), image_size, channels=channels, **folder_settings)
-    source = DATASETS[name].source
     if DATASETS[name].drawn:
-        images, labels = source(SYNTHETIC_SIZE, seed=0 if train else 1)
+        images, labels = DATASETS[name].source(SYNTHETIC_SIZE, seed=0 if train else 1)
     else:
-        images, labels = _torchvision_arrays(name, source, data_dir, train)
+        images, labels = _torchvision_arrays(name, data_dir, train)
     size = image_size or images.shape[-1]
     check_memory(name, (len(images), channels or images.shape[1], size, size))
     return _with_channels(_resize(images, image_size), channels), labels
@@ -157,10 +160,9 @@ def keep_apart_from_own(data, output_dir):
 
 # ---- torchvision's sets
 
-def _torchvision_arrays(name, source, data_dir, train):
-    if isinstance(source, str):
-        import torchvision                      # it takes seconds, for which drawing need not wait
-        source = getattr(torchvision.datasets, source)
+def _torchvision_arrays(name, data_dir, train):
+    import torchvision                          # it takes seconds, for which drawing need not wait
+    source = getattr(torchvision.datasets, DATASETS[name].source)
     try:
         dataset = source(data_dir, train=train, download=False)
     except (RuntimeError, ValueError, AssertionError, EOFError, OSError, KeyError, IndexError,

@@ -20,14 +20,14 @@ import torch
 
 from checkpoint import load_checkpoint
 from command_line import Parser, command, format_seconds
-from diffusion import OBJECTIVES, seeded_noise
+from diffusion import OBJECTIVES, evaluating, seeded_noise
 from images import to_signed, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model
 from measures import copied_share, nearest_images
 from reference import load_reference, note_other_images, same_classes
 from sample import generate, seconds_for
 from schedules import SCHEDULES, linear_alpha_bar
-from utils import describe_device, evaluating, get_device, shuffled
+from utils import describe_device, get_device, shuffled
 
 DECIBELS = (10, 5, 0, -5, -10, -15)  # signal over noise: the levels at which a network is asked
 IMAGES = 32

@@ -19,6 +19,7 @@ Jabri et al. 2022 (sigmoid schedule), Salimans & Ho 2022 (the v objective), Ho &
 Karras et al. 2022 (noise levels).
 """
 
+import contextlib
 import math
 import secrets
 from typing import NamedTuple
@@ -27,7 +28,6 @@ import numpy as np
 import torch
 
 from schedules import SPACINGS, alpha_bar_table, distinct, half_log_snr
-from utils import evaluating
 
 OBJECTIVES = ("eps", "x0", "v")
 
@@ -76,6 +76,19 @@ def seeded_noise(seed, indices, step, shape):
         entropy = np.random.SeedSequence([seed, i, step]).generate_state(1, np.uint64)[0]
         rows.append(torch.randn(shape, generator=torch.Generator().manual_seed(int(entropy))))
     return torch.stack(rows)
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Switch dropout off, and back to what it was afterwards. model: any callable, or None."""
+    was_training = getattr(model, "training", False)
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 def _answer(model, x_t, t, y):
@@ -238,7 +251,8 @@ class DiffusionProcess:
         x_t: [B, C, H, W].  t: an integer, or [B] integers.  Returns [B, C, H, W].
         """
         t = _as_batch(t, x_t)
-        # Not clamped: also beyond [-1, 1] x_0 tells the noise. Only after clip_loss it does not.
+        # Unclamped, x_0 gives back exactly the noise that the model meant. After clip_loss a value
+        # beyond [-1, 1] means nothing, and is clamped.
         x_0 = self.predict_x0(model, x_t, t, y, clip=self.clip_loss)
         signal_weight, noise_weight = self._weights(t)
         return (x_t - signal_weight * x_0) / noise_weight
@@ -307,23 +321,24 @@ class DiffusionProcess:
             x_prev = x_prev + sigma * (torch.randn_like(x_prev) if noise is None else noise)
         return x_prev
 
-    def _extrapolate(self, extrapolates, x_t, t_prev, past):
+    def _extrapolate(self, extrapolates, t_prev, past):
         """The x_0 to step towards: where the last estimates are heading, not where they are.
 
-        past: triples (t, x_0, eps), the newest last.  "x0" goes on along a line in the log-SNR, to
+        past: triples (t, x_t, x_0), the newest last.  "x0" goes on along a line in the log-SNR, to
         the middle of the step (DPM-Solver++(2M), Lu et al. 2022, algorithm 2); "eps" by the
         Adams-Bashforth rule of the order that `past` allows (iPNDM), as though steps were equal.
         """
-        t, x_0 = past[-1][:2]
+        t, x_t, x_0 = past[-1]
         # The last step is plain DDIM: it ends at infinite log-SNR, and ipndm counts on equal steps.
         if len(past) == 1 or t_prev < 0:
             return x_0
         if extrapolates == "x0":
-            before, x_0_before, _ = past[-2]
+            before, _, x_0_before = past[-2]
             last, now, then = (half_log_snr(self.alpha_bar_at(level))
                                for level in (before, t, t_prev))
             return x_0 + (then - now) / (2 * (now - last)) * (x_0 - x_0_before)
-        eps = sum(w * eps for w, (*_, eps) in zip(ADAMS_BASHFORTH[len(past) - 1], reversed(past)))
+        eps = sum(weight * self._eps(x, clean, level) for weight, (level, x, clean)
+                  in zip(ADAMS_BASHFORTH[len(past) - 1], reversed(past)))
         ab_t = self.alpha_bar_at(t)
         return (x_t - math.sqrt(1 - ab_t) * eps) / math.sqrt(ab_t)
 
@@ -379,14 +394,14 @@ class DiffusionProcess:
         past = []
         with evaluating(model), evaluating(weak):
             for k, (t, t_prev) in enumerate(zip(levels, levels[1:]), start=1):
-                noise = None
-                if eta > 0 and t_prev >= 0:
-                    noise = seeded_noise(seed, indices, k, x_t.shape[1:]).to(x_t)
                 x_0 = self.predict_x0(model, x_t, t, y,
                                       guidance=guidance_at(t, guidance, guidance_interval),
                                       weak=weak, clip=clip)
-                past = [*past, (t, x_0, self._eps(x_t, x_0, t))][-row.order:]
-                target = self._extrapolate(row.extrapolates, x_t, t_prev, past)
+                noise = None
+                if eta > 0 and t_prev >= 0:     # drawn while a GPU is still at work on x_0
+                    noise = seeded_noise(seed, indices, k, x_t.shape[1:]).to(x_t)
+                past = [*past, (t, x_t, x_0)][-row.order:]
+                target = self._extrapolate(row.extrapolates, t_prev, past)
                 x_t = self.step_towards(target, x_t, t, t_prev, eta=eta, variance=row.variance,
                                         noise=noise)
                 yield t_prev, x_t, x_0

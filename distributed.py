@@ -12,14 +12,18 @@ import sys
 import torch
 import torch.distributed as dist
 
-from command_line import speaks
+
+def speaks():
+    """Is this the process that prints? Of several that torchrun has started, the first."""
+    rank = os.environ.get("RANK", "0")
+    return rank == "0" or not rank.isdecimal() or "WORLD_SIZE" not in os.environ
 
 
 def join(device="auto"):
     """Join the processes that torchrun has started. Returns the device of this one, as a name.
 
     Only rank 0 goes on printing. Raises ValueError for a device that several processes cannot
-    share, or a place that there is not, and OSError where they do not find each other.
+    share, or RANK and WORLD_SIZE that make no sense, and OSError where they do not find each other.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return device
@@ -87,5 +91,6 @@ def mean_over_ranks(values):
     """The mean of a tensor over all processes."""
     _, world = place()
     if world > 1:
-        dist.all_reduce(values)               # the sum; gloo has no mean
+        values = values.clone()
+        dist.all_reduce(values)               # the sum, in place; gloo has no mean
     return values / world

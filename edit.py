@@ -30,14 +30,14 @@ from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, fraction, make_output_dir, positive_int,
                           seed_number, spare)
-from diffusion import seeded_noise
+from diffusion import evaluating, seeded_noise
 from folders import load_pictures, read_picture
 from images import save_images, save_strip, to_signed
 from load import CHECKPOINT_HELP, open_model
 from measures import psnr
 from reference import unseen_images
 from sample import choose_labels, seconds_for, thinned
-from utils import evaluating, get_device
+from utils import get_device
 
 
 # ---- What was measured, and back

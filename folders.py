@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from command_line import speaks
+import distributed
 from files import write_file
 from images import to_signed
 
@@ -166,7 +166,7 @@ def read_folder(folder, files, image_size, fit="crop", channels=None):
 
     with (_own_limit(), ThreadPoolExecutor(os.cpu_count()) as pool,    # PIL frees Python's lock
           tqdm(total=len(files), desc=f"reading {folder}", unit="file", delay=2,
-               disable=not speaks()) as bar):
+               disable=not distributed.speaks()) as bar):
         for first in range(0, len(files), 256):                        # in parts: they are large
             for picture in pool.map(read, files[first:first + 256]):
                 yield picture
@@ -259,11 +259,8 @@ def check_memory(name, shape, advice=""):
     """Raise ValueError if uint8 images of this shape, [N, C, H, W], are too many for the memory."""
     memory = (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
               if hasattr(os, "sysconf") else 2**63)
-    world = os.environ.get("WORLD_SIZE", "")
-    # Each of torchrun's processes reads for itself.
-    processes = max(1, int(world)) if world.isdecimal() else 1
     size = np.prod(shape, dtype=float)
-    if size > memory / 2 / processes:
+    if size > memory / 2 / distributed.place()[1]:      # each of torchrun's processes reads its own
         raise ValueError(f"{name}: {shape[0]} images of {shape[-1]}x{shape[-1]} need "
                          f"{size / 1e9:.0f} GB, more than half of the memory{advice}")
 

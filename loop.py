@@ -15,10 +15,9 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from command_line import speaks
-from diffusion import seeded_noise
+from diffusion import evaluating, seeded_noise
 from muon import Muon
-from utils import autocast, evaluating, get_timesteps, measure, seed_step, shuffled
+from utils import autocast, get_timesteps, measure, seed_step, shuffled
 
 OPTIMIZERS = {"adam": functools.partial(torch.optim.Adam, fused=True),
               "adamw": functools.partial(torch.optim.AdamW, fused=True), "muon": Muon}
@@ -73,15 +72,15 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
         torch.manual_seed(torch.initial_seed() + rank)  # or dropout would repeat in each process
     optimizer.zero_grad()
     loss = torch.zeros((), device=x_0.device)
-    parts = torch.arange(len(x_0), device=x_0.device).tensor_split(min(accumulate, len(x_0)))
-    for k, part in enumerate(parts):
-        mine = part[rank::world]
-        last = k == len(parts) - 1  # only then do the processes exchange their gradients
-        with (contextlib.nullcontext() if last or world == 1 else model.no_sync(),
+    count = min(accumulate, len(x_0))
+    parts = zip(*(values.tensor_split(count) for values in (x_0, y, t, noise)))
+    for k, part in enumerate(parts, start=1):
+        # Only after the last part do the processes exchange their gradients.
+        with (contextlib.nullcontext() if k == count or world == 1 else model.no_sync(),
               autocast(x_0.device, precision)):
-            share = diffusion.training_loss(model, x_0[mine], y[mine], t[mine],
-                                            noise[mine], min_snr)
-            share = share * (len(part) / len(x_0))
+            share = diffusion.training_loss(model, *(values[rank::world] for values in part),
+                                            min_snr)
+            share = share * (len(part[0]) / len(x_0))
             share.backward()
         loss += share.detach()
     loss = distributed.mean_over_ranks(loss)
@@ -118,7 +117,7 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, steps=None, 
         raise ValueError("this dataloader has no length: say how many steps to do")
     losses, steps = [] if losses is None else losses, len(dataloader) if steps is None else steps
     before = len(losses)
-    with tqdm(total=steps, desc="training", unit="step", disable=not speaks()) as bar:
+    with tqdm(total=steps, desc="training", unit="step", disable=not distributed.speaks()) as bar:
         train_steps(model, dataloader, optimizer, diffusion, device, steps, losses, bar, **settings)
     if len(losses) == before:
         raise ValueError("the dataloader gave no batch: are there fewer images than batch_size?")
@@ -137,8 +136,10 @@ def train_steps(model, batches, optimizer, diffusion, device, steps, losses, bar
     first_step:  how many steps the run has behind it.   each: a context that each step is taken in.
     settings:    precision, grad_clip, accumulate, label_drop, min_snr, density: see train_step.
     """
-    model.train()
     before, world = len(losses), distributed.place()[1]
+    if world > 1 and seed is None:
+        raise ValueError("several processes need a seed, or each would draw its own noise")
+    model.train()
     start = shown = time.perf_counter()
     try:
         for k, (x_0, y) in enumerate(itertools.islice(batches, steps)):
@@ -183,16 +184,17 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32, mi
     which of them gets which is random, or in a folder with classes each would meet its own levels.
     min_snr: weigh the errors as in the training.
     """
-    images, total, T = batches.num_images, 0.0, diffusion.num_timesteps
-    order = shuffled(images)
-    for places in torch.arange(images).split(batches.batch_size):
+    images, losses, T = batches.num_images, [], diffusion.num_timesteps
+    order, parts = shuffled(images), torch.arange(images).split(batches.batch_size)
+    for places in parts:
         x_0, y = batches.take(batches.indices[places].to(batches.images.device))
         t = ((order[places] + 0.5) * T / images).long().to(device)
         noise = seeded_noise(0, places.tolist(), 0, x_0.shape[1:]).to(device)
         with evaluating(model), autocast(t.device, precision):
             loss = diffusion.training_loss(model, x_0.to(device), y.to(device), t, noise, min_snr)
-        total += float(loss) * len(places)
-    return total / images
+        losses.append(loss)                     # still on the device: a GPU need not wait
+    losses = torch.stack(losses).tolist()
+    return sum(loss * len(places) for loss, places in zip(losses, parts)) / images
 
 
 def measure_seconds(network, ema, batch, diffusion, picture_shape, optimizer="adam", **settings):

@@ -37,8 +37,8 @@ class Plan(NamedTuple):
         return min([self.total_steps, *((step // n + 1) * n for n in self._intervals())])
 
     def previous_report(self, step):
-        """The last such step before this one, or 0."""
-        return max((step - 1) // n * n for n in self._intervals())
+        """The last such step up to this one, or 0."""
+        return max(step // n * n for n in self._intervals())
 
     def is_report(self, step):
         """Is the training looked at after this step?"""
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
         return step % self.sample_every == 0 or step == self.total_steps
 
     def count(self, every):
-        """How many of them there will be."""
+        """How often something is due every so many steps, and at the end."""
         return math.ceil(self.total_steps / every)
 
 

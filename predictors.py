@@ -10,8 +10,8 @@ visualize_diffusion.py --figure predictors and loss_by_timestep print and draw t
 
 import torch
 
+from diffusion import evaluating
 from schedules import ranges_of_t
-from utils import evaluating
 
 RANGES = 4
 LOSS_RANGES = 10

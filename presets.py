@@ -4,7 +4,6 @@
 import textwrap
 
 import distributed
-from command_line import speaks
 from utils import get_device
 
 # A row is a set of flags; those on the command line win. dataset=None: it has to be given.
@@ -83,7 +82,7 @@ def parse(parser, argv):
                              "add --dataset FOLDER")
         parser.set_defaults(**row)
     settings = vars(parser.parse_args(argv))        # once more: what was typed wins over the row
-    if settings.pop("preset") and speaks():
+    if settings.pop("preset") and distributed.speaks():
         print(*textwrap.wrap(
             f"preset {given.preset}: {as_flags({flag: settings[flag] for flag in row})}", 110,
             subsequent_indent="  ", break_on_hyphens=False, break_long_words=False), sep="\n")

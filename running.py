@@ -1,4 +1,4 @@
-"""A training as a good guest: alone in its folder, and stopped in good order.
+"""One run to a folder, and a clean stop on a signal.
 
     with Signals() as signals, only_run("outputs"):     # Ctrl-C, SIGTERM and SIGHUP raise Stopped,
         with signals.postponed():                       # but in here only at the end
@@ -200,7 +200,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self):
-        """A first signal does nothing to what is inside, but to be remembered."""
+        """Inside, a first signal is only noted in `came`; nothing is raised."""
         self.holding = True
         try:
             yield

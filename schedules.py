@@ -102,8 +102,8 @@ def _even_in(value, steps):
     """Levels whose `value` (an array over t that rises or falls all the way) is evenly spread."""
     t = np.arange(len(value))
     wanted = np.linspace(value[-1], value[0], steps)
-    rising = value[0] < value[-1]
-    return np.append(np.interp(wanted, *(value, t) if rising else (value[::-1], t[::-1])), -1)
+    rising = slice(None) if value[0] < value[-1] else slice(None, None, -1)   # as interp wants it
+    return np.append(np.interp(wanted, value[rising], t[rising]), -1)
 
 
 def log_snr_spacing(alpha_bar, steps):

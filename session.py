@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import GO_ON, check_settings, load_checkpoint, save_checkpoint
-from command_line import speaks
 from files import write_file
 from images import plot_losses, save_images
 from loop import held_out_loss, train_steps
@@ -128,7 +127,7 @@ def restore(state, origin, facts, plan):
     if isinstance(was, dict) and was.get("total_steps") != facts["settings"].get("total_steps"):
         advice += (" (a rate that falls to zero cannot be prolonged: "
                    "--start_from learns on, in a run of its own)")
-    for part in ("settings", "model_config", "diffusion_config"):
+    for part in ("settings", "model_config"):   # the first has the process, too
         check_settings(origin, saved.get(part), facts[part], advice)
     classes = [entries["data"].get("classes") for entries in (saved, facts)]
     if classes[0] != classes[1]:
@@ -206,9 +205,9 @@ def follow(plan, keeper, look, network, batches, diffusion, device, *, step_seco
         if step >= plan.total_steps:
             return
         leg = max(1, int(SAVE_SECONDS / 10 / step_seconds))     # steps between looks at the clock
-        first, last = plan.previous_report(step + 1), plan.next_report(step)
+        first, last = plan.previous_report(step), plan.next_report(step)
         with tqdm(initial=step - first, total=last - first, desc=plan.stretch(first, last),
-                  unit="step", disable=not speaks()) as bar:
+                  unit="step", disable=not distributed.speaks()) as bar:
             while (step := len(state.losses)) < last:
                 epoch_end = (step // len(batches) + 1) * len(batches)
                 end = min(step + leg, epoch_end, last)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from command_line import Parser, command, make_output_dir, seed_number, speaks
-from images import save_images
+from command_line import Parser, command, make_output_dir, seed_number
+from distributed import speaks
+from images import save_images, to_signed
 
 # The ways of writing each digit: (how common, path). A path is "x,y" points in a box of about
 # 100 x 100, y downwards; "*" after an inner point makes it a corner, "/" lifts the pen.
@@ -109,12 +110,12 @@ def pen_path(text):
     return control, np.concatenate(basis)[even], stroke
 
 
-def catmull_rom(knots, per_span=60):
-    """Weights [spans * per_span, CONTROLS] of the spline through the control points `knots`."""
+def catmull_rom(knots):
+    """Weights [60 spans, CONTROLS] of the spline through the control points `knots`."""
     eye = np.eye(CONTROLS)[knots]
     # phantom points that run straight on at both ends
     eye = np.concatenate([2 * eye[:1] - eye[1:2], eye, 2 * eye[-1:] - eye[-2:-1]])
-    s = np.linspace(0, 1, per_span)[:, None]
+    s = np.linspace(0, 1, 60)[:, None]
     return np.concatenate([(-s**3 + 2 * s**2 - s) * a + (3 * s**3 - 5 * s**2 + 2) * b
                            + (-3 * s**3 + 4 * s**2 + s) * c + (s**3 - s**2) * d
                            for a, b, c, d in zip(eye, eye[1:], eye[2:], eye[3:])]) / 2
@@ -394,7 +395,7 @@ def main(argv=None):
     for name, draw, zoom in (("digits", digits, 4), ("fabrics", fabrics, 2)):
         path = folder / f"synthetic_{name}.png"
         images = draw(100, args.seed)[0]
-        save_images(images / 127.5 - 1, path, columns=10, padding=0, upscale=zoom)
+        save_images(to_signed(images), path, columns=10, padding=0, upscale=zoom)
         print(f"wrote {path}")
 
 

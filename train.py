@@ -20,6 +20,7 @@ import functools
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -76,7 +77,7 @@ def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_sam
         print("no step is left to do: this run is finished, and more --epochs or --steps "
               "would prolong it")
         return None
-    batch = tuple(part.to(device) for part in next(iter(batches)))
+    batch = tuple(part.to(device) for part in next(batches.stream()))
     print("compiling, and " * compiled + "measuring how fast this is here ...", flush=True)
     step_seconds, call_seconds = measure_seconds(
         network, EMA(getattr(network, "module", network)), batch, diffusion,
@@ -92,7 +93,7 @@ def check_choices(num_epochs, steps, beta2, **settings):
     if num_epochs < 1 or (steps is not None and steps < 1):
         raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
     for name, known in (("model_name", MODELS), ("optimizer", OPTIMIZERS),
-                        ("lr_schedule", LR_SCHEDULES), ("fit", FITS)):
+                        ("lr_schedule", LR_SCHEDULES), ("fit", FITS), ("density", DENSITIES)):
         if settings[name] not in known:
             raise ValueError(f"unknown {name} {settings[name]!r}; choose from {', '.join(known)}")
     for name, value in (("beta2", beta2), ("ema_decay", settings["ema_decay"])):
@@ -148,6 +149,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     check_choices(num_epochs, steps, num_samples=num_samples, sample_every=sample_every,
                   save_every=save_every, **settings)
     diffusion = DiffusionProcess(timesteps, schedule, objective, clip_loss=clip_loss)
+    with torch.device("meta"):                  # without memory: can there be such a network?
+        create_model(model_name, **model_config)
     device_asked, device = device, get_device(distributed.join(device))
     rank, world = distributed.place()
     precision, precision_reason = get_precision(precision, device)
@@ -165,11 +168,13 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             print(f"a run that goes on has weights of its own: {start_from} plays no part any more")
             start_from = None
         elif start_from:
+            if not Path(start_from).is_file():
+                raise FileNotFoundError(2, "no such checkpoint", str(start_from))
             spare([start_from], *run_files(output_dir))
         data = load_training_data(
-            dataset_name, batch_size * accumulate, seed, flip, turn, labels, data_dir, val_dir,
-            val_fraction, device,
-            image_size=image_size, channels=channels, fit=fit, cache_dir=cache_dir)
+            dataset_name, batch_size=batch_size * accumulate, seed=seed, flip=flip, turn=turn,
+            labels=labels, data_dir=data_dir, val_dir=val_dir, val_fraction=val_fraction,
+            device=device, image_size=image_size, channels=channels, fit=fit, cache_dir=cache_dir)
         classes, batches, held_out = data.classes, data.batches, data.held_out
         if world > 1 and batches.batch_size % (world * accumulate):
             raise ValueError(f"a step of {batches.batch_size} images cannot be shared equally "
@@ -360,15 +365,15 @@ def main(argv=None):
         "with --steps, steps (default: a fifth of them, 200 at least)", type=positive_int)
     add("--save_every", "epochs between two checkpoints (default: 5); "
         "with --steps, steps (default: a fifth of them, 200 at least)", type=positive_int)
-    settings = parse(parser, argv)
-    refuse_idle(parser, settings)
-    model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
-    model_config = {flag: value for flag, value in model_config.items() if value is not None}
-    if settings.pop("verify"):
-        sys.exit(0 if verify(settings, model_config) else 2)
-    for flag, name in ARGUMENTS.items():
-        settings[name] = settings.pop(flag)
     try:
+        settings = parse(parser, argv)          # which joins the processes, if there are several
+        refuse_idle(parser, settings)
+        model_config = {flag: settings.pop(flag) for flag in MODEL_FLAGS}
+        model_config = {flag: value for flag, value in model_config.items() if value is not None}
+        if settings.pop("verify"):
+            sys.exit(0 if verify(settings, model_config) else 2)
+        for flag, name in ARGUMENTS.items():
+            settings[name] = settings.pop(flag)
         train(**settings, **model_config)
     finally:
         distributed.leave()

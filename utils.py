@@ -1,7 +1,6 @@
 """Device and precision, seeds, the averaged copy of a model, what things cost.
 """
 
-import contextlib
 import copy
 import ctypes
 import os
@@ -101,19 +100,6 @@ def shuffled(count, seed=0):
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-@contextlib.contextmanager
-def evaluating(model):
-    """Switch dropout off, and back to what it was afterwards. model: any callable, or None."""
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
-
-
 DENSITIES = ("uniform", "logit_normal", "quadratic")
 
 
@@ -168,8 +154,8 @@ class EMA:
     def update(self, model):
         """Move the average towards `model`'s weights; buffers, which are no weights, are copied."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for average, value in zip(self.model.parameters(), model.parameters(), strict=True):
-            average.lerp_(value, 1 - decay)
+        # In one call: a lerp for each of hundreds of weights would cost a GPU hundreds of launches.
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         for average, value in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(value)
         self.updates += 1

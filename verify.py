@@ -45,13 +45,13 @@ def find_duplicates(digests):
     return [(k, first[d]) for k, d in enumerate(digests) if first.setdefault(d, k) != k]
 
 
-def save_sheet(images, path, columns=10, total=None):
+def save_sheet(images, path, total=None):
     """A contact sheet of up to 100 images, evenly spread over the set.
 
     images: uint8 [N, C, H, W], of `total`.
     """
     picks = torch.linspace(0, len(images) - 1, min(100, len(images))).round().long().unique()
-    save_images(to_signed(images[picks]), path, columns)
+    save_images(to_signed(images[picks]), path, columns=10)
     total = total or len(images)
     print(f"wrote {path}" + f", {len(picks)} of the {total} images" * (len(picks) < total))
 

@@ -62,8 +62,8 @@ class ResBlock(nn.Module):
         if not self.scale_shift:
             return self.shortcut(x) + self.conv2(self.conv1(x) + told)
         scale, shift = told.chunk(2, dim=1)
-        norm, rest = self.conv2[0], self.conv2[1:]
-        return self.shortcut(x) + rest(norm(self.conv1(x)) * (1 + scale) + shift)
+        norm, act, drop, conv = self.conv2
+        return self.shortcut(x) + conv(drop(act(norm(self.conv1(x)) * (1 + scale) + shift)))
 
 
 class SelfAttention(nn.Module):
@@ -178,8 +178,8 @@ class AttentionUNet(UNet):
                                 for b, c, attend in reversed(list(zip(below, channels, attends))))
         self.grow = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in reversed(channels[1:]))
         self.conv_out = nn.Sequential(
-            nn.GroupNorm(groups, base_channels * multipliers[0]), ACTIVATIONS[activation](),
-            zeroed(nn.Conv2d(base_channels * multipliers[0], pixels, 3, padding=1)))
+            nn.GroupNorm(groups, channels[0]), ACTIVATIONS[activation](),
+            zeroed(nn.Conv2d(channels[0], pixels, 3, padding=1)))
 
     def forward(self, x_t, t, y=None):
         self.check(x_t)

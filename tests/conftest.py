@@ -101,7 +101,7 @@ def two_shades(tmp_path_factory):
                         torch.full((32, 1, 8, 8), 215)]).to(torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(data.DATASETS, "shades", data.Dataset(
-            lambda count, seed: (images, torch.arange(64) // 32), ("dark", "bright"), drawn=True))
+            lambda count, seed: (images, torch.arange(64) // 32), ("dark", "bright")))
         train.train("shades", steps=250, learning_rate=2e-3, ema_decay=0.95, objective="x0",
                     timesteps=50, label_drop=0.5, base_channels=16, time_emb_dim=16, batch_size=16,
                     device="cpu", precision="float32", num_samples=4, sample_every=1000,

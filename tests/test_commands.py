@@ -410,8 +410,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(checkpoint, tmp
 
 def test_imports_run_one_way():
     """A file knows only files of lines above; train and sample do not know each other (README)."""
-    storeys = ("files models muon measures schedules", "images", "utils", "command_line diffusion",
-               "checkpoint convergence distributed folders inside plan predictors synthetic",
+    storeys = ("distributed files models muon measures schedules", "diffusion images", "utils",
+               "command_line",
+               "checkpoint convergence folders inside plan predictors synthetic",
                "data figures interop loop presets recipe running",
                "classifier load reference session training_data verify", "train",
                "comparisons export sample",

@@ -373,7 +373,7 @@ def test_the_command_writes_its_numbers_and_tells_them_again(two_shades, tmp_pat
         0, 9, shades.shape, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
     drawn = shades.repeat(4, 1, 1, 1), (torch.arange(64) // 48).repeat(4)
     monkeypatch.setitem(data.DATASETS, "shades", data.Dataset(
-        lambda count, seed: drawn, ("dark", "bright"), drawn=True))
+        lambda count, seed: drawn, ("dark", "bright")))
     flags = ["--checkpoint", str(two_shades), "--num_images", "100", "--steps", "5",
              "--output_dir", str(tmp_path), "--device", "cpu"]
     evaluate.main(flags)

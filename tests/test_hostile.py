@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import benchmark
@@ -418,8 +419,9 @@ def test_labels_beyond_the_classes_are_damage(monkeypatch):
             self.data, self.targets = (torch.zeros(3, 28, 28, dtype=torch.uint8),
                                        torch.tensor([0, 9, 20]))
 
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Source)
     with pytest.raises(ValueError, match="one is 20"):
-        data._torchvision_arrays("mnist", Source, "data", True)
+        data.get_dataset("mnist")
 
 
 def test_too_few_images_to_measure_is_said_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
