@@ -66,23 +66,24 @@ def only_run(folder):
 def find_checkpoint(folder, resume, overwrite):
     """What to start from: (the path of a checkpoint or None, does this folder's own run go on?).
 
-    resume: None, "latest" or a checkpoint's path.  overwrite: an unfinished run may be replaced.
-    Raises ValueError if the folder holds an unfinished run that would be replaced unasked.
+    resume: None, "latest" or a checkpoint's path.  overwrite: a run that lies there may be
+    replaced. Raises ValueError if one would be replaced unasked.
     """
     folder = Path(folder)
     latest, final = folder / LATEST, folder / FINAL
-    numbered = [path for path in run_files(folder)
-                if path.parent.name == "checkpoints" and path.is_file()]
-    unfinished = latest.exists() or numbered and not final.exists()
+    saved = [path for path in run_files(folder) if path.suffix == ".pt" and path.is_file()]
+    numbered = [path for path in saved if path.parent.name == "checkpoints"]
     if resume == "latest":
         return farthest(folder, [latest, final, folder / BEST, *last_of_each_unit(numbered)]), True
     origin = None if resume is None else Path(resume)
     if origin is not None and not origin.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(origin))
-    own = origin is not None and origin.resolve() in [path.resolve() for path in run_files(folder)]
-    if unfinished and not own and not overwrite:
-        raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, "
-                         "--overwrite replaces it, another --output_dir keeps it")
+    own = origin is not None and origin.resolve() in [path.resolve() for path in saved]
+    if saved and not own and not overwrite:
+        finished = final.exists() and not latest.exists()
+        raise ValueError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run: "
+                         "--resume goes on with it, --overwrite replaces it, "
+                         "another --output_dir keeps it")
     return origin, own
 
 

@@ -19,7 +19,7 @@ from files import write_file
 from images import plot_losses, save_images
 from loop import held_out_loss, train_steps
 from models import model_defaults
-from running import BEST, LATEST, Stopped, clear_run, run_files
+from running import BEST, LATEST, Stopped, clear_run
 
 SAVE_SECONDS = 300  # about so many at most from one save of the latest state to the next
 
@@ -44,14 +44,13 @@ class Keeper:
 
     facts: what they tell beside the state.  signals: see running.py.
     replacing: the folder may hold an earlier run. It is deleted after the first save: a run that
-    fails or is stopped before that leaves it as it was.
-    overwrite: replacing was asked for, so a run that is stopped is saved even then.
+    fails before that leaves it as it was.
     """
 
-    def __init__(self, folder, state, facts, steps_per_epoch, signals, replacing, overwrite=False):
+    def __init__(self, folder, state, facts, steps_per_epoch, signals, replacing):
         self.folder, self.state, self.facts, self.steps_per_epoch = (
             folder, state, facts, steps_per_epoch)
-        self.signals, self.replacing, self.overwrite = signals, replacing, overwrite
+        self.signals, self.replacing = signals, replacing
         self.saved_step = 0                     # the steps in model_latest.pt, as far as it knows
         self.tables_written, self.tables_seconds = time.perf_counter(), 0.0
 
@@ -90,25 +89,21 @@ class Keeper:
     @contextlib.contextmanager
     def saved_if_stopped(self, total_steps):
         """If a signal, a full disk or want of memory stops what is inside, save the state and let
-        it stop; but not a state that an optimizer has left half-way, nor, unless asked, in the
-        place of an earlier run: that would cost its hours, and not to save costs minutes."""
+        it stop; but not a state that an optimizer has left half-way."""
         try:
             yield
         except (Stopped, OSError, MemoryError, RuntimeError) as stop:
             steps, latest = len(self.state.losses), self.folder / LATEST
             if steps and not getattr(stop, "half_done", False):
-                if self.replacing and not self.overwrite and run_files(self.folder):
-                    saved = f"not saved, and the earlier run in {self.folder} is as it was"
-                else:
-                    try:
-                        with self.signals.held():
-                            self._write(LATEST)
-                        saved = (f"saved to {latest}; the same command with --resume goes on, "
-                                 f"and python sample.py --checkpoint {latest} draws from it")
-                    except OSError as error:            # the disk is still full
-                        saved = f"it cannot be saved ({error.strerror or error})" + (
-                            f"; {latest} has the first {self.saved_step}, and --resume goes on "
-                            "from there" * bool(self.saved_step))
+                try:
+                    with self.signals.held():
+                        self._write(LATEST)
+                    saved = (f"saved to {latest}; the same command with --resume goes on, "
+                             f"and python sample.py --checkpoint {latest} draws from it")
+                except OSError as error:                # the disk is still full
+                    saved = f"it cannot be saved ({error.strerror or error})" + (
+                        f"; {latest} has the first {self.saved_step}, and --resume goes on "
+                        "from there" * bool(self.saved_step))
                 what = stop if isinstance(stop, (Stopped, OSError)) else type(stop).__name__
                 with contextlib.suppress(OSError):              # the terminal may be gone
                     print(f"{what} after step {steps} of {total_steps}: {saved}", flush=True,

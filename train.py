@@ -133,12 +133,11 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     count steps, else epochs.  model_config: base_channels and whatever else create_model takes.
     resume: "latest" or the path of a checkpoint to go on from: the result is bit for bit that of a
     run that never stopped (on a CPU, with as many processes).
-    overwrite: replace an unfinished run in output_dir, and save a run over an earlier one also if
-    it is stopped before its first save.
+    overwrite: replace a run that lies in output_dir, as soon as this one is saved for the first
+    time; without it such a folder is refused.
     start_from: the path of a checkpoint whose averaged weights replace random ones (take_weights).
     Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders,
-    and Stopped (a KeyboardInterrupt) after a signal, with the state saved, but before the first
-    save not over an earlier run in output_dir.
+    and Stopped (a KeyboardInterrupt) after a signal, with the state saved.
     """
     arguments = dict(locals())                  # the first line: these, and nothing else
     settings = {name: value for name, value in arguments.items()
@@ -228,8 +227,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         # ---- Training
         rate = functools.partial(rate_at, total_steps=plan.total_steps, peak=learning_rate,
                                  schedule=lr_schedule, warmup=warmup)
-        keeper = Keeper(output_dir, state, facts, len(batches), signals, replacing=not same_run,
-                        overwrite=overwrite)
+        keeper = Keeper(output_dir, state, facts, len(batches), signals, replacing=not same_run)
         look = functools.partial(
             report, plan=plan, keeper=keeper, rate=rate, diffusion=diffusion, device=device,
             precision=precision, held_out=held_out, num_samples=num_samples,
@@ -358,7 +356,7 @@ def main(argv=None):
     add("--start_from", "begin a new run with the averaged weights of this checkpoint, "
         "of the same network, process and objective, in place of random ones; "
         "--resume goes on with a run instead", metavar="FILE")
-    add("--overwrite", "replace an unfinished run in --output_dir", False, action="store_true")
+    add("--overwrite", "replace the run that lies in --output_dir", False, action="store_true")
     add("--output_dir", "where pictures and checkpoints go", "outputs")
     add("--num_samples", "pictures drawn while training", 64, type=positive_int)
     add("--sample_every", "epochs between two sets of pictures (default: 1); "

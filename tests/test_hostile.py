@@ -58,14 +58,14 @@ def test_a_run_that_fails_at_once_has_replaced_nothing(few_digits, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
     with pytest.raises(ValueError, match="earlier checkpoints are untouched"):
         train(**few_digits, **TINY, steps=4, learning_rate=1e30, sample_every=4, save_every=4,
-              output_dir=tmp_path)
+              output_dir=tmp_path, overwrite=True)
     assert len(before) > 1 and before == {path: path.read_bytes()
                                           for path in tmp_path.rglob("*.pt")}
 
 
 def test_a_run_that_goes_well_replaces_all_of_the_earlier_one(few_digits, tmp_path):
     train(**few_digits, **TINY, steps=4, save_every=1, output_dir=tmp_path)
-    train(**few_digits, **TINY, steps=2, save_every=2, output_dir=tmp_path)
+    train(**few_digits, **TINY, steps=2, save_every=2, output_dir=tmp_path, overwrite=True)
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.pt"))
     assert names == ["checkpoints/model_step_0000002.pt", "model_final.pt"]
 

@@ -324,13 +324,21 @@ def test_a_step_that_stopped_half_way_is_not_saved(whole, tmp_path, monkeypatch,
     assert same(load_checkpoint(tmp_path / FINAL)["model"], whole[FINAL]["model"])
 
 
+def test_a_finished_run_is_not_replaced_unasked(whole, tmp_path, capsys):
+    """A command typed once more into outputs/ took the run of a night with it."""
+    train(**RUN, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="a finished run: --resume.*--overwrite.*--output_dir"):
+        train(**{**RUN, "seed": 8}, output_dir=tmp_path)
+    assert same(files(tmp_path), whole)
+
+
 def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     train(**RUN, output_dir=tmp_path)
     for name in ("mine.png", "step_by_step.png", "epoch_of_art.png"):
         (tmp_path / "samples" / name).write_bytes(b"x")
     for name in ("model_keep.pt", "checkpoints/model_step_notes.pt"):
         save_checkpoint(tmp_path / name, {})
-    train(**{**RUN, "num_epochs": 1, "val_fraction": 0.0}, output_dir=tmp_path)
+    train(**{**RUN, "num_epochs": 1, "val_fraction": 0.0}, output_dir=tmp_path, overwrite=True)
     assert "replaced an earlier run" in capsys.readouterr().out
     assert sorted(Path(name).name for name in files(tmp_path)) == [
         "epoch_001.png", "epoch_of_art.png", "mine.png", "model_final.pt", "model_keep.pt",
@@ -346,7 +354,7 @@ def test_a_run_killed_while_it_replaces_another_is_the_one_to_go_on_with(tmp_pat
     train(**RUN, output_dir=tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(KeyError):
         patch.setattr(session, "clear_run", lambda *args, **settings: {}["killed"])
-        train(**new, output_dir=tmp_path / "run")
+        train(**new, output_dir=tmp_path / "run", overwrite=True)
     capsys.readouterr()
     train(**new, output_dir=tmp_path / "run", resume="latest")
     assert "model_final.pt is of an earlier run" in capsys.readouterr().out
@@ -383,7 +391,7 @@ def test_what_cannot_be_deleted_of_an_earlier_run_stops_no_training(tmp_path, mo
         plain(self, *args, **settings)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", unlink)
-        train(**{**RUN, "num_epochs": 1}, output_dir=tmp_path)
+        train(**{**RUN, "num_epochs": 1}, output_dir=tmp_path, overwrite=True)
     assert "it still has " in capsys.readouterr().out
     assert load_checkpoint(tmp_path / FINAL)["step"] == 4
 
@@ -391,26 +399,17 @@ def test_what_cannot_be_deleted_of_an_earlier_run_stops_no_training(tmp_path, mo
         raise BrokenPipeError(32, "Broken pipe")
     with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
         patch.setattr(session, "clear_run", closed)
-        train(**RUN, output_dir=tmp_path)
-    assert "not saved" not in capsys.readouterr().err
+        train(**RUN, output_dir=tmp_path, overwrite=True)
     assert load_checkpoint(tmp_path / LATEST)["step"] == 4
 
 
 @pytest.mark.parametrize("error", [Stopped(signal.SIGINT), OSError(28, "full"), MemoryError()])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_stopped_before_its_first_save_has_replaced_nothing_unasked(overwrite, error, whole,
-                                                                          tmp_path, monkeypatch,
-                                                                          capsys):
-    """A command typed by mistake, and Ctrl-C: the finished run of hours is still there."""
-    train(**RUN, output_dir=tmp_path)
+def test_a_run_stopped_before_its_first_save_is_saved(error, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         stop_before(2, patch, error)
-        train(**{**RUN, "seed": 8}, output_dir=tmp_path, overwrite=overwrite)
-    out = capsys.readouterr().out
-    if overwrite:
-        assert "saved to" in out and load_checkpoint(tmp_path / LATEST)["step"] == 2
-    else:
-        assert "after step 2 of 12: not saved" in out and same(files(tmp_path), whole)
+        train(**RUN, output_dir=tmp_path)
+    assert "after step 2 of 12: saved to" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / LATEST)["step"] == 2
 
 
 def test_the_lock_takes_nothing_that_is_not_a_run_s(tmp_path):
@@ -624,7 +623,7 @@ def test_a_run_does_not_replace_what_it_starts_from(name, whole, tmp_path):
         save_checkpoint(tmp_path / path, whole[FINAL])
     (tmp_path / "link.pt").symlink_to(tmp_path / FINAL)
     with pytest.raises(ValueError, match="would be written over: give another --output_dir"):
-        train(**RUN, output_dir=tmp_path, start_from=tmp_path / name)
+        train(**RUN, output_dir=tmp_path, start_from=tmp_path / name, overwrite=True)
     assert same(load_checkpoint(tmp_path / FINAL)["ema"], whole[FINAL]["ema"])
 
 
