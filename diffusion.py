@@ -445,7 +445,7 @@ class DiffusionProcess:
         y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
         guidance_interval: (low, high): guidance acts at these levels only, both included. At high
                       noise it costs variety, at low it is of no use (Kynkaanniemi et al. 2024).
-        weak:         a worse model of the same process, an early checkpoint for instance: guidance
+        weak:         a worse model of the same process, smaller or hardly trained: guidance
                       then leads away from its mistakes, and needs no classes.
         clip:         keep every estimate of x_0 in [-1, 1], as training with clip_loss counts on.
         """

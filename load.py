@@ -47,7 +47,7 @@ def find_model(checkpoint=None, dataset=None, made_with=None, images=None, besid
         raise ValueError(f"neither {OWN} nor a model beside it nor shipped weights made that "
                          "picture: name with --checkpoint what did "
                          "(a file that export.py has made smaller draws others)")
-    datasets = [name for name in shipped if not name.endswith("_early")]    # those are for --weak
+    datasets = [name for name in shipped if not name.endswith("_weak")]     # those are for --weak
     if dataset is not None:
         if dataset not in datasets:
             raise ValueError(f"no weights are shipped for {dataset!r}; choose from "
@@ -304,5 +304,5 @@ def load_weak(path, model, diffusion, own, device="cpu", image_size=None):
                          "or with another schedule or objective")
     if own["digest"] == data["digest"]:
         raise ValueError(f"--weak {path} is the model itself: "
-                         "name an early checkpoint of its training")
+                         "name a smaller one, or an early checkpoint of its training")
     return weak, data["digest"]

@@ -332,11 +332,11 @@ def test_levels_that_no_flag_could_name_are_not_taken_from_a_card(levels):
     assert card_recipe({"guidance_interval": levels}, 1000)["guidance_interval"] is None
 
 
-def test_early_weights_are_no_data_set():
-    """They lie beside the others, for --weak; alone they draw worse cloth."""
+def test_weak_weights_are_no_data_set():
+    """They lie beside the others, for --weak; alone they draw worse."""
     with pytest.raises(ValueError, match="choose from african_fabrics, fashion_mnist, mnist, "
                                          "synthetic_digits, or"):
-        find_model(dataset="african_fabrics_early")
+        find_model(dataset="african_fabrics_weak")
 
 
 def test_images_are_mended_with_the_shipped_weights_that_know_them(tmp_path, monkeypatch, capsys):
@@ -344,7 +344,7 @@ def test_images_are_mended_with_the_shipped_weights_that_know_them(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert find_model(images="fashion_mnist") == PRETRAINED / "fashion_mnist.pt"
     assert "fashion_mnist.pt" in capsys.readouterr().out
-    assert (find_model(images="cifar10") == find_model(images="african_fabrics_early")
+    assert (find_model(images="cifar10") == find_model(images="african_fabrics_weak")
             == PRETRAINED / "mnist.pt")
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "model_final.pt").touch()
