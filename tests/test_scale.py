@@ -117,7 +117,7 @@ def test_the_average_can_be_updated_every_few_steps(few_digits, tmp_path):
 def test_adamw_pulls_the_weights_towards_zero(name, decays, few_digits, tmp_path):
     """Decoupled decay shrinks by lr * decay a step, whatever the gradient; 0 leaves Adam alone."""
     runs = [weights(train(**few_digits, **TINY, optimizer=name, weight_decay=decay,
-                          learning_rate=1e-3, steps=1, output_dir=tmp_path)[0])
+                          learning_rate=1e-3, steps=1, output_dir=tmp_path / str(decay))[0])
             for decay in (0.0, 0.1)]
     torch.manual_seed(0)
     initial = weights(create_model(base_channels=8, num_classes=10))
@@ -314,8 +314,8 @@ def test_a_run_by_epochs_writes_by_epochs(few_digits, tmp_path):
 
 
 def test_the_number_of_steps_does_not_depend_on_what_is_written(few_digits, tmp_path):
-    runs = [train(**few_digits, **TINY, steps=7, sample_every=every, output_dir=tmp_path)
-            for every in (1, 3, 7)]
+    runs = [train(**few_digits, **TINY, steps=7, sample_every=every,
+                  output_dir=tmp_path / str(every)) for every in (1, 3, 7)]
     assert all(furthest(weights(runs[0][0]), weights(run[0])) == 0 for run in runs)
 
 

@@ -233,20 +233,20 @@ def test_a_run_writes_what_it_promises_and_the_checkpoint_alone_suffices(few_dig
 
 
 def test_the_same_seed_trains_the_same_model(few_digits, tmp_path):
-    runs = [weights(train(**few_digits, **TINY, steps=6, seed=s, output_dir=tmp_path)[0])
-            for s in (3, 3, 4)]
+    runs = [weights(train(**few_digits, **TINY, steps=6, seed=s, output_dir=tmp_path / name)[0])
+            for name, s in (("a", 3), ("b", 3), ("c", 4))]
     assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
 
 
 def test_drawing_samples_and_measuring_the_speed_change_no_weight(few_digits, tmp_path,
                                                                   monkeypatch):
     """A picture drawn from the global generator would shift every later step."""
-    settings = dict(**few_digits, **TINY, num_epochs=3, output_dir=tmp_path)
-    with_pictures = weights(train(**settings)[0])
+    settings = dict(**few_digits, **TINY, num_epochs=3)
+    with_pictures = weights(train(**settings, output_dir=tmp_path / "with")[0])
     blank = torch.zeros(64, 1, 16, 16)
     monkeypatch.setattr(session, "sample_images", lambda *a, **k: blank)
     monkeypatch.setattr(train_module, "measure_seconds", lambda *a, **k: (1.0, 1.0))
-    assert equal(with_pictures, weights(train(**settings)[0]))
+    assert equal(with_pictures, weights(train(**settings, output_dir=tmp_path / "without")[0]))
 
 
 def test_a_dataloader_without_a_batch_is_one_line(tiny_model):

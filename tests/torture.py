@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import data
 import loop
-import train as train_module
+import training_data
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import same
 from diffusion import SAMPLERS, DiffusionProcess
@@ -69,7 +69,7 @@ def prepare(data_dir):
         print("no MNIST there: using synthetic digits")
         images, labels = data.get_dataset("synthetic_digits")
     images, labels = data._resize(images[:192], 8), labels[:192]
-    train_module.get_dataset = lambda *args, **settings: (images, labels)
+    training_data.get_dataset = lambda *args, **settings: (images, labels)
     SAMPLERS["ddim"] = SAMPLERS["ddim"]._replace(steps=3)
 
 
@@ -465,7 +465,7 @@ def peer_trainer(folder):
     images = folder.parent / "peer_images"
     if not images.exists():
         images.mkdir()
-        pixels, _ = train_module.get_dataset()
+        pixels, _ = training_data.get_dataset()
         for k, image in enumerate(pixels):
             Image.fromarray(np.pad(image[0].numpy(), 2)).save(images / f"{k}.png")
     torch.manual_seed(5)
