@@ -37,11 +37,11 @@ def race(draw, held, held_name, images, classifier, entrants, shown):
     rows, pictures = [], []
     for sampler, steps in entrants:
         start = time.perf_counter()
-        drawn, _ = draw(sampler=sampler, steps=steps)
+        drawn = to_uint8(draw(sampler=sampler, steps=steps)[0])     # a GPU is waited for here
         seconds = time.perf_counter() - start
-        row = distance_row(to_uint8(drawn), classifier, reference)
+        row = distance_row(drawn, classifier, reference)
         rows.append({"sampler": sampler, "steps": steps, **row, "seconds": seconds})
-        pictures.append(drawn[shown].cpu())
+        pictures.append(to_signed(drawn[shown]))
         tqdm.write(f"  {sampler:<14}{steps:>5} steps   "
                    f"FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   {seconds:8.1f} s")
     floor = distance_row(held, classifier, reference)
@@ -71,7 +71,8 @@ def stages(draw, x_0, images, classifier, levels, shown):
         where = f"t = {levels[-1 - count]:>4}, {count:>4} steps" if count else "real images"
         tqdm.write(f"  {where:<20}   FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   "
                    f"fine detail {rows[-1]['detail']:6.1%}")
-    print("  differences smaller than the errors say nothing: more --num_images make them smaller")
+    print("  all rows are made from the same images, so that their differences, but for those from "
+          "the last row, are surer than the errors")
     return ({"rows": rows}, pictures,
             ["real", *(f"t = {row['t']}\nsteps: {row['steps']}" for row in rows[1:])])
 

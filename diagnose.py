@@ -24,7 +24,7 @@ from diffusion import OBJECTIVES, evaluating, seeded_noise
 from images import to_signed, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model
 from measures import copied_share, nearest_images
-from reference import load_reference, note_other_images, same_classes
+from reference import load_reference, note_other_images, positions_of, same_classes
 from sample import generate, seconds_for
 from schedules import SCHEDULES, linear_alpha_bar
 from utils import describe_device, get_device, shuffled
@@ -292,10 +292,13 @@ def check_training(ratio, losses, settings):
             if rate > usual or falling < 0.02 and rate > usual / 2 else few)
 
 
-def check_samples(samples, images, held):
-    """Copies of training images, and colours or contrast that the data do not have. All uint8."""
+def check_samples(samples, images, held, positions=1):
+    """Copies of training images, and colours or contrast that the data do not have. All uint8.
+
+    positions: see measures.nearest_images.
+    """
     found = []
-    near, usual = nearest_images(samples, images)[0][0], nearest_images(held, images)[0][0]
+    near, usual = (nearest_images(some, images, positions)[0][0] for some in (samples, held))
     # Where all images are equally far from each other, the second condition is the one that tells.
     copied = copied_share(near, usual) if float(near.median() / usual.median()) < 0.8 else 0.0
     if copied > 0.15:
@@ -315,13 +318,14 @@ def check_samples(samples, images, held):
 # ---- All of them
 
 def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), settings=None,
-             device="cpu"):
+             device="cpu", positions=1):
     """Everything that is wrong with a model, worst first: (list of Causes, {reading: ratios}).
 
     average: the network that pictures are drawn with.  raw: that of the last step, or None.
     images, held: uint8 [N, C, H, W], trained on and not.
     labels: of held, if the model knows classes.  losses: of each step.
     settings: of the training, and what it started from, if not from random weights.
+    positions: in how many the training showed each image.
     """
     settings, weights = settings or {}, getattr(average, "state_dict", dict)()
     images = images[shuffled(len(images))[:20_000]]     # a folder begins with the first sub-folder
@@ -355,7 +359,7 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
         classes = getattr(average, "num_classes", None)
         y = torch.arange(64) % classes if classes else None
         samples, _ = generate(average, diffusion, 64, held.shape[-1], y=y, device=device)
-        causes += check_samples(to_uint8(samples), images, held[:500])
+        causes += check_samples(to_uint8(samples), images, held[:500], positions)
     return sorted(causes, key=lambda cause: list(CAUSES).index(cause.key)), ratios
 
 
@@ -392,7 +396,7 @@ def main(argv=None):
     settings = {**(settings if isinstance(settings, dict) else {}),
                 "started_from": data.get("started_from")}
     causes, ratios = diagnose(average, raw, diffusion, real.images, real.held, labels, losses,
-                              settings, device)
+                              settings, device, positions_of(data))
 
     print("squared error over that of the best linear filter (of a trained network well below 1), "
           "at a signal-to-noise ratio of")

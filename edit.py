@@ -20,6 +20,7 @@ Writes outputs/edited.png: the originals, what was given of them, the plain answ
 first eight); prints how near they are to the originals (PSNR, dB). edited_only.png has all answers.
 """
 
+import itertools
 import math
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -83,6 +84,7 @@ def colourise():
                     lambda y: y.expand(-1, 3, -1, -1))
 
 
+MAX_PICTURES = 1000  # mended at once; answer k to picture i is made from noise k * this + i
 TASKS = ("inpaint", "upscale", "deblur", "colourise")
 SIDES = ("lower", "upper", "left", "right", "box")
 
@@ -127,7 +129,7 @@ def solve(model, diffusion, given, operator, shape, *, steps=50, travel=1, eta=1
     measurement less exactly.
     """
     indices = range(first_index, first_index + shape[0])
-    noises = iter(range(10**9))                            # each draw has a number of its own
+    noises = itertools.count()                             # each draw has a number of its own
 
     def noise():
         return seeded_noise(seed, indices, next(noises), shape[1:]).to(device)
@@ -187,8 +189,7 @@ def parse(argv):
     add("--travel", "how often each step but the last is taken; each is a call of the model", 5,
         type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1", 1.0, type=fraction)
-    add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ; "
-        "which answers these are depends on how many pictures are mended together",
+    add("--average", "the mean of so many answers: nearer in PSNR, and blurred where they differ",
         1, type=positive_int)
     add("--seed", "another seed, another answer", 0, type=seed_number)
     add("--output_dir", "where the pictures go", "outputs")
@@ -200,8 +201,8 @@ def parse(argv):
     if args.images:
         parser.refuse({"dataset", "data_dir", "num_images"}, "--images")
     count = len(args.images) if args.images else args.num_images
-    if count > 1000:
-        raise ValueError(f"{count} images: at most 1000, as all are mended at once")
+    if count > MAX_PICTURES:
+        raise ValueError(f"{count} images: at most {MAX_PICTURES}, as all are mended at once")
     return args
 
 
@@ -239,7 +240,7 @@ def main(argv=None):
         for k in range(args.average):
             answers.append(solve(
                 model, diffusion, given, operator, originals.shape, steps=args.steps,
-                travel=args.travel, eta=args.eta, seed=args.seed, first_index=k * len(originals),
+                travel=args.travel, eta=args.eta, seed=args.seed, first_index=k * MAX_PICTURES,
                 y=y, device=device, progress=bar.update))
     ours = torch.stack(answers).mean(0).clamp(-1, 1)
     plain = operator.plain(given)

@@ -41,6 +41,7 @@ from utils import PRECISIONS, describe_device, get_device, get_precision, measur
 OF_EQUAL_NUMBERS = ("fd", "fd_error", "kid", "kid_error", "precision", "recall")
 MAX_MEASURED = 200_000
 SEARCHED = 2000  # so many samples at most are looked for among the training images
+SAME = 0.5 / 255  # half a grey level: a held-out image nearer to a training image is one
 RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
         "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
 
@@ -63,26 +64,27 @@ def quality(probabilities, features, reference, labels=None):
              "precision": precision, "recall": recall, "confident": share_sure(probabilities),
              "classes": shares.tolist()}
     if labels is not None and (labels >= 0).all():
-        agrees = (classes == labels).double()
-        found["agreement"] = float(agrees.mean())
-        found["agreement_by_class"] = [float(agrees[labels == k].mean())
-                                       for k in labels.unique().tolist()]
+        found["agreement"] = float((classes == labels).double().mean())
     return found
 
 
 def copies(images, features, training, reference, held, held_features, positions=1):
     """Are the samples copies of training images? In pixels (moved by up to one) and in features.
 
+    Held-out images that the training set has, too, are no yardstick and are left out.
     Returns (a dict of plain numbers, the index of the most similar training image of each).
     """
     pixels, index = nearest_images(images, training, positions)
     pixels_held, _ = nearest_images(held, training, positions)
+    other = pixels_held[0] > SAME
+    if not other.any():                         # then all that is drawn can only be farther away
+        other[:] = True
     by_features, _ = nearest(features, reference)
     by_features_held, _ = nearest(held_features, reference)
-    return {"searched": len(images), "held_out": len(held),
-            "copied": copied_share(pixels[0], pixels_held[0]),
-            "copied_by_chance": copied_by_chance(len(held)),
-            "copied_in_features": copied_share(by_features[0], by_features_held[0]),
+    return {"searched": len(images), "held_out": int(other.sum()), "in_both": int((~other).sum()),
+            "copied": copied_share(pixels[0], pixels_held[0][other]),
+            "copied_by_chance": copied_by_chance(int(other.sum())),
+            "copied_in_features": copied_share(by_features[0], by_features_held[0][other]),
             "single": single_share(pixels), "single_held_out": single_share(pixels_held),
             "median_distance": float(pixels[0].median()),
             "median_distance_held_out": float(pixels_held[0].median())}, index[0]
@@ -176,7 +178,9 @@ def print_copies(copied, num_images, held_name):
           f"of the {num_images} images than {than} ({copied['copied_in_features']:.1%} "
           f"in features); by chance {copied['copied_by_chance']:.1%} would be\n"
           f"          {copied['single']:.1%} are less than a third as far from one of them "
-          f"as from any other ({copied['single_held_out']:.1%} of the {held_name})")
+          f"as from any other ({copied['single_held_out']:.1%} of the {held_name})"
+          + f"\n          {copied['in_both']} of the {held_name} are in the training set, too, and "
+            "left out" * bool(copied["in_both"]))
 
 
 def print_found(found, count, num_images, held_name):

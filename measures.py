@@ -67,18 +67,19 @@ def kernel_distance(features, reference, size=2000, parts=20):
             for x in (features, reference))
     aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
 
-    def distance(i, j):
-        """Of the rows i of a and j of b: nothing is compared with itself."""
-        within = [(kernel[k][:, k].sum() - kernel.diagonal()[k].sum()) / (len(k) * (len(k) - 1))
-                  for kernel, k in ((aa, i), (bb, j))]
-        return sum(within) - 2 * ab[i][:, j].mean()
+    aa.fill_diagonal_(0)                        # nothing is compared with itself
+    bb.fill_diagonal_(0)
 
-    rows, columns = torch.arange(len(a)), torch.arange(len(b))
+    def distance(u, v):
+        """Of some rows of a and b.  u, v: 1.0 for those that take part, else 0.0."""
+        n, m = u.sum(), v.sum()
+        return u @ aa @ u / (n * (n - 1)) + v @ bb @ v / (m * (m - 1)) - 2 * (u @ ab @ v) / (n * m)
+
     parts = min(parts, len(a), len(b))
-    left_out = torch.stack([distance(rows[rows % parts != k], columns[columns % parts != k])
-                            for k in range(parts)])
+    left_out = torch.stack([distance(*((torch.arange(len(x)) % parts != k).double()
+                                       for x in (a, b))) for k in range(parts)])
     error = ((parts - 1) / parts * (left_out - left_out.mean()).square().sum()).sqrt()
-    return float(distance(rows, columns)), float(error)
+    return float(distance(*(x.new_ones(len(x)) for x in (a, b)))), float(error)
 
 
 def _inside(points, centres, k):
@@ -158,7 +159,8 @@ def nearest_images(images, training, positions=1):
     """
     flat = training.flatten(1)
     views = [images, images.flip(-1)][:positions]
-    views += [view.rot90(k, (-2, -1)) for k in (1, 2, 3) for view in views if positions == 8]
+    if positions == 8:
+        views = [view.rot90(k, (-2, -1)) for k in range(4) for view in views]
     variants = [image for view in views for image in _shifted(view.float() / 255)]
     found = [nearest(variant.flatten(1), flat) for variant in variants]
     distances, indices = (torch.cat(parts) for parts in zip(*found))            # [2 * variants, N]

@@ -23,11 +23,11 @@ def orthogonalized(matrix, steps=5):
     wide = matrix.shape[0] <= matrix.shape[1]
     x = (matrix if wide else matrix.T).float()
     x = x / (x.norm() + 1e-7)                                   # now all values lie in 0..1
-    gram = x @ x.T
+    gram, product = x @ x.T, None
     for k in range(steps):
         factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         factor.diagonal().add_(3.4445)
-        product = factor @ product if k > 0 else factor         # the result so far is product @ x,
+        product = factor if k == 0 else factor @ product        # the result so far is product @ x,
         if k < steps - 1:
             gram = factor @ gram @ factor                       # and its Gram matrix this
     x = product @ x

@@ -486,6 +486,16 @@ def test_samples_and_floor_are_measured_each_by_its_own_images(num_images, comma
     assert copies["single"] == single_share(near)
 
 
+def test_an_image_of_both_sets_is_no_yardstick_for_copies():
+    """One duplicate among 53 held-out images made the limit zero, and no copy was a copy."""
+    images, held = digits(60, seed=1)[0], digits(20, seed=2)[0]
+    both = torch.cat([held, images[:1]])
+    features = torch.zeros(60, 3)
+    found = evaluate.copies(images[:9], features[:9], images, features, both, features[:21])[0]
+    assert (found["copied"], found["held_out"], found["in_both"]) == (1, 20, 1)
+    assert found["copied_by_chance"] == pytest.approx(1 / 21)
+
+
 def test_mirrored_copies_are_looked_for_where_the_training_showed_them(two_shades):
     images, _ = digits(60, seed=1)
     held = digits(60, seed=2)[0]
