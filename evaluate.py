@@ -32,8 +32,8 @@ from measures import (SURE, copied_by_chance, copied_share, copy_limit, fine_pow
                       frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall, share_sure, single_share)
 from predictors import loss_by_timestep
-from reference import (FEWEST, labels_like, load_reference, note_other_images, positions_of,
-                       same_classes)
+from reference import (FEWEST, as_shown, labels_like, load_reference, note_other_images,
+                       positions_of, same_classes)
 from sample import choose_labels, drawing_words, generate, seconds_for, thinned
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
@@ -99,8 +99,8 @@ def evaluate(drawn, model, diffusion, data, y, real, classifier, device):
     with tqdm(total=4, desc="measuring", unit="part") as bar:
         images, held, held_y = real.images, real.held[:len(drawn)], real.held_labels
         held_y = None if held_y is None else held_y[:len(drawn)]
-        _, reference = look(classifier, images)
-        held_probabilities, held_features = look(classifier, held)
+        _, reference = look(classifier, as_shown(images, data))
+        held_probabilities, held_features = look(classifier, as_shown(held, data))
         probabilities, features = look(classifier, drawn)
         bar.update()
         found = quality(probabilities, features, reference, y)
@@ -336,13 +336,15 @@ def main(argv=None):
                              precision=precision)
     shown = to_show(y, min(10, args.num_images))
     if args.race:
-        found = race(draw, held[:args.num_images], held_name, images, classifier, entrants, shown)
+        found = race(draw, as_shown(held[:args.num_images], data), held_name,
+                     as_shown(images, data), classifier, entrants, shown)
         write_comparison(output_dir / "race", {**found[0], **settings}, *found[1:],
                          title="the same ten noises, several samplers")
         return
     draw = functools.partial(draw, sampler=args.sampler, steps=args.steps)
     if args.stages:
-        found = stages(draw, held[:args.num_images], images, classifier, ways[-1], shown)
+        found = stages(draw, as_shown(held[:args.num_images], data), as_shown(images, data),
+                       classifier, ways[-1], shown)
         write_comparison(output_dir / "stages", {**found[0], **settings}, *found[1:],
                          title="real images, noised to a level and drawn on from there")
         return

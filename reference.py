@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from data import DATASETS, Batches, class_names, get_dataset, get_default_dataset, split_held_out
+from data import (DATASETS, MOVES, Batches, class_names, get_dataset, get_default_dataset,
+                  split_held_out)
 from interop import UNKNOWN
 from utils import shuffled
 
@@ -59,6 +60,16 @@ def fit_of(data):
 def positions_of(data):
     """In how many positions the training showed each image: 1, 2 (--flip) or 8 (--turn)."""
     return 8 if data.get("turn") is True else 2 if data.get("flip") is True else 1
+
+
+def as_shown(images, data):
+    """The images in positions drawn by chance as the training drew them: samples come in these,
+    too, and would else be told from real images by their positions alone."""
+    random = torch.Generator().manual_seed(0)
+    for move in MOVES[:{1: 0, 2: 1, 8: 3}[positions_of(data)]]:
+        chosen = torch.rand(len(images), 1, 1, 1, generator=random) < 0.5
+        images = torch.where(chosen, move(images), images)
+    return images
 
 
 def load_reference(data, data_dir, name=None):

@@ -23,7 +23,7 @@ from load import load_model
 from measures import (copied_by_chance, copied_share, fine_power, frechet_between,
                       frechet_distance, kernel_distance, nearest, nearest_images,
                       precision_recall, psnr, share_sure, single_share)
-from reference import Reference, labels_like, load_reference
+from reference import Reference, as_shown, labels_like, load_reference
 from sample import generate
 from synthetic import digits
 from utils import shuffled
@@ -514,6 +514,29 @@ def test_mirrored_copies_are_looked_for_where_the_training_showed_them(two_shade
     told, _ = evaluate.evaluate(images[:20].flip(-1), answers, diffusion, data, None, real, network,
                                 torch.device("cpu"))
     assert told["copies"]["copied"] == 1
+
+
+def test_samples_of_a_mirrored_training_are_held_against_mirrored_images(two_shades):
+    """A perfect sampler of --flip stood at 180 times the floor, for its mirrored half alone."""
+    images, drawn, held = (digits(count, seed=seed)[0] for count, seed in
+                           ((2000, 1), (500, 2), (500, 3)))
+    drawn[::2] = drawn[::2].flip(-1)
+    torch.manual_seed(0)
+    network, (_, diffusion, _) = Classifier(1, 28, 10).eval(), load_model(two_shades)
+    real = Reference(images, None, held, None, "held-out images")
+    found = [evaluate.evaluate(drawn, lambda x_t, t, y=None: torch.zeros_like(x_t), diffusion,
+                               {"flip": flip}, None, real, network, torch.device("cpu"))[0]
+             for flip in (True, False)]
+    as_trained, upright = (numbers["samples"]["fd"] / numbers["floor"]["fd"] for numbers in found)
+    assert as_trained < 3 and upright > 2 * as_trained
+
+
+@pytest.mark.parametrize("data, positions", [({}, 1), ({"flip": True}, 2), ({"turn": True}, 8)])
+def test_real_images_are_shown_in_the_positions_of_the_training(data, positions):
+    image = torch.arange(9, dtype=torch.uint8).view(1, 1, 3, 3)
+    shown = as_shown(image.repeat(800, 1, 1, 1), data).flatten(1)
+    kinds, counts = shown.unique(dim=0, return_counts=True)
+    assert len(kinds) == positions and counts.min() > 0.7 * 800 / positions
 
 
 def test_psnr_is_the_mean_of_that_of_each_image():
