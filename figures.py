@@ -140,14 +140,14 @@ def timestep_loss_figure(edges, losses, names, path, title=None):
 
     losses: [columns][rows].  names: of the columns.
     """
-    figure, axes = new_figure(max(5, 2 + 0.55 * len(names)), 5)
-    axes = axes[0, 0]
+    width = max(5, 2 + 0.55 * len(names))
+    figure, ((axes,),) = new_figure(width, 5)
     places = np.arange(len(names) + 1)
     mesh = axes.pcolormesh(places, edges, np.array(losses).T, norm=LogNorm(), cmap="viridis")
     axes.set_xticks(places[:-1] + 0.5, names, rotation=45, ha="right", rotation_mode="anchor")
     axes.grid(False)
     axes.set_ylabel("timestep t")
-    axes.set_title(title, fontsize=10.5)
+    axes.set_title(wrapped(title, width - 2, 10.5), fontsize=10.5)
     bar = figure.colorbar(mesh, label="loss (mean squared error)",
                           format=StrMethodFormatter("{x:g}"))
     lowest, highest = mesh.get_clim()

@@ -74,8 +74,8 @@ def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_sam
     settings: as train_step takes them.
     """
     if done >= plan.total_steps:
-        print("no step is left to do: this run is finished, and more --epochs or --steps "
-              "would prolong it")
+        print("no step is left to do: this run is finished; if its rate was constant, "
+              "more --epochs or --steps prolong it")
         return None
     batch = tuple(part.to(device) for part in next(batches.stream()))
     print("compiling, and " * compiled + "measuring how fast this is here ...", flush=True)
