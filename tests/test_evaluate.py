@@ -527,8 +527,8 @@ def test_samples_of_a_mirrored_training_are_held_against_mirrored_images(two_sha
     found = [evaluate.evaluate(drawn, lambda x_t, t, y=None: torch.zeros_like(x_t), diffusion,
                                {"flip": flip}, None, real, network, torch.device("cpu"))[0]
              for flip in (True, False)]
-    as_trained, upright = (numbers["samples"]["fd"] / numbers["floor"]["fd"] for numbers in found)
-    assert as_trained < 3 and upright > 2 * as_trained
+    as_trained, upright = (numbers["samples"]["fd"] for numbers in found)
+    assert as_trained < 3 * found[0]["floor"]["fd"] and as_trained < 0.7 * upright
 
 
 @pytest.mark.parametrize("data, positions", [({}, 1), ({"flip": True}, 2), ({"turn": True}, 8)])
