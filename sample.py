@@ -28,7 +28,7 @@ from images import (PADDING, enlargement, image_grid, png_bytes, save_gif, save_
                     to_uint8)
 from load import (CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak,
                   take_guidance, take_sampler, weak_beside)
-from recipe import MAX_IMAGES, OPTIONAL, RECIPE, compare, make_note, note_flags, read_recipe
+from recipe import MAX_IMAGES, OPTIONAL, compare, make_note, note_flags, read_recipe
 from utils import PRECISIONS, autocast, describe_device, get_device, get_precision, measure
 
 MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
@@ -237,7 +237,7 @@ def parse(argv):
     again = read_recipe(args.recreate) if args.recreate else None
     if again:
         args = parser.parse_args([*(sys.argv[1:] if argv is None else argv), *note_flags(again)])
-        for name in (*RECIPE, *OPTIONAL):           # what the picture does not have
+        for name in ("label", "upscale", *OPTIONAL):                # what the picture does not have
             if again.get(name) is None:
                 setattr(args, name, None)
     if again and args.single_images:

@@ -139,7 +139,7 @@ def named_process(args):
 
 
 def schedule_words(diffusion):
-    """"linear schedule"; a process that came as numbers has a schedule of its own."""
+    """For a title: linear schedule. A process that came as numbers has a schedule of its own."""
     schedule = diffusion.config["schedule"]
     return f"{schedule} schedule" if isinstance(schedule, str) else "a schedule of its own"
 

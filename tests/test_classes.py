@@ -249,6 +249,22 @@ def test_a_single_image_is_made_again_byte_for_byte(two_shades, tmp_path, capsys
     assert (tmp_path / "again" / "recreated.png").read_bytes() == singles[3].read_bytes()
 
 
+@pytest.mark.parametrize("change, flags", [
+    ({}, ["--image_size", "32", "--label", "dark", "--guidance_interval", "1,9"]),
+    (dict(seed=None, batch_size=None, first_index=None), [])])
+def test_a_picture_s_own_settings_go_before_flags_and_a_null_is_no_setting(change, flags,
+                                                                           two_shades, tmp_path,
+                                                                           capsys):
+    """--image_size was refused, as the checkpoint tells its own; a null ended in a traceback."""
+    drawn(two_shades, tmp_path, "--num_images", "4", "--steps", "3")
+    picture = tmp_path / "generated_samples.png"
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    picture.write_bytes(png_bytes(pixels, note={**read_note(picture), **change}))
+    drawn(two_shades, tmp_path / "again", "--recreate", str(picture), *flags)
+    assert "the same" in capsys.readouterr().out.rsplit("beside", 1)[1]
+
+
 def test_the_note_tells_all_that_decides_the_pixels_and_nothing_private(two_shades, tmp_path):
     drawn(two_shades, tmp_path, "--steps", "3")
     raw = (tmp_path / "generated_samples.png").read_bytes()
