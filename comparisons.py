@@ -13,23 +13,24 @@ from classifier import look
 from command_line import format_seconds
 from files import write_file
 from images import save_strip, to_signed, to_uint8
-from measures import fine_power, frechet_distance, share_sure
+from measures import fine_power, mean_distance, share_sure
 
 
-def distance_row(drawn, classifier, reference):
+def distance_row(drawn, classifier, reference, size=None):
     """What tells uint8 images [N, C, H, W] from real ones.
 
-    reference: features of the training images.
+    reference: features of the training images.  size: FD is the mean over sets of so many.
     """
     probabilities, features = look(classifier, drawn)
-    distance, error = frechet_distance(features, reference)
+    distance, error = mean_distance(features, reference, size or len(features))
     return {"fd": distance, "fd_error": error, "confident": share_sure(probabilities)}
 
 
 def race(draw, held, held_name, images, classifier, entrants, shown):
     """The same noises through each (sampler, steps) of `entrants`.
 
-    draw: generate, with all else decided.  held: real images for the floor, and what they are.
+    draw: generate, with all else decided.  held: real images for the floor, in sets of as many as
+    are drawn, and what they are.
     images: the training images.  shown: the indices of the pictures to keep.
     Returns (facts, a row of pictures each, their labels).
     """
@@ -44,8 +45,9 @@ def race(draw, held, held_name, images, classifier, entrants, shown):
         pictures.append(to_signed(drawn[shown]))
         tqdm.write(f"  {sampler:<14}{steps:>5} steps   "
                    f"FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   {seconds:8.1f} s")
-    floor = distance_row(held, classifier, reference)
-    print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} ({len(held)} {held_name})")
+    floor = distance_row(held, classifier, reference, len(drawn))
+    print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} "
+          f"({len(held)} {held_name}, in sets of {len(drawn)})")
     titles = [f"{row['sampler']} {row['steps']}\n"
               f"FD {row['fd']:.3f}, {format_seconds(row['seconds'])}" for row in rows]
     return {"rows": rows, "floor": floor["fd"]}, pictures, titles

@@ -220,7 +220,7 @@ def main(argv=None):
           f"{args.num_images} pictures each in {STEPS} calls, which may take as long again",
           flush=True)
     _, reference = look(classifier, images)
-    floor = distance_row(held[:args.num_images], classifier, reference)
+    floor = distance_row(held, classifier, reference, args.num_images)
 
     rows, pictures = [], []
     found = {"rows": rows, "floor": floor["fd"], "minutes": args.minutes,
@@ -239,7 +239,7 @@ def main(argv=None):
         print(f"{row['name']:16}{row['parameters']:>12,}{row['images']:>13,}{row['seconds']:>9.0f}"
               f"{row['fd']:>10.2f} +- {row['fd_error']:<5.2f}{row['fd'] / floor['fd']:>10.1f}")
     print(f"floor: {floor['fd']:.2f} +- {floor['fd_error']:.2f}, "
-          f"{len(held[:args.num_images])} test images")
+          f"{len(held)} test images in sets of {args.num_images}")
     save_strip(pictures, [""] * 10, output_dir / "contest.png",
                row_labels=[row["name"] for row in rows],
                title=f"after {args.minutes:g} minutes of training each")

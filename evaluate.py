@@ -29,7 +29,7 @@ from images import save_strip, to_signed, to_uint8
 from load import (CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak,
                   take_guidance, take_sampler)
 from measures import (SURE, copied_by_chance, copied_share, copy_limit, fine_power,
-                      frechet_distance, kernel_distance, nearest, nearest_images,
+                      in_sets, kernel_distance, mean_distance, nearest, nearest_images,
                       precision_recall, share_sure, single_share)
 from predictors import loss_by_timestep
 from reference import (FEWEST, as_shown, labels_like, load_reference, note_other_images,
@@ -37,8 +37,6 @@ from reference import (FEWEST, as_shown, labels_like, load_reference, note_other
 from sample import choose_labels, drawing_words, generate, seconds_for, thinned
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
-# These compare only between equally many images.
-OF_EQUAL_NUMBERS = ("fd", "fd_error", "kid", "kid_error", "precision", "recall")
 MAX_MEASURED = 200_000
 SEARCHED = 2000  # so many samples at most are looked for among the training images
 SAME = 0.5 / 255  # half a grey level: a held-out image nearer to a training image is one
@@ -48,18 +46,20 @@ RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 1
 
 # ---- Measures of one set of samples
 
-def quality(probabilities, features, reference, labels=None):
+def quality(probabilities, features, reference, size, labels=None):
     """What the classifier makes of some images, as a dict of plain numbers.
 
     probabilities [N, K], features [N, D]: of the images.
     reference [M, D]: features of the training images.
+    size: FD, precision and recall depend on the number of images: means over sets of so many.
     labels: [N] the classes that were asked for, -1 for none.
     """
     classes = probabilities.argmax(1)
     shares = torch.bincount(classes, minlength=probabilities.shape[1]) / len(classes)
-    distance, error = frechet_distance(features, reference)
+    distance, error = mean_distance(features, reference, size)
     kid, kid_error = kernel_distance(features, reference)
-    precision, recall = precision_recall(features, reference)
+    precision, recall = in_sets(lambda part: precision_recall(part, reference),
+                                features, size).mean(0).tolist()
     found = {"fd": distance, "fd_error": error, "kid": kid, "kid_error": kid_error,
              "precision": precision, "recall": recall, "confident": share_sure(probabilities),
              "classes": shares.tolist()}
@@ -97,18 +97,14 @@ def evaluate(drawn, model, diffusion, data, y, real, classifier, device):
     Returns (a dict of plain numbers, the index of the training image next to each).
     """
     with tqdm(total=4, desc="measuring", unit="part") as bar:
-        images, held, held_y = real.images, real.held[:len(drawn)], real.held_labels
-        held_y = None if held_y is None else held_y[:len(drawn)]
+        images, held, held_y = real.images, real.held, real.held_labels
+        size = min(len(drawn), len(held))
         _, reference = look(classifier, as_shown(images, data))
         held_probabilities, held_features = look(classifier, as_shown(held, data))
         probabilities, features = look(classifier, drawn)
         bar.update()
-        found = quality(probabilities, features, reference, y)
-        count = min(len(drawn), len(held))
-        if count < len(drawn):
-            equal = quality(probabilities[:count], features[:count], reference)
-            found.update({key: equal[key] for key in OF_EQUAL_NUMBERS})
-        floor = quality(held_probabilities, held_features, reference, held_y)
+        found = quality(probabilities, features, reference, size, y)
+        floor = quality(held_probabilities, held_features, reference, size, held_y)
         usual = fine_power(images) or 1.0       # 0 where all images are plain
         found["detail"], floor["detail"] = fine_power(drawn) / usual, fine_power(held) / usual
         bar.update()
@@ -120,13 +116,15 @@ def evaluate(drawn, model, diffusion, data, y, real, classifier, device):
                                      else held_y[:256].to(device))
         bar.update()
     return {"samples": found, "floor": floor, "held_out": real.what, "copies": copied,
-            "loss_by_timestep": losses, "num_images": len(drawn), "num_held_out": len(held)}, index
+            "loss_by_timestep": losses, "num_images": len(drawn), "num_held_out": len(held),
+            "in_sets_of": size}, index
 
 
-def seconds_to_measure(classifier, images, num_images, sets=1, copies_too=True, positions=1):
+def seconds_to_measure(classifier, images, num_held, num_images, sets=1, copies_too=True,
+                       positions=1):
     """How long it will take here to measure so many sets of num_images samples, from timing the two
     longest parts on a few of the training images."""
-    some, looks = images[:100], len(images) + (sets + 1) * num_images  # the one more is the floor's
+    some, looks = images[:100], len(images) + num_held + sets * num_images
     seconds = looks * measure(lambda: look(classifier, some), torch.device("cpu"))
     if copies_too:
         searches = 2 * min(num_images, SEARCHED) * positions    # of samples and held-out images
@@ -136,8 +134,9 @@ def seconds_to_measure(classifier, images, num_images, sets=1, copies_too=True, 
 
 # ---- Tables and pictures
 
-def print_quality(found, floor, count, held_count, held_name):
-    """Print what `quality` found of `count` samples and held-out images, and what to beware of."""
+def print_quality(found, floor, count, held_count, held_name, size):
+    """Print what `quality` found of `count` samples and held_count images, in sets of `size`, and
+    what to beware of."""
     def line(title, value, limit):
         print(f"  {title:<38}{value:>20}{limit:>20}")
 
@@ -166,8 +165,8 @@ def print_quality(found, floor, count, held_count, held_name):
     if abs(found["fd"] - floor["fd"]) < found["fd_error"] + floor["fd_error"]:
         print("  the two distances lie within their errors: only more images can tell them apart")
     print(f"  floor: {held_count} {held_name}, measured in the same way"
-          + f"; distances, precision and recall are those of {held_count} samples"
-            * (held_count < count))
+          + f"; FD, precision and recall are means over sets of {size}"
+            * (size < max(held_count, count)))
 
 
 def print_copies(copied, num_images, held_name):
@@ -185,7 +184,8 @@ def print_copies(copied, num_images, held_name):
 
 def print_found(found, count, num_images, held_name):
     """What `evaluate` has found of `count` samples, beside num_images training images."""
-    print_quality(found["samples"], found["floor"], count, found["num_held_out"], held_name)
+    print_quality(found["samples"], found["floor"], count, found["num_held_out"], held_name,
+                  found["in_sets_of"])
     print_copies(found["copies"], num_images, held_name)
     losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
     print(f"  loss in {len(found['loss_by_timestep'])} equal ranges of t, {held_name}: {losses}")
@@ -316,7 +316,7 @@ def main(argv=None):
     calls = sum(model_calls(levels, args.guidance, args.guidance_interval) for levels in ways)
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size,
                           calls, device, precision)
-    measuring = seconds_to_measure(classifier, images, args.num_images, len(ways),
+    measuring = seconds_to_measure(classifier, images, len(held), args.num_images, len(ways),
                                    copies_too=not (args.race or args.stages),
                                    positions=positions_of(data))
     print(f"cost: {args.num_images} images, {calls} calls of the model for each"
@@ -336,8 +336,8 @@ def main(argv=None):
                              precision=precision)
     shown = to_show(y, min(10, args.num_images))
     if args.race:
-        found = race(draw, as_shown(held[:args.num_images], data), held_name,
-                     as_shown(images, data), classifier, entrants, shown)
+        found = race(draw, as_shown(held, data), held_name, as_shown(images, data),
+                     classifier, entrants, shown)
         write_comparison(output_dir / "race", {**found[0], **settings}, *found[1:],
                          title="the same ten noises, several samplers")
         return

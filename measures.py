@@ -1,6 +1,7 @@
 """How close are two sets of images, and does one copy the other? Plain functions of arrays.
 
     frechet_distance(a, b)              two clouds of features as two Gaussians: mean and spread
+    mean_distance(a, b, size)           its mean over sets of so many of a
     kernel_distance(a, b)               the same question without assuming Gaussians (KID)
     precision_recall(samples, real)     are the samples among the real ones, and vice versa?
     nearest(images, training)           the training images that each image is most like
@@ -52,6 +53,22 @@ def frechet_distance(features, reference, repeats=20):
                                                                  generator=generator)]), *target)
              for _ in range(repeats)]
     return frechet_between(*gaussian_of(features), *target), float(torch.tensor(draws).std())
+
+
+def in_sets(measure, features, size):
+    """The two numbers that `measure` finds in each of the disjoint sets of `size` features: [K, 2].
+    """
+    return torch.tensor([measure(part) for part in features.split(size) if len(part) == size],
+                        dtype=torch.float64)
+
+
+def mean_distance(features, reference, size):
+    """(distance, error): the mean of frechet_distance over the disjoint sets of `size` features.
+
+    So many images compare with `size` others, and their error is smaller than that of one set.
+    """
+    distances, errors = in_sets(lambda part: frechet_distance(part, reference), features, size).T
+    return float(distances.mean()), float(errors.square().sum().sqrt() / len(errors))
 
 
 def kernel_distance(features, reference, size=2000, parts=20):

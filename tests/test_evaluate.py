@@ -21,8 +21,8 @@ from diffusion import seeded_noise
 from images import to_signed, to_uint8
 from load import load_model
 from measures import (copied_by_chance, copied_share, fine_power, frechet_between,
-                      frechet_distance, kernel_distance, nearest, nearest_images,
-                      precision_recall, psnr, share_sure, single_share)
+                      frechet_distance, in_sets, kernel_distance, mean_distance, nearest,
+                      nearest_images, precision_recall, psnr, share_sure, single_share)
 from reference import Reference, as_shown, labels_like, load_reference
 from sample import generate
 from synthetic import digits
@@ -95,6 +95,19 @@ def test_the_error_of_the_distance_is_how_far_other_samples_come_out():
     found = torch.tensor([frechet_distance(torch.randn(500, 4, generator=random) + 0.5, reference)
                           for _ in range(60)])
     assert 0.8 < found[:, 1].mean() / found[:, 0].std() < 1.25
+
+
+def test_a_distance_in_sets_is_their_mean_and_its_error_that_of_the_mean():
+    """200 features in sets of 60: three whole ones, and twenty that take no part."""
+    random = torch.Generator().manual_seed(0)
+    features, reference = (torch.randn(n, 4, generator=random) for n in (200, 500))
+    found = [frechet_distance(features[k:k + 60], reference) for k in (0, 60, 120)]
+    expected = [sum(value for value, _ in found) / 3, sum(e**2 for _, e in found)**0.5 / 3]
+    assert mean_distance(features, reference, 60) == pytest.approx(expected)
+    assert mean_distance(features, reference, 200) == pytest.approx(
+        frechet_distance(features, reference))
+    assert in_sets(lambda part: (len(part), part[0, 0]), features, 60)[:, 1].tolist() == (
+        pytest.approx(features[[0, 60, 120], 0].tolist()))
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -449,19 +462,19 @@ def test_several_labels_and_more_samples_than_held_out_images(command, tmp_path,
     found = json.loads((tmp_path / "evaluation.json").read_text())
     held = found["num_held_out"]
     assert (found["num_images"] == 201 and held < 201
-            and f"those of {held} samples" in capsys.readouterr().out)
+            and f"means over sets of {held}" in capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("num_images", [100, 150])
+@pytest.mark.parametrize("num_images", [100, 250])
 def test_samples_and_floor_are_measured_each_by_its_own_images(num_images, command, tmp_path):
-    """All by hand, of the digits that were drawn and of the real ones; distances of at most as many
-    samples as there are real ones, 120."""
+    """All by hand, of the digits that were drawn and of the 120 real ones; those that depend on the
+    number of images are the mean over sets of 100, or over two sets of 120 samples."""
     evaluate.main([*map(str, command), "--num_images", str(num_images), "--steps", "2",
                    "--label", "all", "--seed", "3"])
     found = json.loads((tmp_path / "evaluation.json").read_text())
     model, diffusion, facts = load_model(command[1])
     images, _, held, *_ = load_reference(facts, "data", "synthetic_digits")
-    held = held[:num_images]
+    size = min(num_images, 120)
     y = (torch.arange(num_images) * 2 // num_images)[shuffled(num_images)]
     drawn = to_uint8(generate(model, diffusion, num_images, 8, seed=3, steps=2, y=y,
                               batch_size=100)[0])
@@ -469,9 +482,14 @@ def test_samples_and_floor_are_measured_each_by_its_own_images(num_images, comma
     training = look(network, images)[1]
     for key, some in (("samples", drawn), ("floor", held)):
         probabilities, features = look(network, some)
-        equal = features[:min(num_images, 120)]
-        assert found[key]["fd"] == pytest.approx(frechet_distance(equal, training)[0], rel=1e-6)
-        assert found[key]["kid"] == pytest.approx(kernel_distance(equal, training)[0], rel=1e-6)
+        sets = [features[k:k + size] for k in range(0, len(features) - size + 1, size)]
+        assert len(sets) == (2 if num_images == 250 and key == "samples" else 1)
+        assert found[key]["fd"] == pytest.approx(
+            sum(frechet_distance(part, training)[0] for part in sets) / len(sets), rel=1e-6)
+        for k, name in enumerate(("precision", "recall")):
+            assert found[key][name] == pytest.approx(
+                sum(precision_recall(part, training)[k] for part in sets) / len(sets))
+        assert found[key]["kid"] == pytest.approx(kernel_distance(features, training)[0], rel=1e-6)
         sure = sum(max(row) > 0.9 for row in probabilities.tolist()) / len(some)
         assert found[key]["confident"] == pytest.approx(sure) and share_sure(probabilities) == sure
         assert found[key]["detail"] == pytest.approx(fine_power(some) / fine_power(images))
