@@ -200,6 +200,13 @@ positive_float.__name__ = "positive number"
 seed_number.__name__ = "seed (a whole number from 0, below 2**32)"
 
 
+def few_numbers(flag, values, most):
+    """Raise ValueError if a flag (None: not given) has more than `most` numbers, or one twice."""
+    if values and (len(values) > most or len(set(values)) < len(values)):
+        raise ValueError(f"--{flag} takes up to {most} numbers, each once; got {len(values)}: "
+                         f"{' '.join(map(str, values[:most + 1]))}")
+
+
 def format_seconds(seconds):
     """0.42 -> "0.4 s", 75 -> "75 s", 400 -> "6.7 min", 9000 -> "2.5 h"."""
     if seconds < 100:

@@ -110,9 +110,10 @@ def guidance_at(t, guidance, interval=None):
 
 
 def model_calls(levels, guidance=1.0, interval=None):
-    """How often sampling asks a model (or a weak one) on its way down `levels`: twice in a step
-    with guidance, but guidance of 0 and 1 takes one of the two answers as it is."""
-    return sum(1 if guidance_at(t, guidance, interval) in (0, 1) else 2 for t in levels[:-1])
+    """(how often sampling asks the model on its way down `levels`, how often what guidance leads
+    away from: a weak model, or the same one without a class). 1 asks the one alone, 0 the other."""
+    strengths = [guidance_at(t, guidance, interval) for t in levels[:-1]]
+    return sum(g != 0 for g in strengths), sum(g != 1 for g in strengths)
 
 
 class DiffusionProcess:

@@ -34,7 +34,8 @@ from measures import (SURE, copied_by_chance, copied_share, copy_limit, fine_pow
 from predictors import loss_by_timestep
 from reference import (FEWEST, as_shown, labels_like, load_reference, note_other_images,
                        positions_of, same_classes)
-from sample import choose_labels, drawing_words, generate, seconds_for, thinned
+from sample import (calls_in_words, choose_labels, drawing_words, generate, seconds_for,
+                    thinned)
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
 MAX_MEASURED = 200_000
@@ -313,13 +314,14 @@ def main(argv=None):
     classifier, name = get_classifier(args.dataset or data["name"], images, labels, held,
                                       held_labels, output_dir)
     print(f"features: {name}")
-    calls = sum(model_calls(levels, args.guidance, args.guidance_interval) for levels in ways)
+    calls, weak_calls = map(sum, zip(*(model_calls(levels, args.guidance, args.guidance_interval)
+                                       for levels in ways)))
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size,
-                          calls, device, precision)
+                          calls, device, precision, weak, weak_calls)
     measuring = seconds_to_measure(classifier, images, len(held), args.num_images, len(ways),
                                    copies_too=not (args.race or args.stages),
                                    positions=positions_of(data))
-    print(f"cost: {args.num_images} images, {calls} calls of the model for each"
+    print(f"cost: {args.num_images} images, {calls_in_words(calls, weak_calls, weak)} for each"
           + drawing_words(args.guidance, args.guidance_interval, args.eta)
           + f", about {format_seconds(seconds)} here, and {format_seconds(measuring)} to measure",
           flush=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float,
                           positive_int, seed_number, spare)
@@ -21,7 +20,7 @@ from folders import load_pictures
 from images import save_gif, save_images, save_strip, to_uint8
 from load import CHECKPOINT_HELP, open_model
 from measures import psnr
-from sample import choose_labels, seconds_for
+from sample import choose_one_label, generate, seconds_for
 from utils import get_device
 
 
@@ -48,7 +47,6 @@ MAX_GIF = 1_000_000_000  # pixels, three bytes each while it is made
 MAX_FRAMES = 10_000
 COMPARED = 9  # frames in a row
 POOR = 20  # dB: below it a picture that went to its noise and back is another one to the eye
-BATCH = 64  # pictures at a time
 PATHS = {"lerp": lerp, "slerp": slerp}
 
 
@@ -67,20 +65,6 @@ def walk(keys, num_frames, path=slerp, loop=False):
     legs = [min(int(place), len(stops) - 2) for place in places]
     return torch.stack([path(stops[leg], stops[leg + 1], place - leg)
                         for leg, place in zip(legs, places)])
-
-
-@torch.no_grad()
-def draw(model, diffusion, noises, y=None, steps=50, title="sampling"):
-    """The pictures that DDIM makes of these noises, [N, C, H, W], with a progress bar."""
-    pictures = []
-    steps, parts = len(diffusion.sampling_levels("ddim", steps)) - 1, noises.split(BATCH)
-    with tqdm(total=steps * len(parts), desc=title, unit="step") as bar:
-        for k, x_T in enumerate(parts):
-            labels = None if y is None else y[k * BATCH:][:BATCH]
-            for _, x, _ in diffusion.trajectory(model, x_T, sampler="ddim", steps=steps, y=labels):
-                bar.update()
-            pictures.append(x)
-    return torch.cat(pictures)
 
 
 def parse(argv):
@@ -126,8 +110,6 @@ def parse(argv):
                          f"{MAX_GIF / 1e6:.0f} million pixels in all of them, "
                          "and 0.1 to 50 frames a second; "
                          f"got {args.size}, {args.frames} frames and {args.fps:g}")
-    if args.label == "all" or "," in args.label:
-        raise ValueError(f"--label {args.label}: a walk stays within one class")
     return args
 
 
@@ -139,9 +121,8 @@ def main(argv=None):
     device = get_device(args.device)
     checkpoint, model, diffusion, data = open_model(args, device)
     output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
-    size, classes = data["image_size"], data["classes"]
-    y, _ = choose_labels(args.label, classes, args.frames)
-    y = None if y is None else y.to(device)
+    size = data["image_size"]
+    y = choose_one_label(args.label, data["classes"])
     diffusion.timesteps(args.steps)                     # refuses too many
     count = 2 * min(args.frames, COMPARED) if args.compare else args.frames
     there_and_back = 4 * len(args.images or [])         # to the noise each step takes three calls
@@ -151,12 +132,16 @@ def main(argv=None):
           + "and four times as many for each of yours, " * bool(args.images)
           + f"about {format_seconds(seconds)} here", flush=True)
     shape = (model.image_channels, size, size)
+
+    def draw(noises):
+        return generate(model, diffusion, len(noises), size, x_T=noises, steps=args.steps,
+                        y=None if y is None else y.expand(len(noises)), device=device)[0]
+
     if args.images:
         real = load_pictures(args.images, size, model.image_channels).to(device)
         noises = diffusion.invert(model, real, steps=args.steps,
-                                  y=None if y is None else y[:len(real)])
-        back = draw(model, diffusion, noises, None if y is None else y[:len(real)], args.steps)
-        likeness = psnr(back, real)
+                                  y=None if y is None else y.expand(len(real)).to(device))
+        likeness = psnr(draw(noises), real)
         print(f"to their noise and back: PSNR {likeness:.1f} dB; " + (
             "more --steps lose less" if likeness >= POOR else
             f"more --steps lose less; if the walk still begins at another picture, {checkpoint} "
@@ -166,16 +151,13 @@ def main(argv=None):
 
     if args.compare:
         shares = torch.linspace(0, 1, min(args.frames, COMPARED)).tolist()
-        rows = [draw(model, diffusion,
-                     torch.stack([path(noises[0], noises[1], share) for share in shares]),
-                     None if y is None else y[:len(shares)], args.steps, name)
-                for name, path in PATHS.items()]
+        rows = [draw(torch.stack([path(*noises, share) for share in shares]))
+                for path in PATHS.values()]
         picture = output_dir / "lerp_slerp.png"
         save_strip(rows, [f"{share:.2f}" for share in shares], picture, row_labels=list(PATHS))
         print(f"wrote {picture}")
         return
-    pictures = draw(model, diffusion, walk(noises, args.frames, PATHS[args.path], args.loop),
-                    None if y is None else y[:args.frames], args.steps)
+    pictures = draw(walk(noises, args.frames, PATHS[args.path], args.loop))
     frames = [Image.fromarray(picture.permute(1, 2, 0).expand(-1, -1, 3).numpy()).resize(
         (args.size, args.size), Image.NEAREST) for picture in to_uint8(pictures)]
     seconds = 1 / args.fps

@@ -26,35 +26,27 @@ CHECKPOINT_HELP = (f"a file written by train.py; default: {OWN}, "
                    "or shipped weights as long as there is none")
 
 
-def find_model(checkpoint=None, dataset=None, made_with=None, images=None, beside="."):
+def shipped_weights():
+    """The names of all weights in pretrained/, sorted."""
+    return sorted(path.stem for path in PRETRAINED.glob("*.pt")
+                  if not path.stem.startswith("classifier"))
+
+
+def find_model(checkpoint=None, dataset=None, images=None):
     """The path of the weights to draw from: your own, or while there are none the shipped ones.
 
     checkpoint: a file, or None for OWN.  dataset: take the shipped weights of this data set.
-    made_with: where neither is named, take those of this digest; also from the folder `beside`.
     images: the data set that they are to be used with; of the shipped weights, take its own if any.
     Raises ValueError where there is nothing.
     """
-    shipped = sorted(path.stem for path in PRETRAINED.glob("*.pt")
-                     if not path.stem.startswith("classifier"))
-    if made_with is not None and checkpoint is None and dataset is None:
-        own = [path for path in (Path(OWN),
-                                 *(Path(beside) / Path(name).name for name in (OWN, UNFINISHED)))
-               if path.exists()]
-        for path in [*own, *(PRETRAINED / f"{name}.pt" for name in shipped)]:
-            with contextlib.suppress(ValueError):               # a damaged file is not the one
-                if load_model(path)[2]["digest"] == made_with:
-                    return path
-        raise ValueError(f"neither {OWN} nor a model beside it nor shipped weights made that "
-                         "picture: name with --checkpoint what did "
-                         "(a file that export.py has made smaller draws others)")
-    datasets = [name for name in shipped if not name.endswith("_weak")]     # those are for --weak
+    datasets = [name for name in shipped_weights() if not name.endswith("_weak")]   # for --weak
     if dataset is not None:
         if dataset not in datasets:
             raise ValueError(f"no weights are shipped for {dataset!r}; choose from "
                              f"{', '.join(datasets)}, or train your own with "
                              f"python train.py --dataset {dataset}")
         return PRETRAINED / f"{dataset}.pt"
-    if checkpoint is None and not Path(OWN).exists() and "mnist" in shipped:
+    if checkpoint is None and not Path(OWN).exists() and "mnist" in datasets:
         name = Path(images or "mnist").name
         name = name if name in datasets else "mnist"
         print(f"no {OWN} yet: taking the weights that are shipped, pretrained/{name}.pt"
@@ -67,6 +59,19 @@ def find_model(checkpoint=None, dataset=None, made_with=None, images=None, besid
                          "or name one with --checkpoint "
                          "(model_latest.pt is that of a run that was stopped)")
     return checkpoint
+
+
+def find_by_digest(digest, beside="."):
+    """The path of the weights that draw with this digest: OWN, a model in the folder `beside`, or
+    shipped ones. Raises ValueError where there are none."""
+    own = (Path(OWN), *(Path(beside) / name for name in (FINAL, LATEST)))
+    for path in (*own, *(PRETRAINED / f"{name}.pt" for name in shipped_weights())):
+        with contextlib.suppress(ValueError, FileNotFoundError):    # a damaged file is not the one
+            if load_model(path)[2]["digest"] == digest:
+                return path
+    raise ValueError(f"neither {OWN} nor a model beside it nor shipped weights made that picture: "
+                     "name with --checkpoint what did "
+                     "(a file that export.py has made smaller draws others)")
 
 
 def load_model(path, device="cpu", ema=True, image_size=None):

@@ -26,8 +26,8 @@ from diffusion import model_calls, seeded_noise
 from files import write_file
 from images import (PADDING, enlargement, image_grid, png_bytes, save_gif, save_images, save_strip,
                     to_uint8)
-from load import (CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak,
-                  take_guidance, take_sampler, weak_beside)
+from load import (CHECKPOINT_HELP, add_drawing_flags, find_by_digest, find_model, load_model,
+                  load_weak, take_guidance, take_sampler, weak_beside)
 from recipe import MAX_IMAGES, OPTIONAL, compare, make_note, note_flags, read_recipe
 from utils import PRECISIONS, autocast, describe_device, get_device, get_precision, measure
 
@@ -38,7 +38,7 @@ MAX_SHEET = 80_000_000  # pixels: more, and PIL warns of a bomb when it is read
 def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler="ddim", steps=None,
              eta=None, spacing=None, y=None, guidance=1.0, guidance_interval=None, weak=None,
              first_index=0, batch_size=64, device="cpu", precision=torch.float32,
-             keep=(), begin=None):
+             keep=(), begin=None, x_T=None):
     """Make images first_index, first_index + 1, ... of a seed, batch by batch, with a progress bar.
 
     y: [num_images] classes, -1 for none (as without it).
@@ -47,6 +47,7 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
     keep: which moments of the first batch to keep, by the number of steps taken; see moments.
     begin: (x_0, last_steps) to noise these images, [num_images, C, H, W], and take only the last so
     many steps (SDEdit, Meng et al. 2022).
+    x_T: begin with these noises, [num_images, C, H, W], in place of the seed's.
     Returns (images [num_images, C, H, W] in [-1, 1], frames). frames lists the moments of `keep` as
     (t, x_t, x_0 estimate made from x_t); if any, the finished pictures stand last, with t = -1.
     """
@@ -62,7 +63,8 @@ def generate(model, diffusion, num_images=64, image_size=28, *, seed=0, sampler=
           autocast(device, precision)):
         for first in firsts:
             indices = range(first, min(first + batch_size, first_index + num_images))
-            x_t, t = seeded_noise(seed, indices, 0, shape).to(device), levels[0]
+            x_t, t = (seeded_noise(seed, indices, 0, shape) if x_T is None
+                      else x_T[first - first_index:][:batch_size]).to(device), levels[0]
             if begin:
                 x_0 = begin[0][first - first_index:][:batch_size].to(device)
                 x_t, _ = diffusion.forward_diffusion(
@@ -93,15 +95,28 @@ def drawing_words(guidance, interval=None, eta=None):
             + (f", guidance {guidance:g}{where}" if guidance != 1 else ""))
 
 
+def calls_in_words(calls, weak_calls, weak):
+    """What model_calls counts.  weak: the weak model, if there is one."""
+    return (f"{calls} calls of the model and {weak_calls} of the weak one" if weak else
+            f"{calls + weak_calls} calls of the model")
+
+
 def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device,
-                precision=torch.float32):
-    """How long sampling will take here, from timing one call of the model."""
+                precision=torch.float32, weak=None, weak_calls=0):
+    """How long sampling will take here, from timing one call of the model, and of a weak one."""
     x_T = torch.zeros(min(batch_size, num_images), model.image_channels, image_size, image_size,
                       device=device)
-    with autocast(device, precision):
-        one_call = measure(lambda: diffusion.sample(model, x_T=x_T, sampler="ddim", steps=1),
+
+    def one_call(network):
+        with autocast(device, precision):
+            return measure(lambda: diffusion.sample(network, x_T=x_T, sampler="ddim", steps=1),
                            device)
-    return one_call * calls * num_images / len(x_T)
+
+    if weak is None:
+        seconds = (calls + weak_calls) * one_call(model)
+    else:
+        seconds = calls * one_call(model) + weak_calls * one_call(weak)
+    return seconds * num_images / len(x_T)
 
 
 def choose_labels(text, classes, num_images, first_index=0):
@@ -135,6 +150,14 @@ def choose_labels(text, classes, num_images, first_index=0):
     rows = max(1, round(num_images**0.5 / len(labels)))             # of each label
     columns = math.ceil(num_images / (rows * len(labels)))
     return torch.tensor(labels).repeat_interleave(rows * columns), columns
+
+
+def choose_one_label(text, classes):
+    """choose_labels of pictures that have one class in common: y [1] or None."""
+    y, _ = choose_labels(text, classes, 1)
+    if y is not None and len(y) > 1:
+        raise ValueError(f"--label {text}: {len(y)} classes, where one is drawn")
+    return y
 
 
 def thinned(y, count):
@@ -300,8 +323,10 @@ def main(argv=None):
         spare([args.recreate], picture)
         torch.set_num_threads(again["threads"])     # another number takes sums in another order
     device = get_device(args.device)
-    args.checkpoint = find_model(args.checkpoint, args.dataset, again and again["weights"],
-                                 beside=Path(args.recreate or ".").parent)
+    if again and not args.checkpoint and not args.dataset:
+        args.checkpoint = find_by_digest(again["weights"], Path(args.recreate).parent)
+    else:
+        args.checkpoint = find_model(args.checkpoint, args.dataset)
     model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
     keep_apart_from_own(data, args.output_dir)  # before a folder is made: it would count as a class
     output_dir = make_output_dir(args.output_dir, picture.name,
@@ -337,11 +362,12 @@ def main(argv=None):
           + ("" if not weak else f", and led away from {args.weak}, a weaker model"
              if args.guidance else f"; drawn by {args.weak} alone"))
     levels = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)
-    calls = model_calls(levels, args.guidance, args.guidance_interval)
-    seconds = seconds_for(model, diffusion, count, size, args.batch_size, calls, device, precision)
+    calls, weak_calls = model_calls(levels, args.guidance, args.guidance_interval)
+    seconds = seconds_for(model, diffusion, count, size, args.batch_size, calls, device, precision,
+                          weak, weak_calls)
     print(f"cost: {count} images in {len(levels) - 1} steps of {args.sampler}"
           + drawing_words(args.guidance, args.guidance_interval, args.eta)
-          + f", {calls} calls of the model, about {format_seconds(seconds)} here"
+          + f", {calls_in_words(calls, weak_calls, weak)}, about {format_seconds(seconds)} here"
           + ", and some seconds more to draw the way" * args.show_intermediate, flush=True)
 
     images, frames = generate(

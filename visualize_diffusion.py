@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from command_line import (Parser, command, format_seconds, make_output_dir, positive_float,
-                          positive_int, seed_number, whole_number)
+from command_line import (Parser, command, few_numbers, format_seconds, make_output_dir,
+                          positive_float, positive_int, seed_number, whole_number)
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
 from data import (DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart,
                   keep_apart_from_own)
@@ -33,7 +33,7 @@ from predictors import RANGES, loss_by_timestep, predictor_errors, predictor_lin
 from reference import same_classes, training_images, unseen_images
 from running import FINAL, LATEST
 from run_figures import epochs_figure, found_in, loss_figure, spread_out, when, with_the_end
-from sample import choose_labels, drawing_words, seconds_for
+from sample import choose_labels, choose_one_label, drawing_words, seconds_for
 from sampling_figures import explain_step, reverse_figure, seeds_figure, steps_figure
 from schedules import SCHEDULES, SPACINGS, choose_timesteps
 from utils import get_device, shuffled
@@ -209,11 +209,8 @@ def draw_from_model(name, args, path, loaded):
     model, diffusion, data, device = loaded
     T, size, count = (diffusion.num_timesteps, data["image_size"],
                       args.num_images or FIGURES[name].count)
-    y, _ = choose_labels(args.label, data["classes"], count)
-    if name == "one_step":
-        if y is not None and args.label and len(y.unique()) > 1:
-            raise ValueError(f"--label {args.label}: one picture is sampled, so one class")
-        count, y = 1, None if y is None else y[:1]
+    y = (choose_one_label(args.label, data["classes"]) if name == "one_step"
+         else choose_labels(args.label, data["classes"], count)[0])
     count = count if y is None else len(y)                  # several labels get full rows
     sampler = "ddpm" if name == "one_step" else args.sampler
     steps_list = args.steps_list or sorted({min(steps, T) for steps in STEPS_LIST})
@@ -223,7 +220,7 @@ def draw_from_model(name, args, path, loaded):
     guidance, interval = (1.0, None) if plain else (data["guidance"], data["guidance_interval"])
 
     def calls_of(steps):
-        return model_calls(diffusion.sampling_levels(sampler, steps), guidance, interval)
+        return sum(model_calls(diffusion.sampling_levels(sampler, steps), guidance, interval))
 
     calls = {"steps": sum(map(calls_of, steps_list)),
              "seeds": 2 * calls_of(args.steps) * len(args.seeds)}.get(name, calls_of(args.steps))
@@ -372,10 +369,7 @@ def main(argv=None):
     parser.refuse(vars(args).keys() - used - {"figure", "seed", "output_dir", "device"},
                   f"--figure {args.figure}")
     for flag, most in (("timesteps", 50), ("steps_list", 20), ("seeds", 20)):
-        values = getattr(args, flag) or []
-        if len(values) > most or len(set(values)) < len(values):
-            raise ValueError(f"--{flag} takes up to {most} numbers, each once; got {len(values)}: "
-                             f"{' '.join(map(str, values[:most + 1]))}")
+        few_numbers(flag, getattr(args, flag), most)
     if (args.num_images or 1) > 64 and args.figure not in ("loss_by_timestep", "predictors"):
         raise ValueError(f"--num_images {args.num_images}: at most 64 in a figure")
 

@@ -22,8 +22,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from tqdm import tqdm
 
-from command_line import (Parser, command, format_seconds, make_output_dir, positive_int,
-                          seed_number, whole_number)
+from command_line import (Parser, command, few_numbers, format_seconds, make_output_dir,
+                          positive_int, seed_number, whole_number)
 from data import DATASET_HELP, class_names, keep_apart
 from diffusion import SAMPLERS
 from images import (COLOURS, as_text, image_grid, new_figure, save_figure, set_heading,
@@ -34,7 +34,7 @@ from inside import (PlainUNet, activations, attention_maps, bottleneck_features,
 from load import CHECKPOINT_HELP, open_model, refuse_other_images
 from models import MODELS, create_model
 from reference import unseen_images
-from sample import choose_labels, seconds_for
+from sample import choose_one_label, seconds_for
 from schedules import choose_timesteps
 from utils import get_device, shuffled
 
@@ -323,9 +323,7 @@ def draw_from_model(name, args, path, device):
         if args.query and not max(args.query) < size:
             raise ValueError(f"--query {args.query[0]} {args.query[1]}: "
                              f"rows and columns go from 0 to {size - 1}")
-    y, _ = choose_labels(args.label, data["classes"], 1)
-    if y is not None and len(y) > 1:
-        raise ValueError(f"--label {args.label}: one picture is sampled, so one class")
+    y = choose_one_label(args.label, data["classes"])
     settings = dict(seed=args.seed, sampler=args.sampler, steps=args.steps, device=device,
                     y=None if y is None else y.to(device))
     calls = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
@@ -428,9 +426,7 @@ def main(argv=None):
     if args.channels or args.model:
         used.remove("dataset")
     parser.refuse(vars(args).keys() - used, f"--figure {args.figure}")
-    if len(args.timesteps or []) > 8 or len(set(args.timesteps or [])) < len(args.timesteps or []):
-        raise ValueError("--timesteps takes up to 8 numbers, each once; got "
-                         f"{' '.join(map(str, args.timesteps[:9]))}")
+    few_numbers("timesteps", args.timesteps, most=8)
     if args.num_images > 20_000:
         raise ValueError(f"--num_images {args.num_images}: at most 20000 in a figure")
     given = [f"--{flag}" for flag in ("channels", "model", "checkpoint") if getattr(args, flag)]

@@ -168,6 +168,22 @@ def test_a_picture_is_made_again_byte_for_byte(argv, two_shades, tmp_path, capsy
     assert (tmp_path / "again" / "recreated.png").read_bytes() == picture.read_bytes()
 
 
+def test_a_call_of_the_weak_model_is_counted_as_its_own(monkeypatch):
+    """It costs a quarter here; 6 images in batches of 2, 5 calls of the one and 3 of the other."""
+    model, weak = Watching(), Watching()
+    model.image_channels = 1
+
+    def measure(work, device):
+        before = len(model.told)
+        work()
+        return 1.0 if len(model.told) > before else 0.25
+
+    monkeypatch.setattr(sample, "measure", measure)
+    known = (model, DiffusionProcess(), 6, 8, 2, 5, torch.device("cpu"), torch.float32)
+    assert sample.seconds_for(*known, weak, 3) == (5 * 1 + 3 * 0.25) * 3
+    assert sample.seconds_for(*known, None, 3) == 8 * 3
+
+
 def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):
     """Away from its like a model goes nowhere; only the same weak model makes the picture again."""
     entries = load_checkpoint(two_shades)

@@ -35,7 +35,7 @@ from data import Batches, split_held_out
 from diffusion import DiffusionProcess
 from files import write_file
 from images import as_text, read_note, save_gif, save_images
-from load import PRETRAINED, card_recipe, find_model, load_model
+from load import PRETRAINED, card_recipe, find_by_digest, find_model, load_model
 from models import create_model, model_defaults
 from plan import Plan
 from reference import load_reference
@@ -260,9 +260,9 @@ def test_what_is_given_empty_is_not_taken_for_not_given(tmp_path, capsys):
 
 def test_the_weights_that_made_a_picture_are_found():
     digest = load_model(PRETRAINED / "synthetic_digits.pt")[2]["digest"]
-    assert find_model(made_with=digest) == PRETRAINED / "synthetic_digits.pt"
+    assert find_by_digest(digest) == PRETRAINED / "synthetic_digits.pt"
     with pytest.raises(ValueError, match="name with --checkpoint"):
-        find_model(made_with="0")
+        find_by_digest("0")
 
 
 def test_a_flag_is_not_taken_for_a_longer_one(tmp_path, capsys):
@@ -746,9 +746,11 @@ def test_more_classes_than_pictures_are_refused(tmp_path, capsys):
     assert "2 classes for 1 pictures" in fails(capsys, edit.main, "--checkpoint", path,
                                                "--images", tmp_path / "a.png", "--label", "a,b",
                                                "--output_dir", tmp_path / "out")
-    assert "one picture is sampled" in fails(capsys, figures.main, "--figure", "one_step",
-                                             "--checkpoint", path, "--label", "a,b",
-                                             "--output_dir", tmp_path / "out")
+    for main, *flags in ((figures.main, "--figure", "one_step"), (interpolate.main,),
+                         (visualize_model.main,)):
+        assert "2 classes, where one is drawn" in fails(
+            capsys, main, *flags, "--checkpoint", path, "--label", "a,b",
+            "--output_dir", tmp_path / "out")
 
 
 def test_an_interrupt_that_python_has_wrapped_is_still_one(capsys):

@@ -14,6 +14,7 @@ from diffusion import DiffusionProcess, seeded_noise
 from images import to_signed
 from interpolate import lerp, psnr, slerp, walk
 from load import load_model
+from sample import generate
 
 
 def noises(count):
@@ -105,6 +106,14 @@ def test_the_command_writes_its_pictures(two_shades, tmp_path, capsys):
     assert (tmp_path / "lerp_slerp.png").stat().st_size > 1000
 
 
+def test_noises_are_drawn_from_in_batches_as_at_once(two_shades):
+    model, diffusion, _ = load_model(two_shades)
+    x_T, y = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 0, 0, 1])
+    drawn, _ = generate(model, diffusion, 5, 8, x_T=x_T, y=y, steps=3, batch_size=2)
+    torch.testing.assert_close(
+        drawn, diffusion.sample(model, x_T=x_T, y=y, sampler="ddim", steps=3), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("clip_loss", [True, False])
 def test_pictures_are_drawn_from_their_noises_by_clamped_estimates(clip_loss, two_shades, tmp_path,
                                                                    capsys):
@@ -132,7 +141,7 @@ def test_pictures_are_drawn_from_their_noises_by_clamped_estimates(clip_loss, tw
 @pytest.mark.parametrize("argv, words", [
     (["--seeds", "1"], "at least two key frames"), (["--frames", "1"], "at least two"),
     (["--size", "100000"], "16 to 4096"), (["--seeds", "1", "2", "3", "--compare"], "between two"),
-    (["--fps", "0.0001"], "0.1 to 50"), (["--label", "dark,bright"], "within one class"),
+    (["--fps", "0.0001"], "0.1 to 50"), (["--label", "dark,bright"], "where one is drawn"),
     (["--images", "no.png", "no.png"], "no.png"),
     (["--seeds", "x", "1"], "'x' is no seed"), (["--label", "purple"], "unknown class")])
 def test_what_cannot_be_walked_is_one_line(argv, words, two_shades, tmp_path, capsys):
