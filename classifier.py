@@ -101,7 +101,8 @@ def save_classifier(path, classifier, **card):
 
 
 def load_classifier(path):
-    """(Classifier, card). Raises FileNotFoundError, or ValueError for an unusable file."""
+    """(Classifier, its card with the file's digest). Raises FileNotFoundError, or ValueError for an
+    unusable file."""
     entries = load_checkpoint(path)
     try:
         classifier = Classifier(**entries["settings"])
@@ -114,7 +115,7 @@ def load_classifier(path):
         words, accuracy = (card["data"], card["trained_to"]), card.get("accuracy", 0.0)
         if not all(isinstance(word, str) for word in words) or type(accuracy) is not float:
             raise TypeError("its card is damaged")
-        return classifier.eval().requires_grad_(False), card
+        return classifier.eval().requires_grad_(False), {**card, "digest": entries["digest"]}
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no classifier of this project") from error
 
@@ -125,7 +126,7 @@ def task_of(labels):
 
 
 def make_classifier(path, images, labels, held, held_labels, epochs=4, seed=0, **card):
-    """Train one, write it, and measure what was written on images that it has not seen.
+    """Train one, measure it on images that it has not seen, and write it.
 
     images, held: uint8 [N, C, H, W].  labels: [N], or None to learn how a picture was turned.
     held_labels: [N], or None where those images have no such classes.
@@ -133,16 +134,16 @@ def make_classifier(path, images, labels, held, held_labels, epochs=4, seed=0, *
     """
     classes = None if labels is None else int(labels.max()) + 1
     classifier = train_classifier(images, labels, classes, epochs, seed=seed)
+    # In the file's half precision, as it will be used.
+    classifier.load_state_dict(whole_precision(half_precision(classifier.state_dict())))
     card.update(data=Batches(images, labels).fingerprint(), trained_to=task_of(labels))
-    save_classifier(path, classifier, **card)
     if labels is None:
         held, held_labels = turned(held)
-    classifier, _ = load_classifier(path)       # in the file's half precision, as it will be used
     if held_labels is not None:
         card["accuracy"] = float(
             (look(classifier, held)[0].argmax(1) == held_labels).double().mean())
-        save_classifier(path, classifier, **card)
-    return classifier, card
+    save_classifier(path, classifier, **card)
+    return load_classifier(path)
 
 
 def warn_of_guesses(classifier, card):
@@ -173,7 +174,8 @@ def get_classifier(name, images, labels, held, held_labels, folder):
         print(f"wrote {path}")
     warn_of_guesses(classifier, card)
     accuracy = f", test accuracy {card['accuracy']:.2%}" if "accuracy" in card else ""
-    return classifier, f"{path.name}, trained to {card['trained_to']}{accuracy}"
+    return classifier, (f"{path.name} (digest {card['digest'][:8]}), "
+                        f"trained to {card['trained_to']}{accuracy}")
 
 
 @command

@@ -214,8 +214,9 @@ def main(argv=None):
     if args.num_images > len(held):
         raise ValueError(f"--num_images {args.num_images}: the floor is that of as many of "
                          f"the {len(held)} test images")
-    classifier, name = get_classifier(args.dataset, images, labels, held, held_labels, output_dir)
-    print(f"device: {describe_device(device, args.device)}; features: {name}")
+    classifier, features = get_classifier(args.dataset, images, labels, held, held_labels,
+                                          output_dir)
+    print(f"device: {describe_device(device, args.device)}; features: {features}")
     print(f"cost: {format_seconds(60 * args.minutes * len(args.entrants))} of training, and then "
           f"{args.num_images} pictures each in {STEPS} calls, which may take as long again",
           flush=True)
@@ -225,7 +226,7 @@ def main(argv=None):
     rows, pictures = [], []
     found = {"rows": rows, "floor": floor["fd"], "minutes": args.minutes,
              "num_images": args.num_images, "seed": args.seed, "dataset": args.dataset,
-             "threads": torch.get_num_threads(), "torch": torch.__version__}
+             "features": features, "threads": torch.get_num_threads(), "torch": torch.__version__}
     for name in args.entrants:
         torch.manual_seed(args.seed)
         entry = ENTRANTS[name](args, images, device, precision)

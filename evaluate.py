@@ -72,19 +72,20 @@ def quality(probabilities, features, reference, size, labels=None):
 def copies(images, features, training, reference, held, held_features, positions=1):
     """Are the samples copies of training images? In pixels (moved by up to one) and in features.
 
-    Held-out images that the training set has, too, are no yardstick and are left out.
+    Held-out images that the training set has, too, are no yardstick and are left out, unless there
+    are no others.
     Returns (a dict of plain numbers, the index of the most similar training image of each).
     """
     pixels, index = nearest_images(images, training, positions)
     pixels_held, _ = nearest_images(held, training, positions)
-    other = pixels_held[0] > SAME
-    if not other.any():                         # then all that is drawn can only be farther away
-        other[:] = True
+    in_both = pixels_held[0] <= SAME
+    other = ~in_both | in_both.all()            # of none, all that is drawn is farther away
     by_features, _ = nearest(features, reference)
     by_features_held, _ = nearest(held_features, reference)
-    return {"searched": len(images), "held_out": int(other.sum()), "in_both": int((~other).sum()),
+    return {"searched": len(images), "in_both": int(in_both.sum()),
+            "held_out": int((~in_both).sum()),
             "copied": copied_share(pixels[0], pixels_held[0][other]),
-            "copied_by_chance": copied_by_chance(int(other.sum())),
+            "copied_by_chance": copied_by_chance(int((~in_both).sum())),
             "copied_in_features": copied_share(by_features[0], by_features_held[0][other]),
             "single": single_share(pixels), "single_held_out": single_share(pixels_held),
             "median_distance": float(pixels[0].median()),
@@ -172,6 +173,10 @@ def print_quality(found, floor, count, held_count, held_name, size):
 
 def print_copies(copied, num_images, held_name):
     """num_images: among how many they were looked for, those that the model was trained on."""
+    if not copied["held_out"]:
+        print(f"  copies: all of the {held_name} are in the training set, too, "
+              "so that nothing tells how near a copy is")
+        return
     than = (f"any of the {copied['held_out']} {held_name} is"
             if copy_limit(copied["held_out"]) == 1 else f"99.5 % of the {held_name} are")
     print(f"  copies: of {copied['searched']} samples {copied['copied']:.1%} are closer to one "
@@ -311,9 +316,9 @@ def main(argv=None):
     print(f"model: {args.checkpoint}; data: {args.dataset or data['name']}, "
           f"{len(images)} images and {len(held)} {held_name}" + (how + args.weak if weak else ""))
     note_other_images(data, args.dataset)
-    classifier, name = get_classifier(args.dataset or data["name"], images, labels, held,
-                                      held_labels, output_dir)
-    print(f"features: {name}")
+    classifier, features = get_classifier(args.dataset or data["name"], images, labels, held,
+                                          held_labels, output_dir)
+    print(f"features: {features}")
     calls, weak_calls = map(sum, zip(*(model_calls(levels, args.guidance, args.guidance_interval)
                                        for levels in ways)))
     seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size,
@@ -329,6 +334,7 @@ def main(argv=None):
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("output_dir", "data_dir", "weak")}
     settings.update(digest=data["digest"], checkpoint=Path(args.checkpoint).name,
+                    features=features,
                     torch=torch.__version__, weak=weak_digest,
                     weak_file=Path(args.weak).name if weak else None)
     draw = functools.partial(generate, model, diffusion, args.num_images, data["image_size"],

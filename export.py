@@ -74,7 +74,7 @@ def read_evaluation(path, checkpoint, digest):
                  "agreement": samples.get("agreement"), "copied": found["copies"]["copied"],
                  **{name: found[name] for name in ("num_images", "held_out", "sampler", "guidance",
                                                    "label", "seed")},
-                 **{name: found.get(name) for name in ("num_held_out", "precision",
+                 **{name: found.get(name) for name in ("num_held_out", "precision", "features",
                                                        "guidance_interval", "spacing", "eta")},
                  "sampler_steps": found["steps"], "weak": found.get("weak_file"),
                  "dataset": dataset and without_path(str(dataset))}

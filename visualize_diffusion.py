@@ -12,6 +12,8 @@
 Writes outputs/forward_diffusion.png, or the file that FIGURES names.
 """
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,40 +41,6 @@ from schedules import SCHEDULES, SPACINGS, choose_timesteps
 from utils import get_device, shuffled
 
 
-class Row(NamedTuple):
-    file: str  # what it is called in --output_dir
-    count: int  # how many images it shows, unless told
-    needs: str  # "data", "model", "run" or nothing
-    flags: str  # what it looks at, beside --figure, --seed, --output_dir and --device
-    help: str
-
-
-DATA, PROCESS = "dataset data_dir num_images ", "schedule num_timesteps beta_start beta_end "
-MODEL = "checkpoint dataset label num_images sampler "
-FIGURES = {
-    "forward":   Row("forward_diffusion.png", 8, "data", DATA + PROCESS + "image_size timesteps",
-                     "images sink into noise"),
-    "reverse":   Row("reverse_process.png", 4, "model", MODEL + "steps timesteps",
-                     "pictures come out of it, as PNG and GIF"),
-    "schedules": Row("schedules.png", 0, "", "num_timesteps timesteps",
-                     "the noise schedules compared"),
-    "one_step":  Row("one_step.png", 1, "model", "checkpoint dataset label steps timesteps",
-                     "a single denoising step with its numbers"),
-    "steps":     Row("steps_compared.png", 4, "model", MODEL + "steps_list",
-                     "the same noise in few and in many steps"),
-    "seeds":     Row("seeds_compared.png", 8, "model", MODEL + "steps seeds",
-                     "the same seed twice, and different seeds"),
-    "epochs":    Row("epochs.png", 6, "run", "run num_images",
-                     "the samples of a run, epoch after epoch"),
-    "loss":      Row("loss.png", 0, "run", "run", "its loss"),
-    "loss_by_timestep": Row("loss_by_timestep.png", 256, "run", DATA + "run",
-                            "that at each noise level"),
-    "predictors": Row("predictors.png", 256, "model", DATA + PROCESS + "checkpoint image_size",
-                      "what it takes for noise, beside simple answers"),
-    "dataset":   Row("dataset.png", 10, "data", DATA + "image_size", "what a data set holds"),
-    "solvers":   Row("solvers.png", 0, "", "schedule num_timesteps",
-                     "errors of the samplers where the exact answer is known"),
-}
 EXPLORE = ("forward", "steps", "seeds", "reverse")
 # Noise levels of T = 1000; for another T they are scaled.
 FORWARD_TIMESTEPS = (0, 50, 100, 200, 400, 600, 800, 999)
@@ -130,12 +98,21 @@ def dataset_figure(images, labels, names, path, columns=10, seed=0, title=None):
                row_labels=names and [as_text(name, most=30) for name in names], title=title)
 
 
-# ---- From the flags to a figure. Each of these returns the paths of what it wrote.
+# ---- From the flags to a figure. Each draw_... makes one of FIGURES and returns the paths written.
+# loaded: (model, diffusion, what the checkpoint says of its data), or None.
 
 def named_process(args):
     """The process of the flags, where there is no model."""
     return DiffusionProcess(args.num_timesteps, args.schedule, beta_start=args.beta_start,
                             beta_end=args.beta_end)
+
+
+def named_images(args, **how):
+    """(name, images, labels or None) of --dataset, or of digits where there is none."""
+    if args.dataset is None:
+        return get_default_dataset(args.data_dir, image_size=args.image_size, **how)
+    return args.dataset, *get_dataset(args.dataset, args.data_dir, image_size=args.image_size,
+                                      **how)
 
 
 def schedule_words(diffusion):
@@ -144,47 +121,43 @@ def schedule_words(diffusion):
     return f"{schedule} schedule" if isinstance(schedule, str) else "a schedule of its own"
 
 
-def draw_from_data(name, args, path, loaded=None):
-    """Draw the figures `forward` and `dataset`. Returns the paths written, like the next three.
-
-    loaded: (model, diffusion, data, device) whose process and data are shown; else the flags'.
-    """
-    diffusion = loaded[1] if loaded else named_process(args)
+def draw_forward(args, path, loaded):
+    """By the process of a model, and of what it was trained on, or by that of the flags."""
     if loaded:
-        dataset, images, labels = training_images(loaded[2], args.data_dir, args.dataset)
-    elif args.dataset is None:
-        dataset, images, labels = get_default_dataset(args.data_dir, image_size=args.image_size)
+        _, diffusion, data = loaded
+        dataset, images, labels = training_images(data, args.data_dir, args.dataset)
     else:
-        dataset = args.dataset
-        images, labels = get_dataset(dataset, args.data_dir, image_size=args.image_size,
-                                     with_labels=name == "dataset" and sorted_into_classes(dataset))
-    count = args.num_images or FIGURES[name].count
-    if name == "dataset":
-        shape = "x".join(map(str, images.shape[1:]))
-        dataset_figure(
-            images, labels, class_names(dataset, labels is not None), path, count, args.seed,
-            title=f"{as_text(Path(dataset).name)}: {len(images):,} images of {shape}")
-    else:
-        timesteps = choose_timesteps(args.timesteps, TIMESTEPS[args.figure],
-                                     diffusion.num_timesteps)
-        pick = different_ones(labels, len(images), args.seed)[:count]
-        forward_figure(
-            images[pick], diffusion, path, timesteps, args.seed,
-            title=f"{as_text(Path(dataset).name)}: the forward process, "
-                  + schedule_words(diffusion))
+        diffusion = named_process(args)
+        dataset, images, labels = named_images(args)
+    timesteps = choose_timesteps(args.timesteps, TIMESTEPS[args.figure], diffusion.num_timesteps)
+    pick = different_ones(labels, len(images), args.seed)[:args.num_images]
+    forward_figure(images[pick], diffusion, path, timesteps, args.seed,
+                   title=f"{as_text(Path(dataset).name)}: the forward process, "
+                         + schedule_words(diffusion))
     return [path]
 
 
-def draw_from_formulas(name, args, path):
-    """Draw `schedules` and `solvers`, which need no images or network, and print their tables."""
+def draw_dataset(args, path, loaded):
+    in_classes = args.dataset is not None and sorted_into_classes(args.dataset)
+    dataset, images, labels = named_images(args, **(dict(with_labels=True) if in_classes else {}))
+    shape = "x".join(map(str, images.shape[1:]))
+    dataset_figure(images, labels, class_names(dataset, labels is not None), path, args.num_images,
+                   args.seed,
+                   title=f"{as_text(Path(dataset).name)}: {len(images):,} images of {shape}")
+    return [path]
+
+
+def draw_schedules(args, path, loaded):
     T = args.num_timesteps
-    if name == "schedules":
-        curves = {schedule: DiffusionProcess(T, schedule).alpha_bar.numpy()
-                  for schedule in SCHEDULES}
-        print(*schedule_table(curves, choose_timesteps(args.timesteps, TIMESTEPS[name], T)),
-              sep="\n")
-        schedules_figure(curves, path)
-        return [path]
+    curves = {schedule: DiffusionProcess(T, schedule).alpha_bar.numpy() for schedule in SCHEDULES}
+    timesteps = choose_timesteps(args.timesteps, TIMESTEPS["schedules"], T)
+    print(*schedule_table(curves, timesteps), sep="\n")
+    schedules_figure(curves, path)
+    return [path]
+
+
+def draw_solvers(args, path, loaded):
+    T = args.num_timesteps
     counts = [steps for steps in EVALUATIONS if steps <= T]
     if not counts:
         raise ValueError(f"--num_timesteps {T}: "
@@ -201,80 +174,88 @@ def draw_from_formulas(name, args, path):
     return [path]
 
 
-def draw_from_model(name, args, path, loaded):
-    """Draw a figure of a model's sampling, or `predictors`. loaded: as in draw_from_data."""
-    if name == "predictors":
-        return (draw_predictors(args, path, *loaded) if loaded
-                else draw_simple_predictors(args, path))
-    model, diffusion, data, device = loaded
-    T, size, count = (diffusion.num_timesteps, data["image_size"],
-                      args.num_images or FIGURES[name].count)
-    y = (choose_one_label(args.label, data["classes"]) if name == "one_step"
-         else choose_labels(args.label, data["classes"], count)[0])
-    count = count if y is None else len(y)                  # several labels get full rows
-    sampler = "ddpm" if name == "one_step" else args.sampler
-    steps_list = args.steps_list or sorted({min(steps, T) for steps in STEPS_LIST})
-    # As the model's card says; one step is explained plainly,
-    # and no figure is drawn away from a weak model.
-    plain = y is None or name == "one_step" or args.label == "none" or data["weak"]
+def begin_sampling(name, args, loaded, chains, y, guided=True):
+    """Tell what it costs to draw a figure's pictures. Returns (how many, the settings of sampling).
+
+    chains: the number of steps of each set of pictures.  y: their classes, [K], or None.
+    guided: as the model's card says; but no figure is drawn away from a weak model.
+    """
+    model, diffusion, data = loaded
+    plain = not guided or y is None or args.label == "none" or data["weak"]
     guidance, interval = (1.0, None) if plain else (data["guidance"], data["guidance_interval"])
-
-    def calls_of(steps):
-        return sum(model_calls(diffusion.sampling_levels(sampler, steps), guidance, interval))
-
-    calls = {"steps": sum(map(calls_of, steps_list)),
-             "seeds": 2 * calls_of(args.steps) * len(args.seeds)}.get(name, calls_of(args.steps))
-    cost = format_seconds(seconds_for(model, diffusion, count, size, 64, calls, device))
+    count = args.num_images if y is None else len(y)        # several labels get full rows
+    calls = sum(sum(model_calls(diffusion.sampling_levels(args.sampler, steps), guidance, interval))
+                for steps in chains)
+    cost = format_seconds(
+        seconds_for(model, diffusion, count, data["image_size"], 64, calls, args.device))
     print(f"{name}: {calls} calls of the model on {count} image{'s' * (count > 1)}"
           + drawing_words(guidance, interval) + f", about {cost} here", flush=True)
-    settings = dict(image_size=size, seed=args.seed, sampler=sampler, steps=args.steps, y=y,
-                    device=device, guidance=guidance, guidance_interval=interval)
-    if name == "reverse":
-        timesteps = choose_timesteps(args.timesteps, TIMESTEPS["reverse"], T)
-        return reverse_figure(model, diffusion, path, timesteps, count, **settings)
-    if name == "one_step":
-        t = choose_timesteps(args.timesteps, TIMESTEPS["one_step"], T)[0]
-        step = explain_step(model, diffusion, t, **settings)
-        for _, title, _, how, value in step_rows(step)[1]:
-            print(f"{title:22}{how:>41} = {value:.4f}")
-        one_step_figure(step, path)
-    else:
-        figure, choice = ((steps_figure, steps_list) if name == "steps"
-                          else (seeds_figure, args.seeds))
-        print(*figure(model, diffusion, path, choice, count, **settings), sep="\n")
+    return count, dict(image_size=data["image_size"], seed=args.seed, sampler=args.sampler,
+                       steps=args.steps, y=y, device=args.device, guidance=guidance,
+                       guidance_interval=interval)
+
+
+def draw_reverse(args, path, loaded):
+    model, diffusion, data = loaded
+    y, _ = choose_labels(args.label, data["classes"], args.num_images)
+    count, settings = begin_sampling("reverse", args, loaded, [args.steps], y)
+    timesteps = choose_timesteps(args.timesteps, TIMESTEPS["reverse"], diffusion.num_timesteps)
+    return reverse_figure(model, diffusion, path, timesteps, count, **settings)
+
+
+def draw_one_step(args, path, loaded):
+    model, diffusion, data = loaded
+    args.sampler, y = "ddpm", choose_one_label(args.label, data["classes"])
+    _, settings = begin_sampling("one_step", args, loaded, [args.steps], y, guided=False)
+    t, *_ = choose_timesteps(args.timesteps, TIMESTEPS["one_step"], diffusion.num_timesteps)
+    step = explain_step(model, diffusion, t, **settings)
+    for _, title, _, how, value in step_rows(step)[1]:
+        print(f"{title:22}{how:>41} = {value:.4f}")
+    one_step_figure(step, path)
     return [path]
 
 
-def some_unseen(data, args, count, device):
+def draw_steps(args, path, loaded):
+    model, diffusion, data = loaded
+    steps_list = args.steps_list or sorted({min(steps, diffusion.num_timesteps)
+                                            for steps in STEPS_LIST})
+    y, _ = choose_labels(args.label, data["classes"], args.num_images)
+    count, settings = begin_sampling("steps", args, loaded, steps_list, y)
+    print(*steps_figure(model, diffusion, path, steps_list, count, **settings), sep="\n")
+    return [path]
+
+
+def draw_seeds(args, path, loaded):
+    model, diffusion, data = loaded
+    y, _ = choose_labels(args.label, data["classes"], args.num_images)
+    count, settings = begin_sampling("seeds", args, loaded, 2 * len(args.seeds) * [args.steps], y)
+    print(*seeds_figure(model, diffusion, path, args.seeds, count, **settings), sep="\n")
+    return [path]
+
+
+def some_unseen(data, args):
     """(x_0, y or None, what they are: "256 test images of mnist")"""
     dataset, images, labels, kind = unseen_images(data, args.data_dir, args.dataset)
     known = labels is not None and same_classes(data, dataset)
-    x_0 = to_signed(images[:count]).to(device)
+    x_0 = to_signed(images[:args.num_images]).to(args.device)
     which = f"{len(x_0)} {kind}" + ("" if " of " in kind else f" of {Path(dataset).name}")
-    return x_0, labels[:count].to(device) if known else None, which
+    return x_0, labels[:args.num_images].to(args.device) if known else None, which
 
 
-def draw_predictors(args, path, model, diffusion, data, device):
-    x_0, y, which = some_unseen(data, args, args.num_images or FIGURES["predictors"].count, device)
-    cost = format_seconds(
-        seconds_for(model, diffusion, len(x_0), data["image_size"], 64, RANGES, device))
-    print(f"{which} at {RANGES} ranges of t, about {cost} here", flush=True)
-    return show_predictors(args, path, diffusion, x_0, which, model, y)
-
-
-def draw_simple_predictors(args, path):
-    """Those that need no model, with the process of the flags."""
-    like = dict(image_size=args.image_size, train=False)
-    dataset, images, _ = (
-        (args.dataset, *get_dataset(args.dataset, args.data_dir, **like)) if args.dataset
-        else get_default_dataset(args.data_dir, **like))
-    images = images[
-        shuffled(len(images), args.seed)[:args.num_images or FIGURES["predictors"].count]]
-    which = f"{len(images)} images of {Path(dataset).name}"
-    return show_predictors(args, path, named_process(args), to_signed(images), which)
-
-
-def show_predictors(args, path, diffusion, x_0, which, model=None, y=None):
+def draw_predictors(args, path, loaded):
+    """Of a model with its process, or with that of the flags those that need none."""
+    model = y = None
+    if loaded:
+        model, diffusion, data = loaded
+        x_0, y, which = some_unseen(data, args)
+        cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64,
+                                          RANGES, args.device))
+        print(f"{which} at {RANGES} ranges of t, about {cost} here", flush=True)
+    else:
+        diffusion = named_process(args)
+        dataset, images, _ = named_images(args, train=False)
+        x_0 = to_signed(images[shuffled(len(images), args.seed)[:args.num_images]])
+        which = f"{len(x_0)} images of {Path(dataset).name}"
     ranges = min(RANGES, diffusion.num_timesteps)
     with tqdm(total=ranges, desc="predicting", unit="range") as bar:
         edges, errors = predictor_errors(diffusion, x_0, model, y, ranges, args.seed, bar.update)
@@ -285,37 +266,74 @@ def show_predictors(args, path, diffusion, x_0, which, model=None, y=None):
     return [path]
 
 
-def draw_from_run(name, args, path, device):
-    """Draw a figure of what a training has written: `loss`, `epochs` or `loss_by_timestep`."""
-    if name == "loss":
-        loss_figure(args.run, path)
-        return [path]
-    if name == "epochs":
-        files = found_in(args.run, [FINAL, LATEST], f"{FINAL} or {LATEST}")
-    else:
-        files = found_in(args.run, "checkpoints",
-                         "numbered checkpoints (train.py --save_every 1 keeps many)")
-    model, diffusion, data = load_model(files[0], device)
+def draw_loss(args, path, loaded):
+    loss_figure(args.run, path)
+    return [path]
+
+
+def draw_epochs(args, path, loaded):
+    final, *_ = found_in(args.run, [FINAL, LATEST], f"{FINAL} or {LATEST}")
+    data = load_model(final)[2]
     keep_apart_from_own(data, args.output_dir)
-    count = args.num_images or FIGURES[name].count
-    if name == "epochs":
-        epochs_figure(args.run, path, data["image_size"], count)
-        return [path]
+    epochs_figure(args.run, path, data["image_size"], args.num_images)
+    return [path]
+
+
+def draw_loss_by_timestep(args, path, loaded):
+    files = found_in(args.run, "checkpoints",
+                     "numbered checkpoints (train.py --save_every 1 keeps many)")
+    model, diffusion, data = load_model(files[0], args.device)
+    keep_apart_from_own(data, args.output_dir)
     files = with_the_end(spread_out(files, 24), args.run)
-    x_0, y, which = some_unseen(data, args, count, device)
-    calls = TIMESTEP_BINS * len(files)
-    cost = format_seconds(
-        seconds_for(model, diffusion, len(x_0), data["image_size"], 64, calls, device))
+    x_0, y, which = some_unseen(data, args)
+    cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64,
+                                      TIMESTEP_BINS * len(files), args.device))
     print(f"{len(files)} checkpoints, {len(x_0)} images at {TIMESTEP_BINS} noise levels each, "
           f"about {cost} here", flush=True)
     losses = []
     for file in tqdm(files, desc="checkpoints"):
-        model, diffusion, _ = load_model(file, device)
+        model, diffusion, _ = load_model(file, args.device)
         edges, column = loss_by_timestep(model, diffusion, x_0, y, TIMESTEP_BINS, args.seed)
         losses.append(column)
     timestep_loss_figure(edges, losses, [when(file) for file in files], path,
                          as_text(f"loss at each noise level, {which}"))
     return [path]
+
+
+# ---- The command
+
+class Row(NamedTuple):
+    draw: Callable  # (args, path, loaded) -> the paths of what it wrote
+    count: int  # how many images it shows, unless told
+    flags: str  # what it looks at, beside --figure, --seed, --output_dir and --device
+    help: str
+    file: str = ""  # what it is called in --output_dir, if not like the figure
+
+
+DATA, PROCESS = "dataset data_dir num_images ", "schedule num_timesteps beta_start beta_end "
+MODEL = "checkpoint dataset label num_images sampler "
+FIGURES = {
+    "forward":   Row(draw_forward, 8, DATA + PROCESS + "image_size timesteps",
+                     "images sink into noise", "forward_diffusion.png"),
+    "reverse":   Row(draw_reverse, 4, MODEL + "steps timesteps",
+                     "pictures come out of it, as PNG and GIF", "reverse_process.png"),
+    "schedules": Row(draw_schedules, 0, "num_timesteps timesteps", "the noise schedules compared"),
+    "one_step":  Row(draw_one_step, 1, "checkpoint dataset label steps timesteps",
+                     "a single denoising step with its numbers"),
+    "steps":     Row(draw_steps, 4, MODEL + "steps_list",
+                     "the same noise in few and in many steps", "steps_compared.png"),
+    "seeds":     Row(draw_seeds, 8, MODEL + "steps seeds",
+                     "the same seed twice, and different seeds", "seeds_compared.png"),
+    "epochs":    Row(draw_epochs, 6, "run num_images",
+                     "the samples of a run, epoch after epoch"),
+    "loss":      Row(draw_loss, 0, "run", "its loss"),
+    "loss_by_timestep": Row(draw_loss_by_timestep, 256, DATA + "run", "that at each noise level"),
+    "predictors": Row(draw_predictors, 256, DATA + PROCESS + "checkpoint image_size",
+                      "what it takes for noise, beside simple answers"),
+    "dataset":   Row(draw_dataset, 10, DATA + "image_size", "what a data set holds"),
+    "solvers":   Row(draw_solvers, 0, "schedule num_timesteps",
+                     "errors of the samplers where the exact answer is known"),
+}
 
 
 @command
@@ -373,28 +391,23 @@ def main(argv=None):
     if (args.num_images or 1) > 64 and args.figure not in ("loss_by_timestep", "predictors"):
         raise ValueError(f"--num_images {args.num_images}: at most 64 in a figure")
 
-    device = get_device(args.device)
+    args.device = get_device(args.device)
     keep_apart(args.dataset, args.output_dir)
     args.schedule, args.num_timesteps = args.schedule or "linear", args.num_timesteps or 1000
     if without_model and args.checkpoint:
         raise ValueError(f"--checkpoint {args.checkpoint} has a process of its own: "
                          "name that or another one")
     loaded = None
-    if args.figure == "explore" or FIGURES[args.figure].needs == "model" and not without_model:
-        loaded = *open_model(args, device)[1:], device
+    if "checkpoint" in used and not without_model:
+        loaded = open_model(args, args.device)[1:]
         if args.figure not in ("predictors", "explore"):
             refuse_other_images(args, loaded[2])
-    output_dir = make_output_dir(args.output_dir, *(FIGURES[name].file for name in names))
+    files = {name: FIGURES[name].file or f"{name}.png" for name in names}
+    output_dir = make_output_dir(args.output_dir, *files.values())
     for name in names:
-        path, needs = output_dir / FIGURES[name].file, FIGURES[name].needs
-        if needs == "data":
-            paths = draw_from_data(name, args, path, loaded)
-        elif needs == "model":
-            paths = draw_from_model(name, args, path, loaded)
-        else:
-            paths = (draw_from_run(name, args, path, device) if needs
-                     else draw_from_formulas(name, args, path))
-        for path in paths:
+        row = FIGURES[name]
+        own = argparse.Namespace(**{**vars(args), "num_images": args.num_images or row.count})
+        for path in row.draw(own, output_dir / files[name], loaded):
             print(f"wrote {path}")
 
 

@@ -214,7 +214,7 @@ EDITS = [
     Edit("KID counts pairs with themselves", "measures.py",
          "aa.fill_diagonal_(0)", "aa.clone()", "evaluate"),
     Edit("an image of both sets is a yardstick for copies", "evaluate.py",
-         "other = pixels_held[0] > SAME", "other = pixels_held[0] >= 0", "evaluate"),
+         "other = ~in_both | in_both.all()", "other = pixels_held[0] >= 0", "evaluate"),
     Edit("mirrored samples are held against upright images", "evaluate.py",
          "_, reference = look(classifier, as_shown(images, data))",
          "_, reference = look(classifier, images)", "evaluate"),

@@ -504,7 +504,7 @@ def test_samples_and_floor_are_measured_each_by_its_own_images(num_images, comma
     assert copies["single"] == single_share(near)
 
 
-def test_an_image_of_both_sets_is_no_yardstick_for_copies():
+def test_an_image_of_both_sets_is_no_yardstick_for_copies(capsys):
     """One duplicate among 53 held-out images made the limit zero, and no copy was a copy."""
     images, held = digits(60, seed=1)[0], digits(20, seed=2)[0]
     both = torch.cat([held, images[:1]])
@@ -512,6 +512,10 @@ def test_an_image_of_both_sets_is_no_yardstick_for_copies():
     found = evaluate.copies(images[:9], features[:9], images, features, both, features[:21])[0]
     assert (found["copied"], found["held_out"], found["in_both"]) == (1, 20, 1)
     assert found["copied_by_chance"] == pytest.approx(1 / 21)
+    found = evaluate.copies(held[:9], features[:9], images, features, images[:20], features[:20])[0]
+    assert (found["copied"], found["held_out"], found["in_both"]) == (0, 0, 20)
+    evaluate.print_copies(found, 60, "held-out images")
+    assert "all of the held-out images are in the training set, too" in capsys.readouterr().out
 
 
 def test_mirrored_copies_are_looked_for_where_the_training_showed_them(two_shades):
