@@ -361,7 +361,7 @@ def take_weights(path, model, name, config, process, classes=None):
         check_settings(
             path, what_counts({"model": entries["model_name"]}, saved, entries["diffusion_config"]),
             what_counts({"model": name}, config, process),
-            "--start_from needs the flags it was trained with")
+            "--start_from needs the --preset and the flags that it was trained with")
         weights = whole_precision(entries["ema"])
         vectors, known = weights.pop("class_emb.weight", None), entries["data"].get("classes") or []
         if ((0 if vectors is None else len(vectors) - 1) != (saved["num_classes"] or 0)

@@ -131,7 +131,7 @@ def _refuse(error):
 
 
 def find_files(folder):
-    """(image files below a folder, in the order of names; how many files are none by their name).
+    """(image files below a folder, in the order of names; the files that are none by their name).
     Hidden files and folders are left out, and links to folders, which are named. OSError for a
     folder that cannot be read."""
     files, linked = [], []
@@ -143,8 +143,10 @@ def find_files(folder):
     if linked:
         print("links to other folders are not followed:\n"
               + listing([path.relative_to(folder) for path in sorted(linked)]))
-    images = [path for path in sorted(files) if path.suffix.lower() in IMAGE_SUFFIXES]
-    return images, len(files) - len(images)
+    parts = [], []
+    for path in sorted(files):
+        parts[path.suffix.lower() not in IMAGE_SUFFIXES].append(path)
+    return parts
 
 
 def load_pictures(paths, image_size, channels):

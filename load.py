@@ -55,9 +55,10 @@ def find_model(checkpoint=None, dataset=None, images=None):
         return PRETRAINED / f"{name}.pt"
     checkpoint = checkpoint or OWN
     if not Path(checkpoint).exists():
-        raise ValueError(f"no checkpoint at {checkpoint}; make one with python train.py, "
-                         "or name one with --checkpoint "
-                         "(model_latest.pt is that of a run that was stopped)")
+        unfinished = Path(checkpoint).with_name(LATEST)
+        raise ValueError(f"no checkpoint at {checkpoint}; " + (
+            f"there is {unfinished}, of a run that was not finished" if unfinished.exists() else
+            "make one with python train.py, or name one with --checkpoint"))
     return checkpoint
 
 

@@ -99,7 +99,8 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
     elif outside:
         section("without a class (no sub-folder), so that --labels cannot be trained with",
                  outside)
-    print(f"other files, ignored: {others}")
+    kinds = counted(path.suffix.lower() or path.name for path in others)
+    print(f"other files, ignored: {len(others)}" + f", {kinds}" * bool(others))
     if 0 < len(used) < FEW:
         print(f"note: {len(used)} pictures are few: a network learns them by heart, "
               "and what it draws are copies")

@@ -296,12 +296,14 @@ def test_verify_counts_every_defect_exactly(tmp_path, capsys):
         picture("L", (5, 40)).save(source / f"tiny_{k}.png")
     picture("L", (12, 12), 200).save(source / "small.png")
     picture("RGB", (30, 20)).save(source / "wide.webp", lossless=True)
-    (source / "notes.txt").write_text("not an image")
+    for name in ("notes.txt", "a.heic", "b.HEIC"):
+        (source / name).write_text("not an image")
     code, said = verify(capsys, source, tmp_path / "out", "--image_size", "16")
     assert code == 0 and "Found 25 images in dataset" in said
     counts = {title.split(",")[0].split(" (")[0]: int(count)
-              for title, count in re.findall(r"^(.*): (\d+)$", said, re.M)}
-    assert counts == {"unreadable": 5, "tiny": 2, "small": 1, "duplicates": 3, "other files": 1}
+              for title, count in re.findall(r"^(.*): (\d+)(?:, .*)?$", said, re.M)}
+    assert counts == {"unreadable": 5, "tiny": 2, "small": 1, "duplicates": 3, "other files": 3}
+    assert "other files, ignored: 3, .heic (2), .txt (1)" in said
     for name in ("broken_3.jpg", "empty.png", "tiny_1.png: 5x40", "small.png: 12x12",
                  "again/0.png = 3.png"):
         assert name in said or name.replace("again/0.png = 3.png", "3.png = again/0.png") in said

@@ -265,6 +265,12 @@ def test_the_weights_that_made_a_picture_are_found():
         find_by_digest("0")
 
 
+def test_the_model_of_a_run_that_was_stopped_is_named(tmp_path):
+    (tmp_path / "model_latest.pt").touch()
+    with pytest.raises(ValueError, match=f"there is {tmp_path}/model_latest.pt, of a run that"):
+        find_model(tmp_path / "model_final.pt")
+
+
 def test_a_flag_is_not_taken_for_a_longer_one(tmp_path, capsys):
     """--seed 5 was read as --seeds 5, and the walk then lacked a second end."""
     error = fails(capsys, interpolate.main, "--seed", 5, "--output_dir", tmp_path)

@@ -629,7 +629,7 @@ def test_a_run_does_not_replace_what_it_starts_from(name, whole, tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(objective="v"),
-     r"objective: 'eps' then, 'v' now\): --start_from needs the flags it was trained with"),
+     r"objective: 'eps' then, 'v' now\): --start_from needs the --preset and the flags"),
     (dict(heads=1), "heads: 2 then, 1 now"),
     (dict(base_channels=16), "base_channels: 8 then, 16 now"),
     (dict(schedule="cosine", timesteps=100),
