@@ -26,12 +26,13 @@ def distance_row(drawn, classifier, reference, size=None):
     return {"fd": distance, "fd_error": error, "confident": share_sure(probabilities)}
 
 
-def race(draw, held, held_name, images, classifier, entrants, shown):
+def race(draw, held, held_name, images, classifier, entrants, shown, keep):
     """The same noises through each (sampler, steps) of `entrants`.
 
     draw: generate, with all else decided.  held: real images for the floor, in sets of as many as
     are drawn, and what they are.
     images: the training images.  shown: the indices of the pictures to keep.
+    keep: called with what is known after each entrant, as all of them may take hours.
     Returns (facts, a row of pictures each, their labels).
     """
     _, reference = look(classifier, images)
@@ -45,6 +46,7 @@ def race(draw, held, held_name, images, classifier, entrants, shown):
         pictures.append(to_signed(drawn[shown]))
         tqdm.write(f"  {sampler:<14}{steps:>5} steps   "
                    f"FD {row['fd']:9.3f} +- {row['fd_error']:6.3f}   {seconds:8.1f} s")
+        keep({"rows": rows})
     floor = distance_row(held, classifier, reference, len(drawn))
     print(f"  floor: {floor['fd']:.3f} +- {floor['fd_error']:.3f} "
           f"({len(held)} {held_name}, in sets of {len(drawn)})")
@@ -84,9 +86,13 @@ def stage_lengths(steps):
     return [*(2**k for k in range(steps.bit_length()) if 2**k < steps), steps]
 
 
+def write_facts(path, facts):
+    write_file(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
+
+
 def write_comparison(path, facts, pictures, row_labels, title):
     """What race or stages has found, as path.json and path.png."""
-    write_file(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
+    write_facts(path, facts)
     save_strip(pictures, [""] * len(pictures[0]), path.with_suffix(".png"), title=title,
                row_labels=row_labels)
     print(f"wrote {path.with_suffix('.json')}\nwrote {path.with_suffix('.png')}")

@@ -274,7 +274,7 @@ def check_training(ratio, losses, settings):
     steps, hardly_begun = len(losses), has_hardly_begun(losses, settings)
     if steps == 0 or ratio < LEARNT and not hardly_begun:
         return []
-    early = ("; it has hardly begun: pictures take shape within the first thousand steps"
+    early = (f"; but {steps} steps are few: pictures take shape within the first thousand"
              * hardly_begun)
     if ratio < LEARNT or steps < 4:
         return [Cause("few steps", f"its error is {ratio:.2f} times that of the best linear filter"
@@ -284,7 +284,7 @@ def check_training(ratio, losses, settings):
     third, fourth = (statistics.fmean(part) for part in torch.tensor(losses).tensor_split(4)[2:])
     falling = (third - fourth) / max(third, 1e-9)
     seen = (f"its error is {ratio:.2f} times that of the best linear filter (a trained network "
-            f"reaches half of it) after {steps} steps at a rate of {rate:g}; "
+            f"reaches half of it or less) after {steps} steps at a rate of {rate:g}; "
             f"in their last quarter the loss was {falling:.0%} lower than in the one before{early}")
     few = [Cause("few steps", seen)]
     usual = 1e-2 if settings.get("optimizer") == "muon" else 2e-3

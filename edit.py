@@ -155,8 +155,8 @@ def load_originals(args, data, channels):
     """The pictures to spoil and to mend: those of --images, or such as the model has not seen,
     where there are any. [N, C, S, S] in [-1, 1]."""
     if args.images:
-        print(f"pictures: {len(args.images)} of yours; "
-              f"the model makes of all what {data['name']!r} has taught it")
+        print(f"pictures: {len(args.images)} of yours; the model knows pictures like those of "
+              f"{data['name']!r}, and makes others more like them")
         return load_pictures(args.images, data["image_size"], channels)
     try:
         dataset, images, _, kind = unseen_images(data, args.data_dir, args.dataset)
@@ -245,24 +245,29 @@ def main(argv=None):
     ours = torch.stack(answers).mean(0).clamp(-1, 1)
     plain = operator.plain(given)
     # The plain answer to most tasks is what was given; of blocks it is a bicubic enlargement.
-    rows = {"original": originals, "given": plain, "the model": ours}
+    answer = "the model" if args.average == 1 else f"mean of {args.average}\nanswers"
+    rows = {"original": originals, "given": plain, answer: ours}
     if args.task == "upscale":
-        rows = {"original": originals, "given": operator.back(given),
-                "bicubic": plain, "the model": ours}
+        rows = {"original": originals, "given": operator.back(given), "bicubic": plain,
+                answer: ours}
+    count = min(len(originals), 8)
+    likenesses = [""] * count
     if args.label != "none":
         print("no PSNR, as --label may ask for something else than the originals are")
     else:
-        found = ", ".join(f"{name} {psnr(pictures, originals):.2f} dB"
+        found = ", ".join(f"{' '.join(name.split())} {psnr(pictures, originals):.2f} dB"
                           for name, pictures in rows.items() if name != "original")
         print(f"PSNR, likeness to the originals: {found}"
               + "; but other colours may be as right" * (args.task == "colourise"))
         if psnr(ours, originals) < psnr(plain, originals):
-            print("That is less than what was given has: the model guesses, and a wrong guess "
-                  "costs more than a blank. The mean of several answers is nearer, and blurred: "
-                  "--average 8")
+            print("That is less than what was given has: where several answers fit, a wrong one "
+                  "is farther off than none, and one bad picture weighs much in the mean. "
+                  "The mean of several answers is nearer, and blurred: --average 8")
+        likenesses = ["{:.0f} → {:.0f} dB".format(
+            *(psnr(pictures[k:k + 1], originals[k:k + 1]) for pictures in (plain, ours)))
+            for k in range(count)]
 
-    count = min(len(originals), 8)
-    save_strip([pictures[:count].cpu() for pictures in rows.values()], [""] * count,
+    save_strip([pictures[:count].cpu() for pictures in rows.values()], likenesses,
                output_dir / "edited.png", row_labels=list(rows))
     save_images(ours.cpu(), output_dir / "edited_only.png",
                 note={"made_from": f"{args.task} of real pictures"})

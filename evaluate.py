@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from classifier import get_classifier, look
 from command_line import Parser, command, format_seconds, make_output_dir, positive_int, seed_number
-from comparisons import race, stage_lengths, stages, write_comparison
+from comparisons import race, stage_lengths, stages, write_comparison, write_facts
 from data import keep_apart, keep_apart_from_own
 from diffusion import model_calls
 from files import write_file
@@ -345,7 +345,8 @@ def main(argv=None):
     shown = to_show(y, min(10, args.num_images))
     if args.race:
         found = race(draw, as_shown(held, data), held_name, as_shown(images, data),
-                     classifier, entrants, shown)
+                     classifier, entrants, shown,
+                     keep=lambda facts: write_facts(output_dir / "race", {**facts, **settings}))
         write_comparison(output_dir / "race", {**found[0], **settings}, *found[1:],
                          title="the same ten noises, several samplers")
         return

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from convergence import SOLVERS
 from images import COLOURS, LINES, image_grid, new_figure, save_figure, to_uint8, wrapped
@@ -88,8 +88,9 @@ def step_rows(step):
     place = divmod(int((step["x_0"][0] - 0.3).abs().argmin()), step["x_0"].shape[-1])
     v = {name: float(step[name][(0, *place)])
          for name in ("x_t", "eps", "x_0", "mean", "noise", "x_prev")}
-    text = {name: f"{value:.4f}" if value >= 0 else f"({value:.4f})" for name, value in v.items()}
-    n = {name: f"{step[name]:.4g}"
+    # One digit more than the results have, so that these can be checked by hand.
+    text = {name: f"{value:.5f}" if value >= 0 else f"({value:.5f})" for name, value in v.items()}
+    n = {name: f"{step[name]:.5g}"
          for name in ("signal_weight", "noise_weight", "to_x_0", "to_x_t", "sigma")}
     rows = [("x_t", f"noisy image, t = {step['t']}", "$x_t$", "where the chain has come to"),
             ("eps", "predicted noise", r"$\epsilon$, from model$(x_t, t)$",
@@ -97,12 +98,12 @@ def step_rows(step):
              else f"from the model's answer ({step['objective']})"),
             ("x_0", "guess of the image",
              rf"$x_0 = (x_t - {n['noise_weight']}\,\epsilon)\,/\,{n['signal_weight']}$",
-             f"({v['x_t']:.4f} - {n['noise_weight']} * {text['eps']}) / {n['signal_weight']}"),
+             f"({v['x_t']:.5f} - {n['noise_weight']} * {text['eps']}) / {n['signal_weight']}"),
             ("mean", "mean of the next", rf"$\mu = {n['to_x_0']}\,x_0 + {n['to_x_t']}\,x_t$",
              f"{n['to_x_0']} * {text['x_0']} + {n['to_x_t']} * {text['x_t']}"),
             ("noise", "fresh noise", r"$z$, unit Gaussian", "drawn"),
             ("x_prev", f"next image, t = {step['t_prev']}", rf"$\mu + {n['sigma']}\,z$",
-             f"{v['mean']:.4f} + {n['sigma']} * {text['noise']}")]
+             f"{v['mean']:.5f} + {n['sigma']} * {text['noise']}")]
     return place, [(*row, v[row[0]]) for row in rows]
 
 
@@ -151,8 +152,9 @@ def timestep_loss_figure(edges, losses, names, path, title=None):
     bar = figure.colorbar(mesh, label="loss (mean squared error)",
                           format=StrMethodFormatter("{x:g}"))
     lowest, highest = mesh.get_clim()
-    bar.ax.yaxis.set_minor_formatter(
-        StrMethodFormatter("{x:g}") if highest < 10 * lowest else NullFormatter())
+    if highest < 10 * lowest:                               # else the powers of ten will do
+        bar.set_ticks(np.geomspace(lowest, highest, 6).round(4), minor=False)
+        bar.ax.yaxis.set_minor_locator(NullLocator())
     save_figure(figure, path)
 
 

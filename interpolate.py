@@ -154,7 +154,8 @@ def main(argv=None):
         rows = [draw(torch.stack([path(*noises, share) for share in shares]))
                 for path in PATHS.values()]
         picture = output_dir / "lerp_slerp.png"
-        save_strip(rows, [f"{share:.2f}" for share in shares], picture, row_labels=list(PATHS))
+        save_strip(rows, [f"{share:.3g}" for share in shares], picture, row_labels=list(PATHS),
+                   title="from one noise to another: the share of the second")
         print(f"wrote {picture}")
         return
     pictures = draw(walk(noises, args.frames, PATHS[args.path], args.loop))

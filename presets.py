@@ -83,8 +83,9 @@ def parse(parser, argv):
         parser.set_defaults(**row)
     settings = vars(parser.parse_args(argv))        # once more: what was typed wins over the row
     if settings.pop("preset") and distributed.speaks():
+        row = {flag: settings[flag] for flag in ("epochs", "steps", *row)}
         print(*textwrap.wrap(
-            f"preset {given.preset}: {as_flags({flag: settings[flag] for flag in row})}", 110,
+            f"preset {given.preset}: {as_flags(row)}", 110,
             subsequent_indent="  ", break_on_hyphens=False, break_long_words=False), sep="\n")
     settings["epochs"] = settings["epochs"] or 20                      # --steps goes before it
     return settings

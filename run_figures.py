@@ -48,7 +48,8 @@ def with_the_end(numbered, run):
 
 
 def epochs_figure(run, path, image_size, count, columns=8):
-    """The same noises after more and more training: the first row of the sheets the run wrote."""
+    """The same noises after more and more training: the first `count` of the sheets the run wrote,
+    or as many as those hold."""
     sheets = spread_out(found_in(run, "samples", "numbered sheets"), columns)
     scale, cell = enlargement(image_size), image_size + PADDING
     tiles = []
@@ -66,10 +67,15 @@ def epochs_figure(run, path, image_size, count, columns=8):
             pixels = torch.nn.functional.pad(pixels, (PADDING,) * 4)
         if pixels.shape[2] % cell != PADDING or pixels.shape[1] % cell != PADDING:
             raise ValueError(f"{sheet} is no sheet of {image_size}x{image_size} images")
-        here = range(PADDING, min(pixels.shape[2] - PADDING, count * cell), cell)
-        tiles.append(to_signed(
-            torch.stack([pixels[:, PADDING:cell, x:x + image_size] for x in here])))
+        cells = [pixels[:, y:y + image_size, x:x + image_size]
+                 for y in range(PADDING, pixels.shape[1] - PADDING, cell)
+                 for x in range(PADDING, pixels.shape[2] - PADDING, cell)]
+        while len(cells) > 1 and bool((cells[-1] == 255).all()):    # the last row has gaps
+            cells.pop()
+        tiles.append(to_signed(torch.stack(cells[:count])))
     fewest = min(len(row) for row in tiles)                 # a resumed run may draw more
+    if fewest < count:
+        print(f"the sheets hold {fewest} pictures (train.py --num_samples)")
     save_strip(list(torch.stack([row[:fewest] for row in tiles], dim=1)),
                [when(sheet) for sheet in sheets], path,
                title="the same noises, after more training")
