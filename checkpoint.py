@@ -257,6 +257,8 @@ class State:
         try:
             for weights, model in ((saved["model"], self.model), (saved["ema"], self.ema.model)):
                 check_weights(path, weights, model)
+                if not all(value.isfinite().all() for value in weights.values()):
+                    raise ValueError("not all of its weights are finite numbers")
                 model.load_state_dict(weights)
             self.optimizer.load_state_dict(saved["optimizer"])
             for p in self.model.parameters():       # the fused optimizers trust these sizes
@@ -265,7 +267,8 @@ class State:
                 if isinstance(self.optimizer, Muon) and is_inner(p):
                     wanted = {"exp_avg": p.shape}
                 entries = self.optimizer.state[p].values()
-                if moments != wanted or not all(value.is_contiguous() for value in entries):
+                if moments != wanted or not all(value.is_contiguous() and value.dtype == p.dtype
+                                                for value in entries):
                     raise ValueError("its optimizer was one of another model")
             if saved["losses"].shape != (saved["step"],):
                 raise ValueError(f"{saved['step']} steps, "
@@ -274,7 +277,7 @@ class State:
             self.held_out_losses, self.reported = saved["held_out_losses"], saved["reported"]
             told = [self.ema.updates, self.reported, *self.held_out_losses]
             now = self.optimizer.param_groups
-            if any(type(number) is not int or number < 0 for number in told) or not all(
+            if not all(type(number) is int and 0 <= number < 2**53 for number in told) or not all(
                     type(loss) is float for loss in self.held_out_losses.values()):
                 raise ValueError("its counts or held-out losses are no numbers")
             if any(type(group.get("lr")) is not float for group in now) or any(
@@ -294,7 +297,8 @@ FLAGS = {"dataset_name": "dataset", "num_epochs": "epochs", "learning_rate": "lr
          "model_name": "model"}
 
 
-def _equal(a, b):
+def equal(a, b):
+    """Are two settings the same? What a file holds may be of any kind."""
     try:
         return bool(a == b)
     except RuntimeError:                # a stranger's tensor in place of a number
@@ -310,7 +314,7 @@ def check_settings(path, saved, now, advice=GO_ON):
     saved = {**{name: False for name, value in now.items() if value is False}, **saved}
     changed = [f"{FLAGS.get(name, name)}: {saved.get(name)!r:.200} then, {now.get(name)!r:.200} now"
                for name in sorted({*saved, *now}, key=str)
-               if not _equal(saved.get(name), now.get(name))]
+               if not equal(saved.get(name), now.get(name))]
     if changed:
         raise ValueError(f"{path} belongs to a run with other settings "
                          f"({'; '.join(changed)}): {advice}")

@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 from distributed import speaks
@@ -23,6 +25,8 @@ def stopped(stop):
 
     stop: a KeyboardInterrupt.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # one more ends it at once, in silence
     if not getattr(stop, "told", False):
         print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
     sys.exit(128 + getattr(stop, "number", signal.SIGINT))
@@ -57,6 +61,8 @@ def command(main):
                 # an odd file name must not end a training
                 stream.reconfigure(errors="backslashreplace")
         keep_memory()
+        # PIL's, of sizes that are refused or have been looked at
+        warnings.filterwarnings("ignore", "Image size ")
         try:
             result = main(argv)
             sys.stdout.flush()
@@ -138,7 +144,9 @@ class Parser(argparse.ArgumentParser):
 def positive_int(text):
     """An argparse type: 1, 2, 3, ... 10^9."""
     value = int(text)
-    if not 1 <= value <= 10**9:
+    if value > 10**9:
+        raise argparse.ArgumentTypeError(f"{text} is more than {10**9}")
+    if value < 1:
         raise ValueError
     return value
 

@@ -27,10 +27,11 @@ from measures import copied_share, nearest_images
 from reference import load_reference, note_other_images, positions_of, same_classes
 from sample import generate, seconds_for
 from schedules import SCHEDULES, linear_alpha_bar
-from utils import describe_device, get_device, shuffled
+from utils import describe_device, get_device, measure, shuffled
 
 DECIBELS = (10, 5, 0, -5, -10, -15)  # signal over noise: the levels at which a network is asked
 IMAGES = 32
+SEARCHED = 500  # so many held-out images at most are looked for among the training images
 FEW_STEPS = 300  # with less no preset draws anything that can be read
 LEARNT = 0.75  # below this share of the filter's error it has learnt something; trained ones: half
 
@@ -359,7 +360,7 @@ def diagnose(average, raw, diffusion, images, held, labels=None, losses=(), sett
         classes = getattr(average, "num_classes", None)
         y = torch.arange(64) % classes if classes else None
         samples, _ = generate(average, diffusion, 64, held.shape[-1], y=y, device=device)
-        causes += check_samples(to_uint8(samples), images, held[:500], positions)
+        causes += check_samples(to_uint8(samples), images, held[:SEARCHED], positions)
     return sorted(causes, key=lambda cause: list(CAUSES).index(cause.key)), ratios
 
 
@@ -388,8 +389,11 @@ def main(argv=None):
     note_other_images(data, args.dataset)
     calls = len(diffusion.sampling_levels("ddim")) - 1
     drawing = seconds_for(average, diffusion, 64, real.held.shape[-1], 64, calls, device)
-    print(f"cost: about {format_seconds(drawing)} here to draw 64 pictures, the longest part",
-          flush=True)
+    some = real.held[:20]
+    searching = ((64 + min(len(real.held), SEARCHED)) / len(some) * positions_of(data)
+                 * measure(lambda: nearest_images(some, real.images[:20_000]), torch.device("cpu")))
+    print(f"cost: about {format_seconds(drawing)} here to draw 64 pictures, and "
+          f"{format_seconds(searching)} to look for them among the training images", flush=True)
     losses, settings = entries.get("losses"), entries.get("settings")
     # Of any other form they are a stranger's.
     losses = losses.tolist() if torch.is_tensor(losses) and losses.ndim == 1 else []

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from command_line import (Parser, command, format_seconds, fraction, make_output_dir, positive_int,
                           seed_number, spare)
+from data import keep_apart
 from diffusion import evaluating, seeded_noise
 from folders import load_pictures, read_picture
 from images import save_images, save_strip, to_signed
@@ -212,6 +213,7 @@ def main(argv=None):
     spare([*(args.images or []), *([args.mask] if args.mask else [])],
           *(Path(args.output_dir) / name for name in ("edited.png", "edited_only.png")))
     device = get_device(args.device)
+    keep_apart(args.dataset, args.output_dir)
     _, model, diffusion, data = open_model(args, device)
     output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")
     size, channels, classes = data["image_size"], model.image_channels, data["classes"]
@@ -268,7 +270,8 @@ def main(argv=None):
             for k in range(count)]
 
     save_strip([pictures[:count].cpu() for pictures in rows.values()], likenesses,
-               output_dir / "edited.png", row_labels=list(rows))
+               output_dir / "edited.png", row_labels=list(rows),
+               title="PSNR before and after" if any(likenesses) else None)
     save_images(ours.cpu(), output_dir / "edited_only.png",
                 note={"made_from": f"{args.task} of real pictures"})
     more = count < len(originals)

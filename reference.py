@@ -95,6 +95,8 @@ def folder_reference(data, data_dir, like, name=None):
     """load_reference of a folder. Its words follow from the fingerprints that the training left."""
     like["fit"] = fit_of(data)
     images, y = get_dataset(name or data["name"], with_labels=same_classes(data, name), **like)
+    if len(images) < 2:
+        raise ValueError(f"{name or data['name']}: one image is too few to hold others against it")
     share, seed = data.get("val_fraction") or 0, data.get("seed", 0)
     if type(share) not in (int, float) or not 0 <= share < 1 or type(seed) is not int or seed < 0:
         raise ValueError("what the checkpoint tells of its data is damaged: "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint
+from checkpoint import equal, load_checkpoint
 
 # ---- The folder of a run
 
@@ -71,7 +71,8 @@ def find_checkpoint(folder, resume, overwrite):
     """
     folder = Path(folder)
     latest, final = folder / LATEST, folder / FINAL
-    saved = [path for path in run_files(folder) if path.suffix == ".pt" and path.is_file()]
+    there = [path for path in run_files(folder) if path.is_file()]
+    saved = [path for path in there if path.suffix == ".pt"]
     numbered = [path for path in saved if path.parent.name == "checkpoints"]
     if resume == "latest":
         return farthest(folder, [latest, final, folder / BEST, *last_of_each_unit(numbered)]), True
@@ -79,10 +80,11 @@ def find_checkpoint(folder, resume, overwrite):
     if origin is not None and not origin.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(origin))
     own = origin is not None and origin.resolve() in [path.resolve() for path in saved]
-    if saved and not own and not overwrite:
+    if there and not own and not overwrite:
         finished = final.exists() and not latest.exists()
-        raise ValueError(f"{folder} holds {'a finished' if finished else 'an unfinished'} run: "
-                         "--resume goes on with it, --overwrite replaces it, "
+        what = (f"{'a finished' if finished else 'an unfinished'} run: --resume goes on with it"
+                if saved else f"what a run has left ({there[0].relative_to(folder)})")
+        raise ValueError(f"{folder} holds {what}, --overwrite replaces it, "
                          "another --output_dir keeps it")
     return origin, own
 
@@ -97,28 +99,30 @@ def last_of_each_unit(numbered):
 
 def farthest(folder, paths):
     """Of several checkpoints of a run the one with the most steps behind it: one that was killed
-    may have come farther in any of them than in the latest. Those of another run do not count: one
-    that was killed while it replaced an earlier run has left some of that. Says what it passes
-    over. ValueError if it can read none.
+    may have come farther in any of them than in the latest. Those of another run, with other
+    settings or losses, do not count: one that was killed while it replaced an earlier run has left
+    some of that. Says what it passes over. ValueError if it can read none.
 
     paths: the latest first.
     """
-    losses, problem = {}, None
+    losses, settings, problem = {}, {}, None
     for path in paths:
         try:
             if path.exists():
-                found = load_checkpoint(path).get("losses")
-                losses[path] = found.tolist() if torch.is_tensor(found) else []
+                entries = load_checkpoint(path)
+                found, settings[path] = entries.get("losses"), entries.get("settings")
+                known = torch.is_tensor(found) and found.ndim == 1
+                losses[path] = found.tolist() if known else []
         except (ValueError, OSError) as error:
             problem = error
     if not losses:
         raise problem or ValueError(f"nothing to resume: {folder} holds no checkpoint of a run")
     if problem:
         print(f"passed over: {problem}")
-    own = next(iter(losses.values()))           # of the latest, if it is there
+    latest, own = next(iter(losses.items()))    # if it is there
     for path, others in list(losses.items()):
         shared = min(len(own), len(others))
-        if own[:shared] != others[:shared]:     # a run's losses are its own
+        if own[:shared] != others[:shared] or not equal(settings[path], settings[latest]):
             print(f"passed over: {path} is of an earlier run")
             del losses[path]
     return max(losses, key=lambda path: len(losses[path]))

@@ -124,6 +124,8 @@ def restore(state, origin, facts, plan):
                    "--start_from learns on, in a run of its own)")
     for part in ("settings", "model_config"):   # the first has the process, too
         check_settings(origin, saved.get(part), facts[part], advice)
+    if not isinstance(saved.get("data"), dict):
+        raise ValueError(f"{origin} cannot be resumed: it does not tell its data")
     classes = [entries["data"].get("classes") for entries in (saved, facts)]
     if classes[0] != classes[1]:
         raise ValueError(f"{origin} belongs to a run with other classes ({classes[0]!r:.200} then, "

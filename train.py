@@ -240,8 +240,9 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
                 keeper.save(FINAL)
         if rank == 0:
             (output_dir / LATEST).unlink(missing_ok=True)
-        print(f"took {format_seconds(time.perf_counter() - start)} "
-              + "since it was resumed " * bool(origin) + f"and {peak_memory(device) / 1e9:.1f} GB of memory")
+        print(f"took {format_seconds(time.perf_counter() - start)}"
+              + " since it was resumed" * bool(origin)
+              + f" and {peak_memory(device) / 1e9:.1f} GB of memory")
     return model, state.ema.model, state.losses
 
 

@@ -107,7 +107,7 @@ def attention_figure(moments, query, path, title=None):
             drawn = show(axis, (seen * positions).clamp(min=0.1).view(side, side),
                          norm=norm, cmap="viridis")
             mark(axis, *query, 1)
-            axis.set_xlabel(f"mean reach {pixels:.1f} px", fontsize=9, labelpad=2)
+            axis.set_xlabel(f"reach {pixels:.1f} px", fontsize=9, labelpad=2)
         panels[0].set_ylabel(f"t = {t}", fontsize=10.5)
     for axis, name in zip(axes[0], ("$x_t$", "guess of $x_0$",
                                     *(f"head {k + 1}" for k in range(heads)))):
@@ -339,7 +339,8 @@ def draw_from_model(name, args, path, device):
         print(f"layer {layer_name}, {side}x{side}, asked by the cell of "
               f"rows {rows} and columns {columns} (--query takes one pixel of it)")
         attention_figure(moments, query, path,
-                         f"where {layer_name} ({side}x{side}) looks from the framed cell: {what}")
+                         f"where {layer_name} ({side}x{side}) looks from the framed cell; "
+                         f"reach: the mean of all cells. {what}")
         return
     (t, x_t, _), *_, (_, picture, _) = sampled(model, diffusion, timesteps[:1], size, **settings)
     boxes = parts(model)

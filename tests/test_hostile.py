@@ -525,6 +525,14 @@ def test_a_run_keeps_apart_from_the_images_that_it_learns_from(flag, dataset, ou
     data.keep_apart("mnist", "mnist/out")                               # a name and no folder
 
 
+def test_pictures_are_not_mended_into_the_set_that_they_come_from(two_shades, tmp_path, capsys):
+    """edited.png, one of the set, was written over."""
+    folder = sheets(tmp_path / "in", 3)
+    assert "are not apart" in fails(capsys, edit.main, "--checkpoint", two_shades, "--dataset",
+                                    folder, "--output_dir", folder)
+    assert len(list(folder.iterdir())) == 3
+
+
 def test_a_class_with_another_name_is_another_run(tmp_path):
     for name in ("cat", "dog"):
         sheets(tmp_path / "in" / name, 8)

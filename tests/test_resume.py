@@ -332,6 +332,16 @@ def test_a_finished_run_is_not_replaced_unasked(whole, tmp_path, capsys):
     assert same(files(tmp_path), whole)
 
 
+def test_what_is_left_of_a_run_is_not_replaced_unasked(tmp_path):
+    """Somebody had moved the weights away, and a new run deleted the pictures."""
+    picture = tmp_path / "samples" / "epoch_001.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"has left \(samples/epoch_001.png\), --overwrite"):
+        train(**RUN, output_dir=tmp_path)
+    assert picture.read_bytes() == b"x"
+
+
 def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
     train(**RUN, output_dir=tmp_path)
     for name in ("mine.png", "step_by_step.png", "epoch_of_art.png"):
@@ -345,11 +355,13 @@ def test_a_finished_run_is_replaced_and_nothing_else(tmp_path, capsys):
         "model_step_notes.pt", "step_by_step.png", "training_loss.csv", "training_loss.png"]
 
 
-def test_a_run_killed_while_it_replaces_another_is_the_one_to_go_on_with(tmp_path, monkeypatch,
-                                                                         capsys):
+@pytest.mark.parametrize("change", [{"seed": 8}, {"ema_decay": 0.5}])
+def test_a_run_killed_while_it_replaces_another_is_the_one_to_go_on_with(change, tmp_path,
+                                                                         monkeypatch, capsys):
     """The folder then holds the new run's latest and a finished one that came farther: --resume
-    took that for its own end, and deleted the new run."""
-    new = {**RUN, "num_epochs": 2, "seed": 8}
+    took that for its own end, and deleted the new run. With another average its losses are the
+    same."""
+    new = {**RUN, "num_epochs": 2, **change}
     train(**new, output_dir=tmp_path / "whole")
     train(**RUN, output_dir=tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(KeyError):
@@ -514,6 +526,12 @@ def test_a_checkpoint_for_sampling_only_cannot_be_resumed(tmp_path):
      r"float64 \(8,\), not float32 \(8,\)"),
     (lambda e: e["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
      "optimizer was one of another model"),
+    (lambda e: e["optimizer"]["state"][0].update(
+        exp_avg=e["optimizer"]["state"][0]["exp_avg"].long()), "optimizer was one of another"),
+    (lambda e: next(iter(e["ema"].values())).fill_(math.nan), "not all of its weights are finite"),
+    (lambda e: e.pop("data"), "does not tell its data"),
+    (lambda e: e.update(held_out_losses={10**400: 0.1}), "counts or held-out losses"),
+    (lambda e: e.update(losses=torch.tensor(3.0)), "losses of shape"),
     (lambda e: e["optimizer"].pop("state"), "cannot be resumed: 'state'"),
     (lambda e: e.pop("losses"), "cannot be resumed: 'losses'")])
 def test_a_checkpoint_that_does_not_fit_is_one_line(spoil, words, whole, tmp_path):
