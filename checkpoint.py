@@ -249,7 +249,9 @@ class State:
         return {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(),
                 "ema_updates": self.ema.updates, "optimizer": self.optimizer.state_dict(),
                 "step": len(self.losses), "losses": torch.tensor(self.losses),
-                "held_out_losses": self.held_out_losses, "reported": self.reported}
+                "held_out_losses": torch.tensor([*self.held_out_losses.items()],
+                                                dtype=torch.float64).view(-1, 2),
+                "reported": self.reported}
 
     def restore(self, path, saved):
         """Take over the entries of a checkpoint. Raises ValueError if they do not fit."""
@@ -260,6 +262,10 @@ class State:
                 if not all(value.isfinite().all() for value in weights.values()):
                     raise ValueError("not all of its weights are finite numbers")
                 model.load_state_dict(weights)
+            kinds = {value.dtype for entries in saved["optimizer"]["state"].values()
+                     for value in entries.values()}
+            if kinds - {torch.float32}:             # load_state_dict would convert them
+                raise ValueError("its optimizer has other kinds of numbers")
             self.optimizer.load_state_dict(saved["optimizer"])
             for p in self.model.parameters():       # the fused optimizers trust these sizes
                 moments = {name: value.shape for name, value in self.optimizer.state[p].items()}
@@ -267,24 +273,25 @@ class State:
                 if isinstance(self.optimizer, Muon) and is_inner(p):
                     wanted = {"exp_avg": p.shape}
                 entries = self.optimizer.state[p].values()
-                if moments != wanted or not all(value.is_contiguous() and value.dtype == p.dtype
-                                                for value in entries):
+                if moments != wanted or not all(value.is_contiguous() for value in entries):
                     raise ValueError("its optimizer was one of another model")
             if saved["losses"].shape != (saved["step"],):
                 raise ValueError(f"{saved['step']} steps, "
                                  f"but losses of shape {tuple(saved['losses'].shape)}")
             self.ema.updates, self.losses = saved["ema_updates"], saved["losses"].tolist()
-            self.held_out_losses, self.reported = saved["held_out_losses"], saved["reported"]
-            told = [self.ema.updates, self.reported, *self.held_out_losses]
+            self.held_out_losses = {int(step): loss
+                                    for step, loss in saved["held_out_losses"].tolist()}
+            self.reported = saved["reported"]
             now = self.optimizer.param_groups
-            if not all(type(number) is int and 0 <= number < 2**53 for number in told) or not all(
-                    type(loss) is float for loss in self.held_out_losses.values()):
-                raise ValueError("its counts or held-out losses are no numbers")
+            if not all(type(number) is int and 0 <= number < 2**53
+                       for number in (self.ema.updates, self.reported)):
+                raise ValueError("its counts are no numbers")
             if any(type(group.get("lr")) is not float for group in now) or any(
                     group.get(name) != value for group in now
                     for name, value in own.items() if name != "lr"):
                 raise ValueError("its optimizer had other settings")
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError,
+                RuntimeError) as error:
             reason = " ".join(str(error).removeprefix(str(path)).split())[:200]
             raise ValueError(f"{path} cannot be resumed: {reason}") from error
 

@@ -23,7 +23,7 @@ from command_line import Parser, command, format_seconds
 from diffusion import OBJECTIVES, evaluating, seeded_noise
 from images import to_signed, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model
-from measures import copied_share, nearest_images
+from measures import copied_share, nearest_images, nearest_of_both
 from reference import load_reference, note_other_images, positions_of, same_classes
 from sample import generate, seconds_for
 from schedules import SCHEDULES, linear_alpha_bar
@@ -296,10 +296,11 @@ def check_training(ratio, losses, settings):
 def check_samples(samples, images, held, positions=1):
     """Copies of training images, and colours or contrast that the data do not have. All uint8.
 
-    positions: see measures.nearest_images.
+    positions: see measures.in_positions.
     """
     found = []
-    near, usual = (nearest_images(some, images, positions)[0][0] for some in (samples, held))
+    ((near, _), _), (usual, _), counts = nearest_of_both(samples, held, images, positions)
+    usual = usual[counts]
     # Where all images are equally far from each other, the second condition is the one that tells.
     copied = copied_share(near, usual) if float(near.median() / usual.median()) < 0.8 else 0.0
     if copied > 0.15:

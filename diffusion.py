@@ -40,17 +40,16 @@ class Sampler(NamedTuple):
     extrapolates: str  # what is carried on from them: "x0", or "eps"
     variance: str  # size of the added noise: "posterior" or "beta", the two choices of Ho et al.
     steps: int | None  # the default number of model calls; None: all T
-    spacing: str  # the default way to choose the levels
 
 
 SAMPLERS = {
-    #                       eta order from   variance    steps spacing
-    "ddpm":         Sampler(1.0, 1, "x0",  "posterior", None, "uniform"),
-    "ddpm_beta":    Sampler(1.0, 1, "x0",  "beta",      None, "uniform"),
-    "ddim":         Sampler(0.0, 1, "x0",  "posterior", 50,   "uniform"),
-    "dpmpp_2m":     Sampler(0.0, 2, "x0",  "posterior", 10,   "uniform"),   # Lu et al. 2022, alg. 2
-    "dpmpp_2m_sde": Sampler(1.0, 2, "x0",  "posterior", 20,   "uniform"),   # the same with noise
-    "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10,   "uniform"),   # Zhang & Chen 2023
+    #                       eta order from   variance    steps
+    "ddpm":         Sampler(1.0, 1, "x0",  "posterior", None),
+    "ddpm_beta":    Sampler(1.0, 1, "x0",  "beta",      None),
+    "ddim":         Sampler(0.0, 1, "x0",  "posterior", 50),
+    "dpmpp_2m":     Sampler(0.0, 2, "x0",  "posterior", 10),    # Lu et al. 2022, algorithm 2
+    "dpmpp_2m_sde": Sampler(1.0, 2, "x0",  "posterior", 20),    # the same with noise
+    "ipndm":        Sampler(0.0, 4, "eps", "posterior", 10),    # Zhang & Chen 2023
 }
 
 MAX_ETA = 10  # with the "posterior" variance: then nearly any step renews all of the noise
@@ -66,7 +65,8 @@ def seeded_noise(seed, indices, step, shape):
     """Unit Gaussian noise [len(indices), *shape]; row k depends only on (seed, indices[k], step).
 
     So image i of a seed is the same in any batch. Drawn on the CPU, hence the same on any device,
-    and from generators of its own: the global one is never touched.
+    and from generators of its own: the global one is never touched. These take 32 bits of what is
+    hashed here, so that of 100,000 images about one pair has the same noise.
     seed: 0 to 2**32 - 1, else ValueError: the parts of a longer one would be another image's.
     """
     if not 0 <= seed < 2**32:
@@ -365,7 +365,7 @@ class DiffusionProcess:
             raise ValueError(f"unknown sampler {sampler!r}; choose from {sorted(SAMPLERS)}")
         if steps is None and SAMPLERS[sampler].steps is not None:
             steps = min(SAMPLERS[sampler].steps, self.num_timesteps)
-        levels = self.timesteps(steps, spacing or SAMPLERS[sampler].spacing)
+        levels = self.timesteps(steps, spacing or "uniform")
         return levels if last_steps is None else levels[-1 - last_steps:]
 
     @torch.no_grad()
@@ -379,7 +379,8 @@ class DiffusionProcess:
         times (twice as often with guidance other than 0 and 1: see model_calls).
 
         x_T: [B, C, H, W] noise.  seed, first_index: which noise the steps add (see seeded_noise).
-        sampler: a key of SAMPLERS; steps, eta, spacing default to its row.  y: [B] class indices.
+        sampler: a key of SAMPLERS; steps and eta default to its row.  spacing: "uniform" unless
+        told.  y: [B] class indices.
         guidance_interval, weak: where guidance acts, and a model it leads away from, see sample.
         last_steps: only the last so many; x_T is then at the level where they begin.
         """
@@ -441,8 +442,9 @@ class DiffusionProcess:
         first_index:  image i of the result is image first_index + i of the seed.
         device:       by default where x_T or the model's parameters are.
         sampler:      a key of SAMPLERS: "ddpm" is the paper's full chain, "ddim" takes strides, the
-                      others need fewer still. Each has its defaults for steps (model calls, 1..T),
-                      eta (0..MAX_ETA) and spacing (a key of SPACINGS).
+                      others need fewer still. Each has its defaults for steps (model calls, 1..T)
+                      and eta (0..MAX_ETA).
+        spacing:      a key of SPACINGS, "uniform" unless told.
         y, guidance:  class indices (one number, or [B]) and how strongly to follow them; 1 = plain.
         guidance_interval: (low, high): guidance acts at these levels only, both included. At high
                       noise it costs variety, at low it is of no use (Kynkaanniemi et al. 2024).

@@ -28,9 +28,9 @@ from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import (CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak,
                   take_guidance, take_sampler)
-from measures import (SURE, copied_by_chance, copied_share, copy_limit, fine_power,
-                      in_sets, kernel_distance, mean_distance, nearest, nearest_images,
-                      precision_recall, share_sure, single_share)
+from measures import (SAME, SURE, copied_by_chance, copied_share, copy_limit, fine_power,
+                      in_positions, in_sets, kernel_distance, mean_distance, nearest,
+                      nearest_images, nearest_of_both, precision_recall, share_sure, single_share)
 from predictors import loss_by_timestep
 from reference import (FEWEST, as_shown, labels_like, load_reference, note_other_images,
                        positions_of, same_classes)
@@ -40,7 +40,6 @@ from utils import PRECISIONS, describe_device, get_device, get_precision, measur
 
 MAX_MEASURED = 200_000
 SEARCHED = 2000  # so many samples at most are looked for among the training images
-SAME = 0.5 / 255  # half a grey level: a held-out image nearer to a training image is one
 RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
         "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
 
@@ -69,24 +68,25 @@ def quality(probabilities, features, reference, size, labels=None):
     return found
 
 
-def copies(images, features, training, reference, held, held_features, positions=1):
-    """Are the samples copies of training images? In pixels (moved by up to one) and in features.
+def copies(samples, held, training, features_of, reference, positions=1):
+    """Are the samples copies of training images? In pixels (moved by up to one) and in features,
+    in any of the positions in which the training showed them.
 
-    Held-out images that the training set has, too, are no yardstick and are left out, unless there
-    are no others.
+    samples, held, training: uint8 images; held-out ones that the training set has, too, are no
+    yardstick (nearest_of_both).  features_of: images -> [N, D].  reference: that of training.
     Returns (a dict of plain numbers, the index of the most similar training image of each).
     """
-    pixels, index = nearest_images(images, training, positions)
-    pixels_held, _ = nearest_images(held, training, positions)
-    in_both = pixels_held[0] <= SAME
-    other = ~in_both | in_both.all()            # of none, all that is drawn is farther away
-    by_features, _ = nearest(features, reference)
-    by_features_held, _ = nearest(held_features, reference)
-    return {"searched": len(images), "in_both": int(in_both.sum()),
-            "held_out": int((~in_both).sum()),
-            "copied": copied_share(pixels[0], pixels_held[0][other]),
-            "copied_by_chance": copied_by_chance(int((~in_both).sum())),
-            "copied_in_features": copied_share(by_features[0], by_features_held[0][other]),
+    def in_features(images):
+        return torch.stack([nearest(features_of(view), reference)[0][0]
+                            for view in in_positions(images, positions)]).amin(0)
+
+    (pixels, index), pixels_held, counts = nearest_of_both(samples, held, training, positions)
+    in_both = int((pixels_held[0] <= SAME).sum())
+    pixels_held = pixels_held[:, counts]
+    return {"searched": len(samples), "in_both": in_both, "held_out": len(held) - in_both,
+            "copied": copied_share(pixels[0], pixels_held[0]),
+            "copied_by_chance": copied_by_chance(len(held) - in_both),
+            "copied_in_features": copied_share(in_features(samples), in_features(held[counts])),
             "single": single_share(pixels), "single_held_out": single_share(pixels_held),
             "median_distance": float(pixels[0].median()),
             "median_distance_held_out": float(pixels_held[0].median())}, index[0]
@@ -101,6 +101,7 @@ def evaluate(drawn, model, diffusion, data, y, real, classifier, device):
     with tqdm(total=4, desc="measuring", unit="part") as bar:
         images, held, held_y = real.images, real.held, real.held_labels
         size = min(len(drawn), len(held))
+        positions = positions_of(data)
         _, reference = look(classifier, as_shown(images, data))
         held_probabilities, held_features = look(classifier, as_shown(held, data))
         probabilities, features = look(classifier, drawn)
@@ -110,8 +111,10 @@ def evaluate(drawn, model, diffusion, data, y, real, classifier, device):
         usual = fine_power(images) or 1.0       # 0 where all images are plain
         found["detail"], floor["detail"] = fine_power(drawn) / usual, fine_power(held) / usual
         bar.update()
-        copied, index = copies(drawn[:SEARCHED], features[:SEARCHED], images, reference,
-                               held[:SEARCHED], held_features[:SEARCHED], positions_of(data))
+        copied, index = copies(drawn[:SEARCHED], held[:SEARCHED], images,
+                               lambda some: look(classifier, some)[1],
+                               reference if positions == 1 else look(classifier, images)[1],
+                               positions)
         bar.update()
         _, losses = loss_by_timestep(model, diffusion, to_signed(held[:256]).to(device),
                                      None if y is None or held_y is None
@@ -127,9 +130,11 @@ def seconds_to_measure(classifier, images, num_held, num_images, sets=1, copies_
     """How long it will take here to measure so many sets of num_images samples, from timing the two
     longest parts on a few of the training images."""
     some, looks = images[:100], len(images) + num_held + sets * num_images
+    searches = (min(num_images, SEARCHED) + min(num_held, SEARCHED)) * positions
+    if copies_too:
+        looks += searches + len(images) * (positions > 1)
     seconds = looks * measure(lambda: look(classifier, some), torch.device("cpu"))
     if copies_too:
-        searches = 2 * min(num_images, SEARCHED) * positions    # of samples and held-out images
         seconds += searches * measure(lambda: nearest_images(some, images), torch.device("cpu"))
     return seconds / len(some)
 

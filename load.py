@@ -197,7 +197,7 @@ def add_drawing_flags(add):
             f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()),
         type=positive_int)
     add("--spacing", "at which timesteps; default: as the model's card says where --sampler is not "
-        "given, else the sampler's own", choices=sorted(SPACINGS))
+        "given, else uniform", choices=sorted(SPACINGS))
     add("--eta", "fresh noise in each step: 0 none, 1 as much as DDPM, "
         f"above 1 (at most {MAX_ETA}) more, only with many steps; "
         "default: as the model's card says where --sampler is not given, else the sampler's own",

@@ -58,8 +58,8 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     without (Ho & Salimans 2022, algorithm 1).   min_snr: see DiffusionProcess.training_loss.
     density: how often each timestep is met, see get_timesteps.
     Returns the loss. A loss or gradient that is not a number raises FloatingPointError and leaves
-    the weights as they are; on a GPU with one of OPTIMIZERS, which do not wait to hear of it, all
-    losses from then on are NaN instead.
+    the weights as they are; on a CUDA GPU with one of OPTIMIZERS, which do not wait to hear of it,
+    all losses from then on are NaN instead.
     Of several processes each works on every n-th image. What is random is drawn for the whole batch
     first, so that neither parts nor processes change it.
     """

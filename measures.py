@@ -19,6 +19,7 @@ import math
 
 import torch
 
+SAME = 0.5 / 255  # half a grey level: a held-out image nearer to a training image is one
 SURE = 0.9  # a classifier that gives so much to one class is called sure of it
 
 
@@ -166,19 +167,24 @@ def nearest(queries, references):
     return best.T, torch.cat(indices, dim=1).gather(1, pick).T
 
 
+def in_positions(images, positions):
+    """The images [N, C, H, W] as they are, and in the other positions in which a training may have
+    shown them. positions: 1; 2: mirrored, too (--flip), 8: and turned by quarters (--turn)."""
+    views = [images, images.flip(-1)][:positions]
+    turns = range(4 if positions == 8 else 1)
+    return [view.rot90(k, (-2, -1)) for k in turns for view in views]
+
+
 def nearest_images(images, training, positions=1):
     """(distances [2, N], indices [2, N]) of the most similar training image, which may have been
     moved by one pixel, and of the second.
 
-    images, training: uint8 [N, C, H, W].  positions: in how many to look at each image;
-    2: mirrored, too (--flip), 8: and turned by quarters (--turn).
+    images, training: uint8 [N, C, H, W].  positions: in which to look at each, see in_positions.
     The distance is the root of the mean squared difference, 0 to 1.
     """
     flat = training.flatten(1)
-    views = [images, images.flip(-1)][:positions]
-    if positions == 8:
-        views = [view.rot90(k, (-2, -1)) for k in range(4) for view in views]
-    variants = [image for view in views for image in _shifted(view.float() / 255)]
+    variants = [image for view in in_positions(images, positions)
+                for image in _shifted(view.float() / 255)]
     found = [nearest(variant.flatten(1), flat) for variant in variants]
     distances, indices = (torch.cat(parts) for parts in zip(*found))            # [2 * variants, N]
     first, pick = distances.min(0)
@@ -187,6 +193,15 @@ def nearest_images(images, training, positions=1):
     second, other = distances.masked_fill(indices == index, math.inf).min(0)
     return (torch.stack([first, second]) / flat.shape[1] ** 0.5,
             torch.cat([index, indices.gather(0, other[None])]))
+
+
+def nearest_of_both(samples, held, training, positions=1):
+    """nearest_images of samples and of held-out images, the yardstick: ((distances [2, N], indices
+    [2, N]), distances [2, M] of the held-out ones, which of those count [M]). Images that the
+    training set has, too, do not count, unless there are no others."""
+    distances, _ = nearest_images(held, training, positions)
+    in_both = distances[0] <= SAME
+    return nearest_images(samples, training, positions), distances, ~in_both | in_both.all()
 
 
 def copy_limit(num_held_out):

@@ -22,10 +22,9 @@ def make_note(args, diffusion, digest, device):
     does. Its command names no checkpoint, as paths differ between machines: the digests do.
     """
     note = {name: getattr(args, name) for name in RECIPE}
-    row = SAMPLERS[args.sampler]
     note["steps"] = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
-    note["eta"] = row.eta if args.eta is None else args.eta
-    note["spacing"] = args.spacing or row.spacing
+    note["eta"] = SAMPLERS[args.sampler].eta if args.eta is None else args.eta
+    note["spacing"] = args.spacing or "uniform"
     if args.image_size:
         note["image_size"] = args.image_size
     if args.guidance_interval:

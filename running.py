@@ -80,6 +80,9 @@ def find_checkpoint(folder, resume, overwrite):
     if origin is not None and not origin.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(origin))
     own = origin is not None and origin.resolve() in [path.resolve() for path in saved]
+    if own and overwrite:
+        raise ValueError(f"{origin} is of the run in {folder} itself: --resume goes on with that, "
+                         "and --overwrite would replace it: give one of them")
     if there and not own and not overwrite:
         finished = final.exists() and not latest.exists()
         what = (f"{'a finished' if finished else 'an unfinished'} run: --resume goes on with it"

@@ -189,7 +189,8 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
                                               diffusion.config, classes)
         state = State(model, EMA(model, ema_decay), OPTIMIZERS[optimizer](
             model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=weight_decay))
-        # A checkpoint holds four numbers for each weight: itself, its average, Adam's two moments.
+        # A checkpoint holds at most four numbers for each weight: itself, its average, Adam's two
+        # moments (Muon has one).
         if origin is None:
             check_disk(output_dir, plan.count(plan.save_every) + 3, 16 * count_parameters(model),
                        sum(path.stat().st_size for path in run_files(output_dir)))

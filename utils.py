@@ -62,7 +62,8 @@ def has_bfloat16(device):
     if device.type == "mps":
         return True                                     # the newer ones do
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+    # The last is ARM's.
+    return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def get_precision(name, device):

@@ -160,6 +160,8 @@ def test_copies_and_tints_are_seen(images):
     training, held = images[:200], images[200:]
     assert not d.check_samples(held[:64], training, held[100:])
     assert "heart" in d.check_samples(training[:64], training, held)[0].what
+    both = torch.cat([held[:40], training[:1]])         # one duplicate switched it off
+    assert "heart" in d.check_samples(training[1:65], training, both)[0].what
     turned = training[:64].rot90(1, (-2, -1)).flip(-1)          # as after --turn
     assert "heart" in d.check_samples(turned, training, held, positions=8)[0].what
     assert "colour" in d.check_samples((held[:64] * 0.7).to(torch.uint8), training, held)[-1].what

@@ -507,12 +507,15 @@ def test_samples_and_floor_are_measured_each_by_its_own_images(num_images, comma
 def test_an_image_of_both_sets_is_no_yardstick_for_copies(capsys):
     """One duplicate among 53 held-out images made the limit zero, and no copy was a copy."""
     images, held = digits(60, seed=1)[0], digits(20, seed=2)[0]
-    both = torch.cat([held, images[:1]])
-    features = torch.zeros(60, 3)
-    found = evaluate.copies(images[:9], features[:9], images, features, both, features[:21])[0]
-    assert (found["copied"], found["held_out"], found["in_both"]) == (1, 20, 1)
+    both = torch.cat([images[:19], held])
+    known = (images, lambda some: torch.zeros(len(some), 3), torch.zeros(60, 3))
+    found = evaluate.copies(images[:9], both, *known)[0]
+    assert (found["copied"], found["held_out"], found["in_both"]) == (1, 20, 19)
     assert found["copied_by_chance"] == pytest.approx(1 / 21)
-    found = evaluate.copies(held[:9], features[:9], images, features, images[:20], features[:20])[0]
+    of_held = nearest_images(held, images)[0]
+    assert found["single_held_out"] == single_share(of_held)
+    assert found["median_distance_held_out"] == pytest.approx(float(of_held[0].median()))
+    found = evaluate.copies(held[:9], images[:20], *known)[0]
     assert (found["copied"], found["held_out"], found["in_both"]) == (0, 0, 20)
     evaluate.print_copies(found, 60, "held-out images")
     assert "all of the held-out images are in the training set, too" in capsys.readouterr().out
@@ -522,10 +525,11 @@ def test_mirrored_copies_are_looked_for_where_the_training_showed_them(two_shade
     images, _ = digits(60, seed=1)
     held = digits(60, seed=2)[0]
     network = Classifier(1, 28, 10).eval()
-    parts = (images[:20].flip(-1), torch.zeros(20, 3), images, torch.zeros(60, 3), held,
-             torch.zeros(60, 3))
-    found = [evaluate.copies(*parts, positions)[0]["copied"] for positions in (1, 2)]
-    assert found[0] < 0.5 < found[1] == 1
+    parts = (images[:20].flip(-1), held, images, lambda some: look(network, some)[1],
+             look(network, images)[1])
+    for kind in ("copied", "copied_in_features"):
+        found = [evaluate.copies(*parts, positions)[0][kind] for positions in (1, 2)]
+        assert found[0] < 0.5 < found[1] == 1, kind
     data = {"flip": True, "turn": False}
     real = Reference(images, None, held, None, "held-out images")
     model, diffusion, _ = load_model(two_shades)
@@ -535,7 +539,7 @@ def test_mirrored_copies_are_looked_for_where_the_training_showed_them(two_shade
 
     told, _ = evaluate.evaluate(images[:20].flip(-1), answers, diffusion, data, None, real, network,
                                 torch.device("cpu"))
-    assert told["copies"]["copied"] == 1
+    assert told["copies"]["copied"] == told["copies"]["copied_in_features"] == 1
 
 
 def test_samples_of_a_mirrored_training_are_held_against_mirrored_images(two_shades):

@@ -580,7 +580,7 @@ def test_altered_counts_of_a_checkpoint_are_refused(few_digits, tmp_path):
         {"weight_decay": -1.0}, {"lr": "x"})]
     spoilt = [{"optimizer": {**entries["optimizer"], "param_groups": [group]}} for group in groups]
     for change in ({"ema_updates": "x"}, {"ema_updates": -10}, {"reported": "x"},
-                   {"held_out_losses": None}, {"held_out_losses": {1: "x"}}, *spoilt):
+                   {"held_out_losses": None}, {"held_out_losses": torch.zeros(3)}, *spoilt):
         checkpoint.save_checkpoint(tmp_path / "bad.pt", {**entries, **change})
         with pytest.raises(ValueError, match="cannot be resumed"):
             train(**few_digits, **TINY, steps=2, resume=str(tmp_path / "bad.pt"),
