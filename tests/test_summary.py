@@ -77,12 +77,15 @@ def test_what_the_documents_import_is_there(document):
 
 
 def test_the_use_from_python_that_is_shown_works(tmp_path, monkeypatch, capsys):
-    """README's block as it stands, but for one batch of digits and two steps."""
-    block, = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    """README's blocks as they stand, but for one batch of digits and two steps."""
+    first, second = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     monkeypatch.setattr("data.SYNTHETIC_SIZE", 130)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()                              # a clone has it
-    exec(block.replace("steps=50", "steps=2"), {})
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    names = {}
+    exec(first.replace("steps=50", "steps=2") + second.replace("y=7", "y=7, steps=2"), names)
+    assert names["sneakers"].shape == (8, 1, 28, 28)
     assert 0 < float(capsys.readouterr().out) < 2
     with Image.open(tmp_path / "outputs" / "from_python.png") as picture:
         assert picture.width > 500
