@@ -213,8 +213,12 @@ def scatter_classes(axis, points, labels, names):
                          alpha=0.6, linewidths=0)
     seen = labels.unique().tolist()
     middles = torch.stack([points[labels == k].median(dim=0).values for k in seen])
-    for k, place in zip(seen, apart(middles, 0.07 * (points.amax(0) - points.amin(0)))):
-        axis.text(*place, names[k], ha="center", va="center", fontsize=11, weight="bold",
+    longest = max(len(names[k]) for k in seen)
+    wide = max(0.07, 0.025 * longest)           # a word, in shares of the map
+    size = points.amax(0) - points.amin(0)
+    for k, place in zip(seen, apart(middles, torch.tensor([wide, 0.07]) * size)):
+        axis.text(*place, names[k], ha="center", va="center", weight="bold",
+                  fontsize=11 if longest < 4 else 9,
                   color=PALETTE[k % len(PALETTE)],
                   path_effects=[withStroke(linewidth=3, foreground="white")])
 
@@ -383,7 +387,7 @@ def draw_features(args, path, device):
     names = None if labels is None else class_names(dataset, True)
     labels = None if labels is None else labels[pick]
     print(*features_figure(
-        features, labels, names and [as_text(name, most=30) for name in names], path, project,
+        features, labels, names and [as_text(name, most=14) for name in names], path, project,
         title), sep="\n")
 
 
