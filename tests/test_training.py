@@ -24,7 +24,7 @@ from loop import measure_seconds, train_epoch
 from models import create_model
 from sample import generate
 from train import sample_images, train
-from utils import EMA, get_precision, get_timesteps, seed_step
+from utils import EMA, get_device, get_precision, get_timesteps, seed_step
 
 TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32")
 
@@ -283,6 +283,14 @@ def test_the_input_is_added_for_eps_alone(objective, adds, few_digits, tmp_path)
     assert load_model(tmp_path / "model_final.pt")[0].add_input is adds
 
 
+def test_a_resumed_run_tells_how_long_it_took_since_then(few_digits, tmp_path, capsys):
+    settings = dict(**few_digits, **TINY, output_dir=tmp_path)
+    train(**settings, steps=1)
+    assert " s and " in capsys.readouterr().out.splitlines()[-1]
+    train(**settings, steps=2, resume="latest")
+    assert " s since it was resumed and " in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_diverging_run_stops_and_says_so(few_digits, tmp_path):
     with pytest.raises(ValueError, match="in step 2: try a lower --lr"):
         train(**few_digits, **TINY, num_epochs=2, learning_rate=1e30, output_dir=tmp_path)
@@ -363,6 +371,14 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
 
 
 # ---- Small things
+
+@pytest.mark.parametrize("cuda, mps, device", [
+    (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_cuda_is_taken_before_mps_and_mps_before_the_cpu(cuda, mps, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert get_device().type == device
+
 
 def test_precision_is_chosen_or_taken_as_asked(monkeypatch):
     cpu = torch.device("cpu")
