@@ -76,6 +76,7 @@ def test_one_image_of_each_class_comes_before_a_second_of_any():
 
 
 def test_the_forward_figure_is_clean_at_the_left_and_static_at_the_right(tmp_path, monkeypatch):
+    """And of a row only the share of its noise grows: the noise is the same in all columns."""
     seen = {}
     monkeypatch.setattr(visualize_diffusion, "save_strip",
                         lambda rows, labels, path, title: seen.update(rows=rows, labels=labels))
@@ -91,6 +92,10 @@ def test_the_forward_figure_is_clean_at_the_left_and_static_at_the_right(tmp_pat
         [x_0.flatten(), seen["rows"][:, k].flatten()]))[0, 1]) for k in range(8)]
     assert correlation[0] > 0.99 and abs(correlation[7]) < 0.05
     assert correlation == sorted(correlation, reverse=True)
+    alpha_bar = DiffusionProcess().alpha_bar
+    noises = [(seen["rows"][:, k] - alpha_bar[t]**0.5 * x_0) / (1 - alpha_bar[t])**0.5
+              for k, t in ((3, 200), (5, 600), (7, 999))]
+    assert all((noise - noises[0]).abs().max() < 1e-4 for noise in noises)
 
 
 def test_sample_shows_the_way_and_ends_with_the_sample_itself(checkpoint, tmp_path, capsys):

@@ -186,13 +186,12 @@ def test_a_moved_picture_repeats_its_border():
 
 
 @pytest.mark.parametrize("num_held_out", [20, 47, 201, 500, 2000])
-@pytest.mark.parametrize("shape", [lambda u: u, lambda u: u**2, torch.special.ndtri],
-                         ids=["even", "steep", "Gaussian"])
-def test_what_chance_gives_is_told_whatever_the_distances_are_like(num_held_out, shape):
-    """Cloth with 47 held-out images: chance was said to copy 0.5 % of the samples; it is 2.1 %."""
+def test_what_chance_copies_is_told(num_held_out):
+    """Cloth with 47 held-out images: chance was said to copy 0.5 % of the samples; it is 2.1 %.
+    Distances here are even, as any are by their ranks, which alone count."""
     random = torch.Generator().manual_seed(0)
-    samples = shape((torch.arange(10_000) + 0.5) / 10_000)    # every quantile once: without chance
-    shares = torch.tensor([copied_share(samples, shape(torch.rand(num_held_out, generator=random)))
+    samples = (torch.arange(10_000) + 0.5) / 10_000    # every quantile once: without chance
+    shares = torch.tensor([copied_share(samples, torch.rand(num_held_out, generator=random))
                            for _ in range(2000)])
     assert abs(shares.mean() - copied_by_chance(num_held_out)) < 4 * shares.std() / 2000**0.5
     assert (copied_by_chance(47) == 1 / 48

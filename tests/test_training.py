@@ -4,7 +4,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ import torchvision
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-import session
-import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, weights
 from data import Batches
@@ -238,17 +235,6 @@ def test_the_same_seed_trains_the_same_model(few_digits, tmp_path):
     assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
 
 
-def test_drawing_samples_and_measuring_the_speed_change_no_weight(few_digits, tmp_path,
-                                                                  monkeypatch):
-    """A picture drawn from the global generator would shift every later step."""
-    settings = dict(**few_digits, **TINY, num_epochs=3)
-    with_pictures = weights(train(**settings, output_dir=tmp_path / "with")[0])
-    blank = torch.zeros(64, 1, 16, 16)
-    monkeypatch.setattr(session, "sample_images", lambda *a, **k: blank)
-    monkeypatch.setattr(train_module, "measure_seconds", lambda *a, **k: (1.0, 1.0))
-    assert equal(with_pictures, weights(train(**settings, output_dir=tmp_path / "without")[0]))
-
-
 def test_a_dataloader_without_a_batch_is_one_line(tiny_model):
     few = DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()), batch_size=8,
                      drop_last=True)
@@ -451,8 +437,5 @@ def hostile(kind):
 @pytest.mark.filterwarnings("ignore")
 def test_a_small_file_that_claims_much_is_refused_at_little_cost(kind, tmp_path):
     torch.save(hostile(kind), tmp_path / "x.pt")
-    start = time.perf_counter()
     with pytest.raises(ValueError, match="refused|format version|damaged"):
         load_checkpoint(tmp_path / "x.pt")
-    # a bound on hanging, not a timing: 10^25 entries never end
-    assert time.perf_counter() - start < 20

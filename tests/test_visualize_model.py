@@ -39,9 +39,9 @@ def test_the_plain_table_is_what_one_counts_by_hand():
         assert level.parameters == parameters, name
         assert (level.shape == (channels, side, side)
                 and level.activation == 4 * channels * side**2), name
-    # At the top, on the way up: three skips' worth at full size are alive at once (skip, upsampled,
-    # both together).
-    assert peak >= 4 * (64 + 64 + 128) * 64**2
+    # At the top, on the way up: what was upsampled, and at full size the skip, the upsampled and
+    # both together are alive at once.
+    assert peak == 4 * (128 * 32**2 + (64 + 64 + 128) * 64**2)
 
 
 def test_the_table_has_all_parameters_of_any_model(attentive):
