@@ -15,15 +15,17 @@ import torch
 from PIL import Image
 
 import data
-from files import write_file
+import images
 import plan
 import sample
 import train
 import visualize_diffusion
 from checkpoint import load_checkpoint, save_checkpoint
+from command_line import one_line
 from conftest import ROOT, fails
 from diffusion import SAMPLERS, DiffusionProcess
-from images import image_grid, save_images, to_uint8
+from files import write_file
+from images import image_grid, save_images, save_strip, to_uint8
 from models import create_model
 
 
@@ -74,6 +76,7 @@ def test_one_image_of_each_class_comes_before_a_second_of_any():
 
 
 def test_the_forward_figure_is_clean_at_the_left_and_static_at_the_right(tmp_path, monkeypatch):
+    """And of a row only the share of its noise grows: the noise is the same in all columns."""
     seen = {}
     monkeypatch.setattr(visualize_diffusion, "save_strip",
                         lambda rows, labels, path, title: seen.update(rows=rows, labels=labels))
@@ -89,6 +92,10 @@ def test_the_forward_figure_is_clean_at_the_left_and_static_at_the_right(tmp_pat
         [x_0.flatten(), seen["rows"][:, k].flatten()]))[0, 1]) for k in range(8)]
     assert correlation[0] > 0.99 and abs(correlation[7]) < 0.05
     assert correlation == sorted(correlation, reverse=True)
+    alpha_bar = DiffusionProcess().alpha_bar
+    noises = [(seen["rows"][:, k] - alpha_bar[t]**0.5 * x_0) / (1 - alpha_bar[t])**0.5
+              for k, t in ((3, 200), (5, 600), (7, 999))]
+    assert all((noise - noises[0]).abs().max() < 1e-4 for noise in noises)
 
 
 def test_sample_shows_the_way_and_ends_with_the_sample_itself(checkpoint, tmp_path, capsys):
@@ -137,7 +144,37 @@ def test_saved_pixels_are_the_images_range(tmp_path):
     assert (grid[2:6, 2:6] == 0).all() and (grid[:2] == 255).all()
 
 
+def test_a_strip_has_its_labels_beside_their_rows_and_above_their_columns(monkeypatch):
+    """Two rows of three images, 4 pixels high and 5 wide, each of a grey of its own."""
+    seen = []
+    monkeypatch.setattr(images, "save_figure", lambda figure, path: seen.append(figure))
+    greys = torch.tensor([[0, 50, 100], [150, 200, 250]])
+    rows = greys.view(2, 3, 1, 1, 1).expand(2, 3, 1, 4, 5) / 127.5 - 1
+    save_strip(list(rows), ["a", "b", "c"], "x.png", row_labels=["first", "second"], title="all")
+    axes = seen[0].axes[0]
+    shown = axes.images[0].get_array()
+    for ticks, names, size in ((axes.xaxis, ["a", "b", "c"], 5),
+                               (axes.yaxis, ["first", "second"], 4)):
+        assert [label.get_text() for label in ticks.get_ticklabels()] == names
+        assert ticks.get_ticklocs().tolist() == [
+            2 + k * (size + 2) + size / 2 for k in range(len(names))]
+    for i, top in enumerate((2, 8)):
+        for j, left in enumerate((2, 9, 16)):
+            assert (shown[top:top + 4, left:left + 5] == int(greys[i, j])).all()
+    assert axes.get_title() == "all"
+
+
 # ---- Mistakes in numbers and names
+
+@pytest.mark.parametrize("said", [
+    "CUDA out of memory. Tried to allocate 2.00 GiB.",
+    "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried",
+    "Storage size calculation overflowed with sizes=[1152921504606846976]",
+    "could not create a primitive"])
+def test_whatever_torch_says_of_full_memory_is_advice(said):
+    assert one_line(RuntimeError(said)).startswith("out of memory; try fewer")
+    assert one_line(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
 
 @pytest.mark.parametrize("argv", [
     ["--dataset", "mnits"], ["--schedule", "quadratic"], ["--objective", "noise"],

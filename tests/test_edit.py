@@ -1,6 +1,8 @@
 """The operators against their definition, the rule against closed-form posteriors, the command on
 a tiny model."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,47 @@ def test_another_seed_is_another_answer_to_the_same_pictures(two_shades, tmp_pat
                    "--output_dir", str(tmp_path), "--device", "cpu"])
     (first, _, answer), (second, _, other) = asked
     assert torch.equal(first, second) and not torch.equal(answer, other)
+
+
+@pytest.fixture
+def mend(two_shades, tmp_path, monkeypatch):
+    """edit.py on three digits, with further flags."""
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
+    return lambda *flags: edit.main([
+        "--checkpoint", str(two_shades), "--dataset", "synthetic_digits", "--num_images", "3",
+        "--steps", "3", "--travel", "1", "--output_dir", str(tmp_path), "--device", "cpu", *flags])
+
+
+def test_the_mean_of_several_answers_of_the_class_that_was_asked_for(mend, monkeypatch):
+    answers, classes, saved = [], [], []
+
+    def spy(*args, y, **settings):
+        classes.append(y.tolist())
+        answers.append(solve(*args, y=y, **settings))
+        return answers[-1]
+
+    monkeypatch.setattr(edit, "solve", spy)
+    monkeypatch.setattr(edit, "save_images", lambda images, path, note: saved.append(images))
+    mend("--label", "bright", "--average", "2")
+    assert classes == [[1, 1, 1]] * 2 and (answers[0] - answers[1]).abs().max() > 0.01
+    torch.testing.assert_close(saved[0], ((answers[0] + answers[1]) / 2).clamp(-1, 1))
+
+
+def test_each_picture_is_labelled_with_its_own_likeness(mend, monkeypatch):
+    """In dB, a mean square of 2^2 = 4 being none: of what was given, and of the answer."""
+    def likeness(image, original):
+        return round(10 * math.log10(4 / np.square((image - original).numpy()).mean()))
+
+    seen = []
+    monkeypatch.setattr(edit, "save_strip", lambda rows, labels, path, row_labels:
+                        seen.append((rows, labels, row_labels)))
+    mend("--average", "8")
+    mend()
+    for (rows, labels, row_labels), answer in zip(seen, ("mean of 8\nanswers", "the model")):
+        assert row_labels == ["original", "given", answer]
+        assert labels == [f"{likeness(given, original)} → {likeness(ours, original)} dB"
+                          for original, given, ours in zip(*rows)]
+        assert len(set(labels)) == 3
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -298,6 +298,20 @@ def test_the_epochs_figure_shows_the_pixels_of_the_runs_own_sheets(run, tmp_path
             assert image.shape == (3, 8, 8) and set(to_uint8(image).flatten().tolist()) == {want}
 
 
+@pytest.mark.parametrize("num_images, shown", [(12, 12), (16, 14)])
+def test_epochs_take_more_than_a_row_of_a_sheet_and_no_gap_of_its_last(num_images, shown, run,
+                                                                       tmp_path, drawn, capsys):
+    """14 pictures lie in four rows of four."""
+    greys = torch.linspace(-1, 0.8, 14)
+    for sheet in (run / "samples").iterdir():
+        save_images(greys.view(14, 1, 1, 1).expand(14, 1, 8, 8), sheet)
+    figures.main(["--figure", "epochs", "--run", str(run), "--num_images", str(num_images),
+                  "--output_dir", str(tmp_path)])
+    assert torch.equal(to_uint8(torch.stack([row[0, 0, 0, 0] for row in drawn["rows"]])),
+                       to_uint8(greys[:shown]))
+    assert ("the sheets hold 14 pictures" in capsys.readouterr().out) == (num_images > 14)
+
+
 def test_a_stranger_in_the_folder_of_a_run_is_no_file_of_it(run):
     (run / "model_fine.pt").write_bytes(b"x")
     (run / "samples" / "epoch_by_epoch.png").write_bytes(b"x")

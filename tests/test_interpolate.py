@@ -106,6 +106,19 @@ def test_the_command_writes_its_pictures(two_shades, tmp_path, capsys):
     assert (tmp_path / "lerp_slerp.png").stat().st_size > 1000
 
 
+def test_a_walk_begins_and_ends_with_the_pictures_of_its_seeds(two_shades, tmp_path, monkeypatch):
+    """Those that sample.py draws of this class."""
+    seen = []
+    monkeypatch.setattr(interpolate, "save_images", lambda images, path: seen.append(images))
+    interpolate.main(["--checkpoint", str(two_shades), "--seeds", "3", "8", "--label", "bright",
+                      "--frames", "3", "--steps", "5", "--size", "16", "--device", "cpu",
+                      "--output_dir", str(tmp_path)])
+    model, diffusion, _ = load_model(two_shades)
+    for k, seed in ((0, 3), (2, 8)):
+        torch.testing.assert_close(seen[0][k:k + 1], diffusion.sample(
+            model, 8, 1, seed=seed, sampler="ddim", steps=5, y=1), atol=1e-5, rtol=0)
+
+
 def test_noises_are_drawn_from_in_batches_as_at_once(two_shades):
     model, diffusion, _ = load_model(two_shades)
     x_T, y = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 0, 0, 1])

@@ -11,23 +11,26 @@ import pytest
 import torch
 from PIL import Image
 
+import distributed
+import presets
 import session
 import train as train_module
 from checkpoint import load_checkpoint
-from conftest import ROOT, weights
-from data import Batches, split_held_out
+from conftest import ROOT, sheets, weights
+from data import Batches, get_dataset, split_held_out
 from diffusion import DiffusionProcess
 from folders import FITS
 from images import to_signed
 from load import load_model
 from loop import held_out_loss, rate_at, train_epoch, train_step
 from models import create_model
-from plan import make_plan
+from plan import make_plan, print_cost
 from presets import PRESETS, as_flags
+from reference import load_reference
 from sample import generate
 from train import MODEL_FLAGS, main, train
 from training_data import load_training_data
-from utils import count_parameters, seed_step
+from utils import count_parameters, seed_step, shuffled
 
 TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32",
             num_samples=4)
@@ -281,6 +284,19 @@ def test_held_out_images_keep_their_classes_where_those_are_the_models(few_digit
         sorted([*range(10)] * 2) if same else [-1] * 20)
 
 
+def test_the_held_out_images_of_a_named_set_are_its_test_set(few_digits, tmp_path):
+    """Those of --val_dir, also where evaluate.py looks for them; never the training images."""
+    folder = str(sheets(tmp_path / "in", 10))
+    found = load_training_data(folder, val_dir="synthetic_digits", image_size=16)
+    test_images, _ = get_dataset("synthetic_digits", train=False, image_size=16)
+    assert torch.equal(found.held_out.images, test_images)
+    facts = found.facts(dict(fit="crop", flip=False, turn=False, seed=0))
+    told = {**facts["data"], **{key: facts["settings"][key] for key in ("images", "held_out")}}
+    real = load_reference(told, "data")
+    assert torch.equal(real.held, test_images[shuffled(len(test_images))])
+    assert real.what == "images of synthetic_digits"
+
+
 @pytest.mark.parametrize("setting", ["model_name", "optimizer", "lr_schedule", "fit"])
 def test_an_unknown_word_is_refused_with_the_choices(setting, tmp_path):
     with pytest.raises(ValueError, match=f"unknown {setting} 'best'; choose from .*, "):
@@ -339,7 +355,56 @@ def test_an_odd_number_of_steps_is_not_reported_on_at_every_one():
     assert plan.num_reports() == 5
 
 
+def test_the_cost_that_is_told_adds_up(capsys):
+    """A fourth of 40 steps is done. Of those left each takes 2 s, every tenth draws a set of
+    pictures (50 calls of 3 s) and looks at half as many held-out images as that set has (1.5 s):
+    30 * 2 + 3 * (150 + 1.5) = 514.5 s."""
+    batches, held_out = (Batches(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), batch_size=16)
+                         for count in (160, 32))
+    print_cost(make_plan(10, 4), 10, batches, held_out, step_seconds=2.0, call_seconds=3.0,
+               picture_calls=50, num_samples=64, memory=5e9)
+    said = capsys.readouterr().out
+    for words in ("an epoch is 10 steps of 16 images, about 20 s here (8 images/s)",
+                  "the 30 steps left about 8.6 min", "2.5 min for each set of pictures",
+                  "5.0 GB of memory"):
+        assert words in said
+
+
 # ---- Presets
+
+def has(settings, **wanted):
+    return {name: settings[name] for name in wanted} == wanted
+
+
+def test_the_defaults_are_the_documented_ones(settings_of):
+    assert has(settings_of(), dataset_name=None, num_epochs=20, steps=None, batch_size=128,
+               learning_rate=2e-4, timesteps=1000, schedule="linear", objective="eps",
+               optimizer="adam", lr_schedule="constant", grad_clip=None, num_samples=64)
+
+
+def test_the_presets_have_the_documented_numbers(settings_of, monkeypatch):
+    """Written out: beside the table itself any typing error is right."""
+    fabrics = dict(batch_size=32, accumulate=2, optimizer="adam", beta2=0.99, ema_decay=0.995,
+                   ema_every=10, grad_clip=1.0, flip=True, schedule="sigmoid", objective="v",
+                   timesteps=1000, image_size=64, channels=3)
+    assert has(settings_of("--preset", "fabrics_500k"), **fabrics, steps=500_000,
+               learning_rate=8e-5, sample_every=25_000, save_every=25_000)
+    assert has(settings_of("--preset", "fabrics_100k"), **fabrics, steps=100_000,
+               learning_rate=2e-4, sample_every=1000, save_every=1000)
+    for device, batch_size in (("cpu", 8), ("cuda", 32)):
+        monkeypatch.setattr(presets, "get_device", lambda name: torch.device(device))
+        assert has(settings_of("--preset", "ct", "--dataset", "x"), batch_size=batch_size,
+                   num_epochs=60, optimizer="adamw", learning_rate=2e-4, weight_decay=1e-4,
+                   lr_schedule="cosine", ema_decay=0.9995, grad_clip=1.0, image_size=64, channels=1)
+
+
+def test_the_length_of_a_run_is_told_with_its_preset(settings_of, capsys):
+    for flag, other in (("--steps", "--epochs"), ("--epochs", "--steps")):
+        settings_of("--preset", "quick", flag, "60")
+        words = capsys.readouterr().out.split()
+        assert words[:2] == ["preset", "quick:"] and words[words.index(flag) + 1] == "60"
+        assert other not in words
+
 
 def test_every_preset_is_what_its_flags_say(settings_of, tmp_path):
     for name, row in PRESETS.items():
@@ -450,8 +515,21 @@ def test_two_processes_train_the_same_model_as_one(tmp_path):
     assert run.stdout.count("model_final.pt") == 1
 
 
+@pytest.mark.parametrize("rank, order", [(0, ["reads", "waits"]), (1, ["waits", "reads"])])
+def test_the_first_process_reads_and_the_others_find_it_done(rank, order, monkeypatch):
+    """They also meet after an error, which would else leave the others waiting for hours."""
+    seen = []
+    monkeypatch.setattr(distributed, "place", lambda: (rank, 2))
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: seen.append("waits"))
+    with pytest.raises(ValueError):
+        with distributed.first_rank_first():
+            seen.append("reads")
+            raise ValueError
+    assert seen == order
+
+
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path, monkeypatch, few_digits):
-    monkeypatch.setattr(train_module.distributed, "place", lambda: (0, 3))
-    monkeypatch.setattr(train_module.distributed, "first_rank_first", contextlib.nullcontext)
+    monkeypatch.setattr(distributed, "place", lambda: (0, 3))
+    monkeypatch.setattr(distributed, "first_rank_first", contextlib.nullcontext)
     with pytest.raises(ValueError, match="shared equally by 3"):
         train(**few_digits, **TINY, num_epochs=1, output_dir=tmp_path)

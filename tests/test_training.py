@@ -4,7 +4,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ import torchvision
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
-import session
-import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, weights
 from data import Batches
@@ -24,7 +21,7 @@ from loop import measure_seconds, train_epoch
 from models import create_model
 from sample import generate
 from train import sample_images, train
-from utils import EMA, get_precision, get_timesteps, seed_step
+from utils import EMA, get_device, get_precision, get_timesteps, seed_step
 
 TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32")
 
@@ -238,17 +235,6 @@ def test_the_same_seed_trains_the_same_model(few_digits, tmp_path):
     assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
 
 
-def test_drawing_samples_and_measuring_the_speed_change_no_weight(few_digits, tmp_path,
-                                                                  monkeypatch):
-    """A picture drawn from the global generator would shift every later step."""
-    settings = dict(**few_digits, **TINY, num_epochs=3)
-    with_pictures = weights(train(**settings, output_dir=tmp_path / "with")[0])
-    blank = torch.zeros(64, 1, 16, 16)
-    monkeypatch.setattr(session, "sample_images", lambda *a, **k: blank)
-    monkeypatch.setattr(train_module, "measure_seconds", lambda *a, **k: (1.0, 1.0))
-    assert equal(with_pictures, weights(train(**settings, output_dir=tmp_path / "without")[0]))
-
-
 def test_a_dataloader_without_a_batch_is_one_line(tiny_model):
     few = DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4).long()), batch_size=8,
                      drop_last=True)
@@ -281,6 +267,14 @@ def test_the_input_is_added_for_eps_alone(objective, adds, few_digits, tmp_path)
     train(**few_digits, **TINY, objective=objective, steps=1, output_dir=tmp_path)
     assert load_checkpoint(tmp_path / "model_final.pt")["model_config"]["add_input"] is adds
     assert load_model(tmp_path / "model_final.pt")[0].add_input is adds
+
+
+def test_a_resumed_run_tells_how_long_it_took_since_then(few_digits, tmp_path, capsys):
+    settings = dict(**few_digits, **TINY, output_dir=tmp_path)
+    train(**settings, steps=1)
+    assert " s and " in capsys.readouterr().out.splitlines()[-1]
+    train(**settings, steps=2, resume="latest")
+    assert " s since it was resumed and " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_diverging_run_stops_and_says_so(few_digits, tmp_path):
@@ -364,6 +358,14 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
 
 # ---- Small things
 
+@pytest.mark.parametrize("cuda, mps, device", [
+    (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_cuda_is_taken_before_mps_and_mps_before_the_cpu(cuda, mps, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert get_device().type == device
+
+
 def test_precision_is_chosen_or_taken_as_asked(monkeypatch):
     cpu = torch.device("cpu")
     for native, chosen in ((True, torch.bfloat16), (False, torch.float32)):
@@ -435,8 +437,5 @@ def hostile(kind):
 @pytest.mark.filterwarnings("ignore")
 def test_a_small_file_that_claims_much_is_refused_at_little_cost(kind, tmp_path):
     torch.save(hostile(kind), tmp_path / "x.pt")
-    start = time.perf_counter()
     with pytest.raises(ValueError, match="refused|format version|damaged"):
         load_checkpoint(tmp_path / "x.pt")
-    # a bound on hanging, not a timing: 10^25 entries never end
-    assert time.perf_counter() - start < 20

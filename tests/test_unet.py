@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from conftest import awake
 from models import MODELS, create_model
 from models.unet import DownBlock, SimpleUNet, TimeEmbedding, UpBlock
 from utils import count_parameters
@@ -121,6 +122,29 @@ def test_the_time_shifts_channels_ahead_of_the_activation():
     x = torch.randn(3, 8, 6, 6)
     same = block(x, torch.randn(3, 4))
     torch.testing.assert_close(same, block(torch.zeros_like(x), torch.zeros(3, 4)))
+
+
+def test_a_block_is_its_formula():
+    """silu(norm(conv(silu(norm(conv(x)) + time)))), norms in 8 groups of channels; norm and SiLU by
+    definition."""
+    torch.manual_seed(0)
+    block = awake(DownBlock(8, 16, 5)).double()
+    x, t_emb = torch.randn(2, 8, 6, 6).double(), torch.randn(2, 5).double()
+
+    def norm(h, layer):
+        torch.nn.init.normal_(layer.weight)
+        groups = h.reshape(2, 8, -1)
+        h = ((groups - groups.mean(-1, keepdim=True))
+             / (groups.var(-1, keepdim=True, correction=0) + 1e-5).sqrt())
+        return h.reshape(2, 16, 6, 6) * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+    def silu(h):
+        return h / (1 + torch.exp(-h))
+
+    time = t_emb @ block.time.weight.T + block.time.bias
+    h = silu(norm(block.conv1(x), block.norm1) + time[:, :, None, None])
+    want = silu(norm(block.conv2(h), block.norm2))
+    torch.testing.assert_close(block(x, t_emb), want)
 
 
 @pytest.mark.parametrize("block", ["up1", "up2"])

@@ -8,6 +8,7 @@ import torch
 
 import inside
 import visualize_model as figures
+from checkpoint import save_checkpoint
 from conftest import awake, fails, write_model
 from diffusion import DiffusionProcess, seeded_noise
 from models import create_model
@@ -38,9 +39,9 @@ def test_the_plain_table_is_what_one_counts_by_hand():
         assert level.parameters == parameters, name
         assert (level.shape == (channels, side, side)
                 and level.activation == 4 * channels * side**2), name
-    # At the top, on the way up: three skips' worth at full size are alive at once (skip, upsampled,
-    # both together).
-    assert peak >= 4 * (64 + 64 + 128) * 64**2
+    # At the top, on the way up: what was upsampled, and at full size the skip, the upsampled and
+    # both together are alive at once.
+    assert peak == 4 * (128 * 32**2 + (64 + 64 + 128) * 64**2)
 
 
 def test_the_table_has_all_parameters_of_any_model(attentive):
@@ -118,6 +119,40 @@ def test_watching_attention_does_not_change_the_picture(attentive):
     assert [t for t, *_ in moments] == [19, 11]             # the nearest of 19 15 11 7 3
     assert all(torch.allclose(weights.sum(-1), torch.ones(2, 64), atol=1e-5)
                for *_, weights in moments)
+
+
+def test_the_attention_figure_shows_the_row_of_the_cell_that_asks(monkeypatch, tmp_path):
+    """4x4 cells, as multiples of the even share of 1/16, for each of two heads; x_t and the guess
+    of x_0 before them."""
+    seen = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: seen.append(figure))
+    weights = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    figures.attention_figure([(9, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), weights)], (1, 2),
+                             tmp_path / "x.png")
+    shown = [axes.images[0].get_array() for axes in seen[0].axes[:4]]
+    assert (shown[0] == 128).all() and (shown[1] == 255).all()
+    for head, cells in zip(weights, shown[2:]):
+        np.testing.assert_allclose(cells, 16 * head[4 * 1 + 2].view(4, 4), rtol=1e-5)
+
+
+def test_attention_is_asked_by_the_cell_of_a_pixel(attentive, tmp_path, monkeypatch, capsys):
+    config = dict(base_channels=8, multipliers=(1, 2), num_blocks=1, attention_levels=(1,), heads=2,
+                  groups=4, time_emb_dim=16)
+    save_checkpoint(tmp_path / "m.pt", {
+        "model_name": "attention", "model_config": config, "ema": attentive.state_dict(),
+        "diffusion_config": DiffusionProcess(20).config,
+        "data": {"name": "mnist", "image_size": 16, "channels": 1, "classes": None}})
+    flags = ["--figure", "attention", "--checkpoint", str(tmp_path / "m.pt"), "--steps", "2",
+             "--query", "14", "10", "--device", "cpu", "--output_dir", str(tmp_path)]
+    figures.main(flags)
+    assert (tmp_path / "attention.png").stat().st_size > 10_000
+    assert "rows 14 to 15 and columns 10 to 11" in capsys.readouterr().out
+    seen = []
+    monkeypatch.setattr(figures, "attention_figure", lambda *args: seen.extend(args))
+    figures.main(flags)
+    moments, query = seen[:2]
+    assert query == (7, 5) and [t for t, *_ in moments] == [19, 9]
+    assert moments[0][-1].shape == (2, 64, 64)
 
 
 def test_reach_of_even_and_of_own_attention():
