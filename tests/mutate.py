@@ -687,7 +687,7 @@ EDITS = [
     Edit("gaps of a sheet are pictures", "run_figures.py",
          "while len(cells) > 1 and bool((cells[-1] == 255).all()):", "while False:", "figures"),
     Edit("the time of a part told as that of the whole", "train.py",
-         '"since it was resumed " * bool(origin)', '"since it was resumed " * bool(start_from)',
+         '" since it was resumed" * bool(origin)', '"since it was resumed " * bool(start_from)',
          "training"),
     Edit("a model is shown the clean image", "predictors.py",
          "diffusion.predict_noise(model, x_t[k],", "diffusion.predict_noise(model, x_0[k],",

@@ -201,7 +201,7 @@ def test_each_picture_is_labelled_with_its_own_likeness(mend, monkeypatch):
         return round(10 * math.log10(4 / np.square((image - original).numpy()).mean()))
 
     seen = []
-    monkeypatch.setattr(edit, "save_strip", lambda rows, labels, path, row_labels:
+    monkeypatch.setattr(edit, "save_strip", lambda rows, labels, path, row_labels, title:
                         seen.append((rows, labels, row_labels)))
     mend("--average", "8")
     mend()

@@ -77,7 +77,8 @@ def test_what_the_documents_import_is_there(document):
 
 def test_the_use_from_python_that_is_shown_works(tmp_path, monkeypatch, capsys):
     """README's blocks as they stand, but for one batch of digits and two steps."""
-    first, second = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    text = (ROOT / "README.md").read_text()
+    first, second = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     monkeypatch.setattr("data.SYNTHETIC_SIZE", 130)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()                              # a clone has it
