@@ -396,6 +396,8 @@ EDITS = [
     Edit("what is left of a run is deleted unasked", "running.py",
          "if there and not own and not overwrite:", "if saved and not own and not overwrite:",
          "resume"),
+    Edit("attention costs nothing on a CPU", "benchmark.py",
+         "with sdpa_kernel(SDPBackend.MATH), FlopCounterMode", "with FlopCounterMode", "hostile"),
     Edit("moments of another precision", "checkpoint.py",
          "if kinds - {torch.float32}:", "if False:", "resume"),
     Edit("an average without numbers is gone on with", "checkpoint.py",

@@ -37,6 +37,7 @@ from files import write_file
 from images import as_text, read_note, save_gif, save_images
 from load import PRETRAINED, card_recipe, find_by_digest, find_model, load_model
 from models import create_model, model_defaults
+from models.attention_unet import SelfAttention
 from plan import Plan
 from reference import load_reference
 from running import Signals, Stopped
@@ -463,6 +464,20 @@ def test_sheets_of_different_lengths_share_a_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(run_figures, "save_strip", lambda rows, *args, **kwargs: drawn.extend(rows))
     run_figures.epochs_figure(tmp_path, tmp_path / "epochs.png", 16, 6)
     assert [tuple(row.shape) for row in drawn] == [(2, 3, 16, 16)] * 4
+
+
+def test_the_operations_of_attention_count_on_a_cpu():
+    """Its fused kernel went uncounted. N places, C channels: 2 N C 3C for queries, keys and values,
+    2 N N C for their products and as many for the mean, 2 N C C at the end; back twice as many."""
+    class Attending(SelfAttention):
+        image_channels = 64
+
+        def forward(self, x, t):
+            return super().forward(x)
+
+    C, N = 64, 32 * 32
+    assert benchmark.training_flops(lambda: Attending(64, heads=4, groups=32), 32) == 3 * (
+        2 * N * C * 3 * C + 2 * 2 * N * N * C + 2 * N * C * C)
 
 
 def test_a_picture_that_rests_too_long_is_one_line(tmp_path):
