@@ -39,7 +39,7 @@ from sample import (calls_in_words, choose_labels, drawing_words, generate, seco
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
 MAX_MEASURED = 200_000
-SEARCHED = 2000  # so many samples at most are looked for among the training images
+SEARCHED = 2000  # so many samples, and held-out images, at most are looked for in the training set
 RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
         "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
 
@@ -111,7 +111,8 @@ def evaluate(drawn, model, diffusion, data, y, real, classifier, device):
         usual = fine_power(images) or 1.0       # 0 where all images are plain
         found["detail"], floor["detail"] = fine_power(drawn) / usual, fine_power(held) / usual
         bar.update()
-        copied, index = copies(drawn[:SEARCHED], held[:SEARCHED], images,
+        searched = min(len(drawn), SEARCHED)
+        copied, index = copies(drawn[:searched], held[:searched], images,
                                lambda some: look(classifier, some)[1],
                                reference if positions == 1 else look(classifier, images)[1],
                                positions)
@@ -130,7 +131,7 @@ def seconds_to_measure(classifier, images, num_held, num_images, sets=1, copies_
     """How long it will take here to measure so many sets of num_images samples, from timing the two
     longest parts on a few of the training images."""
     some, looks = images[:100], len(images) + num_held + sets * num_images
-    searches = (min(num_images, SEARCHED) + min(num_held, SEARCHED)) * positions
+    searches = (min(num_images, SEARCHED) + min(num_held, num_images, SEARCHED)) * positions
     if copies_too:
         looks += searches + len(images) * (positions > 1)
     seconds = looks * measure(lambda: look(classifier, some), torch.device("cpu"))
