@@ -464,7 +464,7 @@ def test_sheets_of_different_lengths_share_a_figure(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(run_figures, "save_strip", lambda rows, *args, **kwargs: drawn.extend(rows))
     run_figures.epochs_figure(tmp_path, tmp_path / "epochs.png", 16, 6)
-    assert [tuple(row.shape) for row in drawn] == [(2, 3, 16, 16)] * 4         # as many as both have
+    assert [tuple(row.shape) for row in drawn] == [(2, 3, 16, 16)] * 4  # as many as both have
 
 
 def test_a_picture_that_rests_too_long_is_one_line(tmp_path):
