@@ -26,12 +26,15 @@ def same(a, b):
 
 @pytest.fixture(autouse=True)
 def nothing_of_this_machine(monkeypatch):
-    """Keep from each test what a cluster or an office sets in the environment, and give back the
-    number of threads, which --recreate takes from a picture."""
+    """Keep from each test what a cluster or an office sets in the environment. Let it begin with
+    the same random numbers, and a synthetic set be 200 images, as 10,000 take three seconds. Give
+    back the number of threads, which --recreate takes from a picture."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "PYTHONDEVMODE",
                  "http_proxy", "https_proxy", "HTTP_PROXY",
                  "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("data.SYNTHETIC_SIZE", 200)
+    torch.manual_seed(0)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -63,11 +66,21 @@ def awake(module):
     return module
 
 
+def make_small(patch):
+    """Make a run take a second: synthetic sets are 64 images, pictures are drawn in 3 steps, and
+    the losses are written and not drawn."""
+    from diffusion import SAMPLERS
+    from files import write_file
+    patch.setattr("data.SYNTHETIC_SIZE", 64)
+    patch.setitem(SAMPLERS, "ddim", SAMPLERS["ddim"]._replace(steps=3))
+    patch.setattr("session.plot_losses", lambda losses, path, held_out=None:
+                  write_file(path, repr((losses, held_out)).encode()))
+
+
 @pytest.fixture
 def few_digits(monkeypatch):
-    """Make every synthetic set 64 digits of 16x16 pixels, so that a run takes a second."""
-    import data
-    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 64)
+    """A small run's data, digits of 16x16 pixels."""
+    make_small(monkeypatch)
     return dict(dataset_name="synthetic_digits", image_size=16)
 
 
@@ -159,6 +172,12 @@ LEVELS = {  # t: (linear alpha_bar, dB, cosine alpha_bar, dB) at T = 1000, compu
     999: (4.04e-5, -43.94, 2.4e-9, -86.15)}
 
 MEAN, STD = -0.2, 0.25
+
+
+def exact_flow(x_T, ab_T, ab=1.0):
+    """Where the flow of data N(MEAN, STD^2) carries x_T, from alpha_bar = ab_T to ab."""
+    z = (x_T - math.sqrt(ab_T) * MEAN) / math.sqrt(STD**2 * ab_T + 1 - ab_T)
+    return math.sqrt(ab) * MEAN + math.sqrt(STD**2 * ab + 1 - ab) * z
 
 
 class GaussianModel:

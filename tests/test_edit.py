@@ -2,6 +2,7 @@
 a tiny model."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import data
 import edit
+from conftest import fails
 from diffusion import DiffusionProcess
 from edit import colourise, deblur, inpaint, read_mask, solve, upscale
 from images import to_uint8
@@ -224,7 +226,5 @@ def test_each_picture_is_labelled_with_its_own_likeness(mend, monkeypatch):
     (["--mask", __file__], "--mask .*test_edit.py: "),
 ])
 def test_what_cannot_be_done_is_one_line(two_shades, tmp_path, capsys, flags, message):
-    import re
-    with pytest.raises(SystemExit) as stop:
-        edit.main(["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), *flags])
-    assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
+    assert re.search(message, fails(capsys, edit.main, "--checkpoint", two_shades,
+                                    "--output_dir", tmp_path, *flags))

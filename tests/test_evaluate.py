@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -29,6 +30,8 @@ from reference import Reference, as_shown, labels_like, load_reference
 from sample import generate
 from synthetic import digits
 from utils import shuffled
+
+WHOLE = data.SYNTHETIC_SIZE  # what conftest.py makes small
 
 
 def test_the_distance_of_one_dimensional_gaussians_is_the_closed_form():
@@ -262,8 +265,14 @@ def test_test_images_come_in_random_order_with_their_labels(monkeypatch):
     assert torch.equal(held, load_reference(like, "data").held)
 
 
+def small_digits(count):
+    """Of 14x14 pixels, which a classifier learns in a fourth of the time."""
+    images, labels = digits(count, seed=0)
+    return torch.nn.functional.avg_pool2d(images.float(), 2).round().to(torch.uint8), labels
+
+
 def test_a_classifier_learns_and_survives_its_file(tmp_path):
-    images, labels = digits(1500, seed=0)
+    images, labels = small_digits(1500)
     trained = train_classifier(images[:1200], labels[:1200], 10, epochs=3, batch_size=32)
     save_classifier(tmp_path / "c.pt", trained, data="these", trained_to="test")
     loaded, card = load_classifier(tmp_path / "c.pt")
@@ -273,7 +282,7 @@ def test_a_classifier_learns_and_survives_its_file(tmp_path):
 
 
 def test_turned_images_are_told_apart_without_labels():
-    images, _ = digits(900, seed=0)
+    images, _ = small_digits(900)
     trained = train_classifier(images[:800], epochs=4)
     turns, directions = classifier_module.turned(to_signed(images[800:]))
     assert (trained(turns)[0].argmax(1) == directions).double().mean() > 0.5    # a guess: 0.25
@@ -319,9 +328,13 @@ def test_shipped_files_know_the_real_images(name, data_dir, tmp_path, monkeypatc
     monkeypatch.delattr(classifier_module, "train_classifier")
     assert get_classifier(name, images, labels, images, labels,
                           tmp_path)[1].startswith(f"classifier_{name}.pt")
-    card = load_checkpoint(classifier_module.PRETRAINED / f"{name}.pt")["card"]
+    card = load_checkpoint(PRETRAINED / f"{name}.pt")["card"]
     assert card["settings"]["images"] == data.Batches(images, labels).fingerprint()
-    card = load_checkpoint(classifier_module.PRETRAINED / "synthetic_digits.pt")["card"]
+
+
+def test_the_shipped_weights_of_digits_know_what_the_code_draws(monkeypatch):
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", WHOLE)
+    card = load_checkpoint(PRETRAINED / "synthetic_digits.pt")["card"]
     assert card["settings"]["images"] == data.Batches(
         *get_dataset("synthetic_digits")).fingerprint()
 
@@ -377,7 +390,7 @@ def test_spoilt_sets_score_worse_than_real_images(data_dir):
     by the shipped classifier."""
     images, labels = get_dataset("mnist", data_dir)
     held, held_labels = get_dataset("mnist", data_dir, train=False)
-    shipped, card = load_classifier(classifier_module.PRETRAINED / "classifier_mnist.pt")
+    shipped, card = load_classifier(PRETRAINED / "classifier_mnist.pt")
     assert card["accuracy"] > 0.99
     reference = look(shipped, images[:6000])[1]
 
@@ -421,15 +434,25 @@ def test_the_command_writes_its_numbers_and_tells_them_again(two_shades, tmp_pat
 
 
 def test_too_few_images_are_refused(capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--num_images", "5"])
-    assert stop.value.code == 2 and "100" in capsys.readouterr().err
+    assert "fewer than 100" in fails(capsys, evaluate.main, "--num_images", 5)
+
+
+@pytest.fixture(scope="module")
+def their_classifier(two_shades, tmp_path_factory):
+    """What evaluate.py trains for `command`."""
+    folder = tmp_path_factory.mktemp("classifier")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SYNTHETIC_SIZE", 120)
+        real = load_reference(load_model(two_shades)[2], "data", "synthetic_digits")
+        get_classifier("synthetic_digits", *real[:4], folder)
+    return folder / "classifier.pt"
 
 
 @pytest.fixture
-def command(two_shades, tmp_path, monkeypatch):
+def command(two_shades, their_classifier, tmp_path, monkeypatch):
     """evaluate.py on a tiny model, beside few digits."""
-    monkeypatch.setattr("data.SYNTHETIC_SIZE", 120)
+    monkeypatch.setattr(data, "SYNTHETIC_SIZE", 120)
+    shutil.copy(their_classifier, tmp_path)
     return ["--checkpoint", two_shades, "--output_dir", tmp_path, "--dataset", "synthetic_digits",
             "--device", "cpu"]
 
@@ -496,8 +519,9 @@ def test_a_race_that_is_stopped_keeps_what_it_has_found(command, tmp_path, monke
 
 def test_stages_of_other_classes_take_guidance_from_none(tmp_path, monkeypatch):
     """The shipped digits' card asks for guidance, and garments have no class for it to follow."""
-    monkeypatch.setattr("data.SYNTHETIC_SIZE", 120)
     monkeypatch.setattr(evaluate, "same_classes", lambda *given: False)
+    monkeypatch.setattr(evaluate, "get_classifier",
+                        lambda *given: (Classifier(1, 28, 10).eval(), "no matter which"))
     evaluate.main(["--checkpoint", str(ROOT / "pretrained" / "synthetic_digits.pt"), "--stages",
                    "--num_images", "100", "--steps", "2", "--sampler", "ddim",
                    "--output_dir", str(tmp_path), "--device", "cpu"])

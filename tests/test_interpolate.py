@@ -9,7 +9,7 @@ from PIL import Image
 
 import interpolate
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import GaussianModel, MEAN, STD
+from conftest import GaussianModel, MEAN, STD, exact_flow, fails
 from diffusion import DiffusionProcess, seeded_noise
 from images import to_signed
 from interpolate import lerp, psnr, slerp, walk
@@ -53,8 +53,7 @@ def test_the_noise_of_gaussian_data_is_found():
     """Its flow has a closed form, which DDIM follows better the more steps it takes."""
     diffusion = DiffusionProcess()
     x_0 = MEAN + STD * noises(4).double()
-    ab = float(diffusion.alpha_bar[-1])
-    want = math.sqrt(ab) * MEAN + math.sqrt(STD**2 * ab + 1 - ab) * (x_0 - MEAN) / STD
+    want = exact_flow(x_0, 1.0, float(diffusion.alpha_bar[-1]))
     errors = [float((diffusion.invert(GaussianModel(diffusion), x_0, steps=n) - want).abs().mean())
               for n in (50, 200, 1000)]
     assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.03, errors
@@ -158,10 +157,8 @@ def test_pictures_are_drawn_from_their_noises_by_clamped_estimates(clip_loss, tw
     (["--images", "no.png", "no.png"], "no.png"),
     (["--seeds", "x", "1"], "'x' is no seed"), (["--label", "purple"], "unknown class")])
 def test_what_cannot_be_walked_is_one_line(argv, words, two_shades, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        interpolate.main(["--checkpoint", str(two_shades), "--output_dir", str(tmp_path), *argv])
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2 and words in error and error.count("\n") == 1
+    assert words in fails(capsys, interpolate.main, "--checkpoint", two_shades,
+                          "--output_dir", tmp_path, *argv)
 
 
 @pytest.mark.parametrize("loop", [False, True])

@@ -6,19 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import GaussianModel, MEAN, STD
+from conftest import GaussianModel, MEAN, STD, exact_flow
 from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from schedules import SPACINGS, distinct
 
 
 def noise():
     return seeded_noise(3, range(4), 0, (1, 16, 16)).double()
-
-
-def flow(x_T, ab_T, ab=1.0):
-    """Where the flow of Gaussian data carries x_T, from alpha_bar = ab_T to ab, in closed form."""
-    z = (x_T - math.sqrt(ab_T) * MEAN) / math.sqrt(STD**2 * ab_T + 1 - ab_T)
-    return math.sqrt(ab) * MEAN + math.sqrt(STD**2 * ab + 1 - ab) * z
 
 
 def errors(diffusion, sampler, spacing, counts):
@@ -29,7 +23,7 @@ def errors(diffusion, sampler, spacing, counts):
     for steps in counts:
         *_, (t, x_t, _), _ = diffusion.trajectory(GaussianModel(diffusion), x_T, sampler=sampler,
                                                   steps=steps, spacing=spacing, clip=False)
-        found.append(float((x_t - flow(x_T, ab[-1], ab[t])).abs().mean()))
+        found.append(float((x_t - exact_flow(x_T, ab[-1], ab[t])).abs().mean()))
     return found
 
 
@@ -57,7 +51,7 @@ def test_ipndm_converges_at_second_order_on_levels_even_in_sigma():
 def test_ten_evaluations_beat_fifty_of_ddim(sampler):
     """With an exact denoiser and levels that suit one. (Trained networks prefer uniform ones.)"""
     diffusion, x_T = DiffusionProcess(), noise()
-    want = flow(x_T, float(diffusion.alpha_bar[-1]))
+    want = exact_flow(x_T, float(diffusion.alpha_bar[-1]))
     fast, slow = (diffusion.sample(GaussianModel(diffusion), x_T=x_T, sampler=name, steps=steps,
                                    spacing=spacing, clip=False)
                   for name, steps, spacing in ((sampler, 10, "log_snr"), ("ddim", 50, "uniform")))

@@ -16,7 +16,7 @@ import presets
 import session
 import train as train_module
 from checkpoint import load_checkpoint
-from conftest import ROOT, sheets, weights
+from conftest import ROOT, fails, sheets, weights
 from data import Batches, get_dataset, split_held_out
 from diffusion import DiffusionProcess
 from folders import FITS
@@ -422,7 +422,9 @@ def test_every_preset_is_what_its_flags_say(settings_of, tmp_path):
 def test_presets_build_the_networks_of_the_documents(name, count, settings_of, tmp_path):
     settings = settings_of("--preset", name, "--dataset", str(tmp_path))
     config = {flag: settings[flag] for flag in MODEL_FLAGS if flag in settings}
-    model = create_model(settings["model_name"], image_channels=settings["channels"] or 1, **config)
+    with torch.device("meta"):
+        model = create_model(settings["model_name"], image_channels=settings["channels"] or 1,
+                             **config)
     assert count_parameters(model) == count
 
 
@@ -453,15 +455,15 @@ def test_explicit_flags_win_over_the_preset(settings_of):
 def test_bad_settings_are_one_line(argv, words, few_digits, tmp_path, capsys):
     if "--preset" not in argv:
         argv = ["--dataset", "synthetic_digits", *argv]
-    with pytest.raises(SystemExit) as exit_:
-        main([*argv, "--output_dir", str(tmp_path)])
-    error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2 and "\n" not in error and words in error
+    assert words in fails(capsys, main, *argv, "--output_dir", tmp_path)
 
 
 # ---- Several processes
 
-WORKER = """
+SHARED = dict(dataset_name="synthetic_digits", batch_size=16, image_size=8, steps=20, accumulate=2,
+              grad_clip=1.0, base_channels=16, device="cpu", precision="float32", num_samples=4,
+              ema_decay=0.9)
+WORKER = f"""
 import sys, torch, data, distributed
 data.SYNTHETIC_SIZE = 64
 from diffusion import DiffusionProcess
@@ -472,38 +474,31 @@ def note(self, model, x_0, *args):
     return plain(self, model, x_0, *args)
 DiffusionProcess.training_loss = note
 out = sys.argv[1]
-model, ema, losses = train("synthetic_digits", 16, image_size=8, steps=20, accumulate=2,
-                           grad_clip=1.0, base_channels=16, device="cpu",
-                           precision="float32", num_samples=4, ema_decay=0.9, output_dir=out)
+model, ema, losses = train(**{SHARED}, output_dir=out)
 rank, world = distributed.place()
 torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), losses=losses, seen=seen),
-           f"{out}/rank{rank}.pt")
+           out + "/rank" + str(rank) + ".pt")
 distributed.leave()
 """
 
 
-def run_worker(tmp_path, processes):
-    script, out = tmp_path / "worker.py", tmp_path / f"out{processes}"
-    script.write_text(WORKER)
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    run = subprocess.run([*launch, str(script), str(out)],
+@pytest.mark.usefixtures("few_digits")
+def test_two_processes_train_the_same_model_as_one(tmp_path):
+    """torchrun, gloo: equal weights in both, those of one process to 1e-4; rank 0 alone speaks."""
+    model, ema, losses = train(**SHARED, output_dir=tmp_path / "alone")
+    alone, out = {"model": model.state_dict(), "ema": ema.state_dict()}, tmp_path / "out"
+    (tmp_path / "worker.py").write_text(WORKER)
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc_per_node=2", str(tmp_path / "worker.py"), str(out)],
                          capture_output=True, text=True, timeout=300,
                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-2000:]
-    return run, [torch.load(out / f"rank{rank}.pt") for rank in range(processes)]
-
-
-def test_two_processes_train_the_same_model_as_one(tmp_path):
-    """torchrun, gloo: equal weights in both, those of one process to 1e-4; rank 0 alone speaks."""
-    _, (alone,) = run_worker(tmp_path, 1)
-    run, (first, second) = run_worker(tmp_path, 2)
+    first, second = (torch.load(out / f"rank{rank}.pt") for rank in range(2))
     for part in ("model", "ema"):
         for name, value in first[part].items():
             assert torch.equal(value, second[part][name])
             torch.testing.assert_close(value, alone[part][name], atol=1e-4, rtol=0)
-    assert first["losses"] == second["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert first["losses"] == second["losses"] == pytest.approx(losses, abs=1e-4)
     per_epoch = 64 // 32 * 32 // 2                              # what each of two sees of 64 images
     for part in (first, second):
         del part["seen"][:-10 * per_epoch]                      # the steps that measured the speed

@@ -15,7 +15,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from conftest import ROOT, weights
 from data import Batches
 from diffusion import DiffusionProcess
-from images import moving_average, to_signed
+from images import moving_average, plot_losses, to_signed
 from load import load_model
 from loop import measure_seconds, train_epoch
 from models import create_model
@@ -23,7 +23,7 @@ from sample import generate
 from train import sample_images, train
 from utils import EMA, get_device, get_precision, get_timesteps, seed_step
 
-TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32")
+TINY = dict(base_channels=8, batch_size=16, num_samples=4, device="cpu", precision="float32")
 
 
 def equal(a, b):
@@ -48,7 +48,7 @@ def test_the_documented_use_from_python_works(data_dir, tmp_path):
     assert losses[2] < losses[0] < 1.5 and not equal(before, weights(model))
     assert sample_images(model, diffusion, torch.device("cpu"),
                          num_images=2).shape == (2, 1, 28, 28)
-    images = diffusion.sample(model, batch_size=2)
+    images = DiffusionProcess(50).sample(model, batch_size=2)       # in all steps
     assert images.shape == (2, 1, 28, 28) and images.abs().max() <= 1
 
 
@@ -210,7 +210,8 @@ def test_an_impossible_decay_is_refused(decay):
 # ---- A run
 
 def test_a_run_writes_what_it_promises_and_the_checkpoint_alone_suffices(few_digits, tmp_path,
-                                                                         capsys):
+                                                                         monkeypatch, capsys):
+    monkeypatch.setattr("session.plot_losses", plot_losses)             # as few_digits does not
     _, ema, losses = train(**few_digits, **TINY, num_epochs=6, output_dir=tmp_path)
     names = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert names == {".lock", *(f"samples/epoch_{k:03d}.png" for k in range(1, 7)),

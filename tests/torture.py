@@ -334,7 +334,7 @@ def open_hostile(rng, folder, reference):
         return f"{what}: {told[-300:]}", grown
     if code == 0 and not what.startswith("bit"):
         return f"{what}: loaded", grown
-    if seconds > 2 or grown > 2:
+    if seconds > reference.patience or grown > 2:
         return f"{what}: {seconds:.1f} s, {grown:.1f} times the file's memory", grown
     return "", grown
 
@@ -451,7 +451,7 @@ def send_signal(rng, folder, reference):
         return f"exit code {code}: {(folder / 'log').read_text()[-300:]}", seconds
     saved = next((load_checkpoint(folder / name)["step"] for name in (LATEST, FINAL)
                   if (folder / name).exists()), 0)
-    if saved != taken or seconds > 5:
+    if saved != taken or seconds > 2.5 * reference.patience:
         return f"{taken} steps, {saved} saved, {seconds:.1f} s", seconds
     Child(lambda: run(folder), folder / "log").wait()
     return ("" if same(outcome(folder), reference.outcome)
@@ -538,6 +538,8 @@ def main(argv=None):
     for flag, (title, default, *_) in ROWS.items():
         parser.add_argument(f"--{flag}", type=int, default=default,
                             help=f"{title} (default: {default})".replace("%", "%%"))
+    parser.add_argument("--patience", type=float, default=2,
+                        help="seconds that a hostile file may take to read (default: 2)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/torture"))
     parser.add_argument("--data_dir", default=os.environ.get("DIFFUSION_DATA", "data"))
     args = parser.parse_args(argv)
@@ -554,6 +556,7 @@ def main(argv=None):
     prepare(args.data_dir)
     with tempfile.TemporaryDirectory() as scratch:
         reference = Reference(Path(scratch) / "whole")
+        reference.patience = args.patience
         for flag, (title, _, attempt, _) in ROWS.items():
             todo = [index for index in range(getattr(args, flag)) if index not in done[flag]]
             for index in tqdm(todo, desc=title, disable=not todo):
