@@ -3,6 +3,7 @@
 
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def same(a, b):
 def nothing_of_this_machine(monkeypatch):
     """Keep from each test what a cluster or an office sets in the environment. Let it begin with
     the same random numbers, and a synthetic set be 200 images, as 10,000 take three seconds. Give
-    back the number of threads, which --recreate takes from a picture."""
+    back the number of threads, which --recreate takes from a picture, and Ctrl-C, which a command
+    that was interrupted leaves to the system."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "PYTHONDEVMODE",
                  "http_proxy", "https_proxy", "HTTP_PROXY",
                  "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
@@ -38,6 +40,7 @@ def nothing_of_this_machine(monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

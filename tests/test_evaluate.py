@@ -584,7 +584,7 @@ def test_samples_and_floor_are_measured_each_by_its_own_images(num_images, comma
         sure = sum(max(row) > 0.9 for row in probabilities.tolist()) / len(some)
         assert found[key]["confident"] == pytest.approx(sure) and share_sure(probabilities) == sure
         assert found[key]["detail"] == pytest.approx(fine_power(some) / fine_power(images))
-    held = held[:num_images]                    # looked for are as many of them as there are samples
+    held = held[:num_images]                    # as many are looked for as there are samples
     near, near_held = (nearest_images(some, images)[0] for some in (drawn, held))
     in_features, held_in_features = (nearest(look(network, some)[1], training)[0][0]
                                      for some in (drawn, held))
