@@ -220,7 +220,8 @@ def whole_precision(weights):
 
 
 def check_weights(path, weights, model):
-    """Raise ValueError unless `weights` has exactly the model's own names, shapes and dtypes."""
+    """Raise ValueError unless `weights` has exactly the model's own names, shapes and dtypes, and
+    finite numbers only."""
     def kinds(state):
         return {name: f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
                 for name, value in state.items()}
@@ -232,6 +233,8 @@ def check_weights(path, weights, model):
         raise ValueError(f"{path} is for another model: {len(wrong)} of its entries differ, "
                          f"first {name} ({saved.get(name, 'missing')}, "
                          f"not {own.get(name, 'expected at all')})")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise ValueError(f"{path} is of no use: not all of its weights are finite numbers")
 
 
 @dataclasses.dataclass
@@ -259,8 +262,6 @@ class State:
         try:
             for weights, model in ((saved["model"], self.model), (saved["ema"], self.ema.model)):
                 check_weights(path, weights, model)
-                if not all(value.isfinite().all() for value in weights.values()):
-                    raise ValueError("not all of its weights are finite numbers")
                 model.load_state_dict(weights)
             kinds = {value.dtype for entries in saved["optimizer"]["state"].values()
                      for value in entries.values()}
@@ -383,8 +384,6 @@ def take_weights(path, model, name, config, process, classes=None):
             weights["class_emb.weight"] = class_vectors(
                 model.state_dict()["class_emb.weight"], vectors, known, classes or [])
         check_weights(path, weights, model)
-        if not all(value.isfinite().all() for value in weights.values()):
-            raise ValueError(f"{path}: not all of its weights are finite numbers")
         steps = entries["step"] if "step" in entries else entries["card"]["training_steps"]
         before, images = told_of(entries, "started_from"), told_of(entries).get("images")
         if before and before.get("images") != images:
