@@ -24,7 +24,9 @@ SURE = 0.9  # a classifier that gives so much to one class is called sure of it
 
 
 def gaussian_of(features):
-    """(mean [D], covariance [D, D]) in float64."""
+    """(mean [D], covariance [D, D]) in float64. ValueError for fewer than two."""
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least two images, got {len(features)}")
     features = features.double()
     return features.mean(0), torch.cov(features.T)
 
@@ -45,10 +47,11 @@ def frechet_distance(features, reference, repeats=20):
     The error is the standard deviation over `repeats` draws of N of the features, with replacement
     (Efron 1979). Fewer images give a larger distance, so only equal numbers compare.
     """
-    if len(features) < 2 or len(reference) < 2:
-        raise ValueError("a covariance needs at least two images, "
-                         f"got {len(features)} and {len(reference)}")
-    target = gaussian_of(reference)
+    return _distance_from(gaussian_of(reference), features, repeats)
+
+
+def _distance_from(target, features, repeats=20):
+    """frechet_distance from a Gaussian that is known already."""
     generator = torch.Generator().manual_seed(0)
     draws = [frechet_between(*gaussian_of(features[torch.randint(len(features), (len(features),),
                                                                  generator=generator)]), *target)
@@ -68,7 +71,8 @@ def mean_distance(features, reference, size):
 
     So many images compare with `size` others, and their error is smaller than that of one set.
     """
-    distances, errors = in_sets(lambda part: frechet_distance(part, reference), features, size).T
+    target = gaussian_of(reference)             # once, and not for each set
+    distances, errors = in_sets(lambda part: _distance_from(target, part), features, size).T
     return float(distances.mean()), float(errors.square().sum().sqrt() / len(errors))
 
 
