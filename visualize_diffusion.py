@@ -139,7 +139,7 @@ def draw_forward(args, path, loaded):
 
 def draw_dataset(args, path, loaded):
     in_classes = args.dataset is not None and sorted_into_classes(args.dataset)
-    dataset, images, labels = named_images(args, **(dict(with_labels=True) if in_classes else {}))
+    dataset, images, labels = named_images(args, with_labels=in_classes)
     shape = "x".join(map(str, images.shape[1:]))
     dataset_figure(images, labels, class_names(dataset, labels is not None), path, args.num_images,
                    args.seed,
