@@ -44,7 +44,8 @@ def export(checkpoint, output, evaluation=None, **card):
         else:
             settings = {name: value for name, value in entries["settings"].items()
                         if value is not None}
-            card = {**card, "settings": settings, "training_steps": entries["step"]}
+            card = {**(entries.get("draw_with") or {}), **card, "settings": settings,
+                    "training_steps": entries["step"]}
             if told_of(entries, "started_from"):
                 card["started_from"] = entries["started_from"]
         weights = half_precision(entries["ema"])

@@ -108,7 +108,8 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         data = {**{name: value for name, value in told.items()
                    if not isinstance(value, torch.Tensor)},
                 "channels": model.image_channels, "digest": drawing_digest(entries),
-                **card_recipe(entries.get("card"), diffusion.num_timesteps)}
+                **card_recipe(entries.get("card") or entries.get("draw_with"),
+                              diffusion.num_timesteps)}
         if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_SIZE:
             raise ValueError(f"image_size {data['image_size']!r}")
         if data["image_size"] % model.multiple:
@@ -164,8 +165,9 @@ def check_config(config, defaults):
 
 def card_recipe(card, T):
     """{sampler, steps, spacing, eta, guidance, guidance_interval, weak} with which a model was
-    measured, as its card (export.py) tells; weak is the name of a file beside it. Where the card
-    does not tell: ddim, the class followed plainly, and None for the others."""
+    measured, as its card (export.py) tells, or its preset is drawn (presets.py); weak is the name
+    of a file beside it. Where nothing is told: ddim, the class followed plainly, and None for the
+    others."""
     card = card if isinstance(card, dict) else {}
     sampler, steps, guidance, weak = map(card.get, ("sampler", "sampler_steps", "guidance", "weak"))
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
@@ -188,7 +190,8 @@ def card_recipe(card, T):
 def add_drawing_flags(add):
     """Those that take_sampler and take_guidance fill in.  add: of a command_line.Parser."""
     add("--sampler",
-        "how to step down; default: what shipped weights were measured with, ddim for others",
+        "how to step down; default: what shipped weights were measured with, or the preset of "
+        "a training is best drawn by, else ddim",
         choices=sorted(SAMPLERS))
     add("--steps", "model calls, twice as many with guidance; "
         "default: as the model's card says where --sampler is not given, else " + ", ".join(

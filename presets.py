@@ -44,6 +44,12 @@ PRESETS = {
                            lr_schedule="cosine", warmup=100, optimizer="muon", ema_decay=0.999,
                            ema_every=1, val_fraction=0.05, sample_every=1000, save_every=4000),
 }
+# How their pictures are best drawn (EXPERIMENTS.md). The checkpoint tells it, as a card does, and
+# who draws from it need not type it (load.py: card_recipe).
+DRAW_WITH = {
+    "quick":          dict(sampler="dpmpp_2m", guidance=1.15),
+    "fabrics_laptop": dict(sampler="dpmpp_2m_sde", sampler_steps=100, spacing="tapered", eta=1.6),
+}
 
 
 def as_flags(row):
@@ -88,4 +94,4 @@ def parse(parser, argv):
             f"preset {given.preset}: {as_flags(row)}", 110,
             subsequent_indent="  ", break_on_hyphens=False, break_long_words=False), sep="\n")
     settings["epochs"] = settings["epochs"] or 20                      # --steps goes before it
-    return settings
+    return {**settings, "draw_with": DRAW_WITH.get(given.preset)}

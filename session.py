@@ -131,6 +131,7 @@ def restore(state, origin, facts, plan):
         raise ValueError(f"{origin} belongs to a run with other classes ({classes[0]!r:.200} then, "
                          f"{classes[1]!r:.200} now)")
     facts["started_from"] = saved.get("started_from")
+    facts["draw_with"] = facts["draw_with"] or saved.get("draw_with")
     state.restore(origin, saved)
     if len(state.losses) > plan.total_steps:
         raise ValueError(f"{origin} is at step {len(state.losses)}, "

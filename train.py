@@ -50,7 +50,7 @@ from verify import verify
 # the images count and not where they lie.
 MAY_CHANGE = ("num_epochs", "steps", "dataset_name", "data_dir", "val_dir", "output_dir", "device",
               "cache_dir", "grad_checkpoint", "compile", "num_samples", "sample_every",
-              "save_every", "resume", "overwrite", "start_from")
+              "save_every", "resume", "overwrite", "start_from", "draw_with")
 
 
 def build_model(name, config, image_size, seed, device, grad_checkpoint):
@@ -125,7 +125,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
           optimizer="adam", beta2=0.999, weight_decay=0.0, lr_schedule="constant", warmup=0,
           accumulate=1, grad_clip=None, min_snr=None, density="uniform", ema_decay=0.9995,
           ema_every=1, num_samples=64, sample_every=None, save_every=None, resume=None,
-          overwrite=False, start_from=None, **model_config):
+          overwrite=False, start_from=None, draw_with=None, **model_config):
     """Train and write pictures, checkpoints and the loss; main() documents the settings.
 
     dataset_name: a key of DATASETS, a folder of images, or None for MNIST with synthetic digits to
@@ -136,6 +136,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     overwrite: replace a run that lies in output_dir, as soon as this one is saved for the first
     time; without it such a folder is refused.
     start_from: the path of a checkpoint whose averaged weights replace random ones (take_weights).
+    draw_with: how sample.py draws from the checkpoints unless told, as presets.DRAW_WITH has it.
     Returns (model, ema_model, losses). Raises ValueError for bad settings, OSError for bad folders,
     and Stopped (a KeyboardInterrupt) after a signal, with the state saved.
     """
@@ -199,7 +200,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             settings["total_steps"] = plan.total_steps
         facts = {"model_name": model_name, "model_config": model_config,
                  "diffusion_config": diffusion.config, "started_from": started,
-                 **data.facts(settings)}
+                 "draw_with": draw_with, **data.facts(settings)}
         facts = plain(facts, "the run")         # what cannot be saved is told before the training
 
         # ---- What is going to happen

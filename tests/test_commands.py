@@ -451,7 +451,7 @@ def test_imports_run_one_way():
                "command_line",
                "checkpoint convergence folders inside plan predictors synthetic",
                "data figures interop loop presets recipe running",
-               "classifier load reference session training_data verify", "train",
+               "classifier load network_figures reference session training_data verify", "train",
                "comparisons export sample",
                "benchmark evaluate interpolate run_figures sampling_figures",
                "contest diagnose edit visualize_diffusion", "visualize_model")

@@ -15,6 +15,8 @@ from checkpoint import load_checkpoint, save_checkpoint
 from conftest import fails
 from images import read_note
 from load import card_recipe, load_model
+from presets import DRAW_WITH
+from train import train
 
 
 @pytest.fixture
@@ -201,6 +203,33 @@ def test_sampling_takes_the_spacing_of_the_card_with_its_sampler_only(two_shades
     assert drawn("--sampler", "dpmpp_2m", "--steps", "3") == (3, "uniform")
     for damaged in ("none such", ["tapered"], 7):
         assert card_recipe({"spacing": damaged}, 1000)["spacing"] is None
+
+
+def test_what_a_preset_is_best_drawn_by_goes_with_its_checkpoints(few_digits, tmp_path):
+    """Through a resumed run and a small file into the picture, and a typed flag wins."""
+    run = dict(few_digits, base_channels=8, time_emb_dim=16, batch_size=16, device="cpu",
+               precision="float32", num_samples=1, output_dir=tmp_path)
+    draw_with = dict(sampler="dpmpp_2m_sde", sampler_steps=4, spacing="tapered", eta=1.3,
+                     guidance=1.5)
+    train(**run, steps=1, draw_with=draw_with)
+    train(**run, steps=2, resume="latest")
+    export.export(tmp_path / "model_final.pt", tmp_path / "small.pt")
+    for name, flags, expected in (
+            ("model_final.pt", [], ("dpmpp_2m_sde", 4, "tapered", 1.3, 1.5)),
+            ("small.pt", [], ("dpmpp_2m_sde", 4, "tapered", 1.3, 1.5)),
+            ("model_final.pt", ["--sampler", "ddim"], ("ddim", 3, "uniform", 0, 1.5))):
+        sample.main(["--checkpoint", str(tmp_path / name), "--num_images", "1", "--device", "cpu",
+                     "--output_dir", str(tmp_path / "out"), *flags])
+        note = read_note(tmp_path / "out" / "generated_samples.png")
+        assert tuple(note[key] for key in ("sampler", "steps", "spacing", "eta",
+                                           "guidance")) == expected
+
+
+def test_what_presets_are_drawn_by_can_be_drawn_by():
+    for row in DRAW_WITH.values():
+        taken = card_recipe(row, 1000)
+        assert {**row, "steps": row.get("sampler_steps")}.items() <= {
+            **taken, "sampler_steps": taken["steps"]}.items()
 
 
 @pytest.mark.parametrize("name", ["../early.pt", "/early.pt", "", ["early.pt"], 7])

@@ -413,7 +413,8 @@ def test_every_preset_is_what_its_flags_say(settings_of, tmp_path):
             row["dataset"] = str(tmp_path)
         by_flags = settings_of(*as_flags(row).split(), "--device", "cpu")
         by_name = settings_of("--preset", name, "--dataset", row["dataset"], "--device", "cpu")
-        assert by_name == {**by_flags, **PRESETS[name].get("without_gpu", {})}, name
+        assert by_name == {**by_flags, **PRESETS[name].get("without_gpu", {}),
+                           "draw_with": presets.DRAW_WITH.get(name)}, name
 
 
 @pytest.mark.parametrize("name, count", [

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import inside
-import visualize_model as figures
+import network_figures
+import visualize_model
 from checkpoint import save_checkpoint
 from conftest import awake, fails, kept_bytes, write_model
 from diffusion import DiffusionProcess, seeded_noise
@@ -24,7 +25,7 @@ def attentive():
 
 def test_the_plain_table_is_what_one_counts_by_hand():
     """[64, 128, 256] at 3x64x64: parameters and activations of each convolution, written out."""
-    levels, peak = inside.model_table(figures.PlainUNet([64, 128, 256]), 64)
+    levels, peak = inside.model_table(inside.PlainUNet([64, 128, 256]), 64)
     by_name = {level.name: level for level in levels}
     conv = lambda i, o, k=3: i * o * k * k + o                                          # noqa: E731
     expected = {  # name: parameters, (channels, side)
@@ -54,7 +55,8 @@ def test_the_table_has_all_parameters_of_any_model(attentive):
 def test_any_name_of_a_file_is_a_title(tmp_path):
     """A formula that is none was an error of matplotlib's, after the whole table."""
     model = write_model(tmp_path / "a$\\frac$_b.pt")
-    figures.main(["--figure", "table", "--checkpoint", str(model), "--output_dir", str(tmp_path)])
+    visualize_model.main(["--figure", "table", "--checkpoint", str(model),
+                          "--output_dir", str(tmp_path)])
     assert (tmp_path / "model_table.png").is_file()
 
 
@@ -116,10 +118,10 @@ def test_the_attention_figure_shows_the_row_of_the_cell_that_asks(monkeypatch, t
     """4x4 cells, as multiples of the even share of 1/16, for each of two heads; x_t and the guess
     of x_0 before them."""
     seen = []
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: seen.append(figure))
+    monkeypatch.setattr(network_figures, "save_figure", lambda figure, path: seen.append(figure))
     weights = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    figures.attention_figure([(9, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), weights)], (1, 2),
-                             tmp_path / "x.png")
+    network_figures.attention_figure(
+        [(9, torch.zeros(1, 8, 8), torch.ones(1, 8, 8), weights)], (1, 2), tmp_path / "x.png")
     shown = [axes.images[0].get_array() for axes in seen[0].axes[:4]]
     assert (shown[0] == 128).all() and (shown[1] == 255).all()
     for head, cells in zip(weights, shown[2:]):
@@ -135,12 +137,12 @@ def test_attention_is_asked_by_the_cell_of_a_pixel(attentive, tmp_path, monkeypa
         "data": {"name": "mnist", "image_size": 16, "channels": 1, "classes": None}})
     flags = ["--figure", "attention", "--checkpoint", str(tmp_path / "m.pt"), "--steps", "2",
              "--query", "14", "10", "--device", "cpu", "--output_dir", str(tmp_path)]
-    figures.main(flags)
+    visualize_model.main(flags)
     assert (tmp_path / "attention.png").stat().st_size > 10_000
     assert "rows 14 to 15 and columns 10 to 11" in capsys.readouterr().out
     seen = []
-    monkeypatch.setattr(figures, "attention_figure", lambda *args: seen.extend(args))
-    figures.main(flags)
+    monkeypatch.setattr(visualize_model, "attention_figure", lambda *args: seen.extend(args))
+    visualize_model.main(flags)
     moments, query = seen[:2]
     assert query == (7, 5) and [t for t, *_ in moments] == [19, 9]
     assert moments[0][-1].shape == (2, 64, 64)
@@ -206,7 +208,7 @@ def own_model(argv, folder):
      "features.png")])
 def test_each_figure_is_written(argv, file, tmp_path, capsys):
     write_model(tmp_path / "model.pt")
-    figures.main([*argv, *own_model(argv, tmp_path), "--output_dir", str(tmp_path)])
+    visualize_model.main([*argv, *own_model(argv, tmp_path), "--output_dir", str(tmp_path)])
     assert ((tmp_path / file).stat().st_size > 10_000
             and f"wrote {tmp_path / file}" in capsys.readouterr().out)
 
@@ -219,5 +221,5 @@ def test_each_figure_is_written(argv, file, tmp_path, capsys):
     (["--figure", "features", "--num_images", "2", "--dataset", "synthetic_digits"], "4 or more")])
 def test_bad_requests_are_one_line(argv, words, tmp_path, capsys):
     write_model(tmp_path / "model.pt")
-    assert words in fails(capsys, figures.main, *own_model(argv, tmp_path),
+    assert words in fails(capsys, visualize_model.main, *own_model(argv, tmp_path),
                           "--output_dir", tmp_path, *argv)
