@@ -124,6 +124,13 @@ def _check_pickle(path, container, member):
                              f"{str(argument)[:60]!r}")
 
 
+def existing(path):
+    """The Path of a checkpoint. FileNotFoundError where there is no such file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(2, "no such checkpoint", str(path))
+    return Path(path)
+
+
 def read_container(path):
     """What torch.save wrote into a file, whoever wrote it; the tensors are on the CPU.
 
@@ -131,12 +138,10 @@ def read_container(path):
     weights_only=True, and its container is looked at before anything is unpacked.
     Raises FileNotFoundError, or ValueError with one line that says what is wrong with the file.
     """
-    path = Path(path)
     if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
         raise ValueError(f"torch {torch.__version__} cannot read checkpoints safely; install "
                          f"{'.'.join(map(str, SAFE_TORCH))} or newer")
-    if not path.is_file():
-        raise FileNotFoundError(2, "no such checkpoint", str(path))
+    path = existing(path)
     try:
         with open(path, "rb") as file:  # zipfile looks at the end of a file, torch at its beginning
             if file.read(4) != b"PK\x03\x04":

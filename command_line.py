@@ -141,52 +141,34 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def positive_int(text):
-    """An argparse type: 1, 2, 3, ... 10^9."""
-    value = int(text)
-    if value > 10**9:
-        raise argparse.ArgumentTypeError(f"{text} is more than {10**9}")
-    if value < 1:
-        raise ValueError
-    return value
+def number(name, kind, low, high):
+    """An argparse type: an int or float from `low` to `high`, both included. Of any other text
+    Parser.error says that it is no `name`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    parse.__name__ = name
+    return parse
 
 
-def whole_number(text):
-    """An argparse type: 0, 1, 2, ... 10^9."""
-    return 0 if text.strip() == "0" else positive_int(text)
+def number_from(low, high):
+    return number(f"number from {low} to {high}", float, low, high)
+
+
+positive_int = number("whole number from 1 to 10^9", int, 1, 10**9)
+whole_number = number("whole number from 0 to 10^9", int, 0, 10**9)
+positive_float = number("number above 0", float, 1e-37, 1e38)       # that float32 can hold
+# Seeds above 32 bits repeat others' noise (seeded_noise).
+seed_number = number("seed (a whole number from 0, below 2**32)", int, 0, 2**32 - 1)
+fraction, guidance_number = number_from(0, 1), number_from(0, 100)
 
 
 def int_tuple(text):
     """An argparse type: 1,2,4."""
     return tuple(int(part) for part in text.split(","))
-
-
-def positive_float(text):
-    """An argparse type: a number above zero that float32 can hold."""
-    value = float(text)
-    if not 1e-37 < value < 1e38:
-        raise ValueError
-    return value
-
-
-def seed_number(text):
-    """An argparse type: 0, 1, 2, ... Seeds above 32 bits repeat others' noise (seeded_noise)."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise ValueError
-    return value
-
-
-def number_from(low, high):
-    """An argparse type: a number from `low` to `high`, both included."""
-    def number(text):
-        value = float(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    number.__name__ = f"number from {low} to {high}"
-    return number
 
 
 def interval(text):
@@ -197,15 +179,8 @@ def interval(text):
     return low, high
 
 
-fraction, guidance_number = number_from(0, 1), number_from(0, 100)
-
-# Parser.error says "... is no <__name__>"
-positive_int.__name__ = "positive whole number"
-whole_number.__name__ = "whole number"
 int_tuple.__name__ = "list of numbers (1,2,4)"
 interval.__name__ = "interval (150,850)"
-positive_float.__name__ = "positive number"
-seed_number.__name__ = "seed (a whole number from 0, below 2**32)"
 
 
 def few_numbers(flag, values, most):

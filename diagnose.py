@@ -389,7 +389,7 @@ def main(argv=None):
           f"and {len(real.held)} {real.what}")
     note_other_images(data, args.dataset)
     calls = len(diffusion.sampling_levels("ddim")) - 1
-    drawing = seconds_for(average, diffusion, 64, real.held.shape[-1], 64, calls, device)
+    drawing = seconds_for(average, diffusion, 64, real.held.shape[-1], calls)
     some = real.held[:20]
     searching = ((64 + min(len(real.held), SEARCHED)) / len(some) * positions_of(data)
                  * measure(lambda: nearest_images(some, real.images[:20_000]), torch.device("cpu")))

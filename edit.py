@@ -232,7 +232,7 @@ def main(argv=None):
     y = None if y is None else thinned(y, len(originals)).to(device)
     diffusion.timesteps(args.steps)                         # refuses too many
     calls = ((args.steps - 1) * args.travel + 1) * args.average
-    seconds = seconds_for(model, diffusion, len(originals), size, len(originals), calls, device)
+    seconds = seconds_for(model, diffusion, len(originals), size, calls, MAX_PICTURES)
     print(f"cost: {len(originals)} picture{'s' * (len(originals) > 1)}, "
           f"{calls} calls of the model for each, about {format_seconds(seconds)} here", flush=True)
 

@@ -142,9 +142,12 @@ def seconds_to_measure(classifier, images, num_held, num_images, sets=1, copies_
 
 # ---- Tables and pictures
 
-def print_quality(found, floor, count, held_count, held_name, size):
-    """Print what `quality` found of `count` samples and held_count images, in sets of `size`, and
-    what to beware of."""
+def print_quality(measured):
+    """Print what `evaluate` measured of the quality, and what to beware of."""
+    found, floor, held_name, size = (
+        measured[name] for name in ("samples", "floor", "held_out", "in_sets_of"))
+    count, held_count = measured["num_images"], measured["num_held_out"]
+
     def line(title, value, limit):
         print(f"  {title:<38}{value:>20}{limit:>20}")
 
@@ -194,10 +197,10 @@ def print_copies(copied, num_images, held_name):
             "left out" * bool(copied["in_both"]))
 
 
-def print_found(found, count, num_images, held_name):
-    """What `evaluate` has found of `count` samples, beside num_images training images."""
-    print_quality(found["samples"], found["floor"], count, found["num_held_out"], held_name,
-                  found["in_sets_of"])
+def print_found(found, num_images):
+    """Print what `evaluate` measured of samples of a model with num_images training images."""
+    held_name = found["held_out"]
+    print_quality(found)
     print_copies(found["copies"], num_images, held_name)
     losses = " ".join(f"{loss:.4f}" for loss in found["loss_by_timestep"])
     print(f"  loss in {len(found['loss_by_timestep'])} equal ranges of t, {held_name}: {losses}")
@@ -327,8 +330,8 @@ def main(argv=None):
     print(f"features: {features}")
     calls, weak_calls = map(sum, zip(*(model_calls(levels, args.guidance, args.guidance_interval)
                                        for levels in ways)))
-    seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], args.batch_size,
-                          calls, device, precision, weak, weak_calls)
+    seconds = seconds_for(model, diffusion, args.num_images, data["image_size"], calls,
+                          args.batch_size, precision, weak, weak_calls)
     measuring = seconds_to_measure(classifier, images, len(held), args.num_images, len(ways),
                                    copies_too=not (args.race or args.stages),
                                    positions=positions_of(data))
@@ -366,7 +369,7 @@ def main(argv=None):
     drawn = to_uint8(draw()[0])
     found, index = evaluate(drawn, model, diffusion, data, y if known else None, real, classifier,
                             device)
-    print_found(found, len(drawn), len(images), held_name)
+    print_found(found, len(images))
     write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())
     shown = to_show(None if y is None else y[:len(index)])
     save_nearest(drawn[shown], images, index[shown], output_dir / "nearest.png")

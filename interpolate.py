@@ -126,7 +126,7 @@ def main(argv=None):
     diffusion.timesteps(args.steps)                     # refuses too many
     count = 2 * min(args.frames, COMPARED) if args.compare else args.frames
     there_and_back = 4 * len(args.images or [])         # to the noise each step takes three calls
-    seconds = seconds_for(model, diffusion, count + there_and_back, size, 64, args.steps, device)
+    seconds = seconds_for(model, diffusion, count + there_and_back, size, args.steps)
     print(f"cost: {count} pictures" + f" of class {args.label}" * (args.label != "none")
           + f", {args.steps} calls of the model for each, "
           + "and four times as many for each of yours, " * bool(args.images)

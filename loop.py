@@ -37,18 +37,6 @@ def rate_at(step, total_steps, peak, schedule="constant", warmup=0):
     return peak
 
 
-def hold_back(optimizer, sound):
-    """From the first step on that is not `sound` (a boolean tensor), let the optimizer do nothing.
-
-    The device itself sees to that, in Muon and torch's fused optimizers, so no step waits for an
-    answer.
-    Returns 0 as long as all was well, then 1.
-    """
-    bad = (~sound).float()
-    optimizer.found_inf = torch.maximum(bad, getattr(optimizer, "found_inf", bad))
-    return optimizer.found_inf
-
-
 def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, grad_clip=None,
                accumulate=1, label_drop=0.0, min_snr=None, density="uniform"):
     """One update: noise a batch, compare the model's prediction with the truth, step downhill.
@@ -57,9 +45,8 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     label_drop: the share of images whose class is withheld, so that the model also learns to do
     without (Ho & Salimans 2022, algorithm 1).   min_snr: see DiffusionProcess.training_loss.
     density: how often each timestep is met, see get_timesteps.
-    Returns the loss. A loss or gradient that is not a number raises FloatingPointError and leaves
-    the weights as they are; on a CUDA GPU with one of OPTIMIZERS, which do not wait to hear of it,
-    all losses from then on are NaN instead.
+    Returns the loss. On a CPU a loss or gradient that is not a number raises FloatingPointError and
+    leaves the weights as they are; on other devices the loss is NaN then.
     Of several processes each works on every n-th image. What is random is drawn for the whole batch
     first, so that neither parts nor processes change it.
     """
@@ -83,17 +70,10 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
             share = share * (len(part[0]) / len(x_0))
             share.backward()
         loss += share.detach()
-    loss = distributed.mean_over_ranks(loss)
-    if grad_clip:
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    else:
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in model.parameters() if p.grad is not None])
-    sound = (loss + norm).isfinite()
-    knows_found_inf = isinstance(optimizer, Muon) or optimizer.defaults.get("fused")
-    if x_0.device.type == "cuda" and knows_found_inf:
-        loss = loss.where(hold_back(optimizer, sound) == 0, math.nan)
-    elif not sound:
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    loss = distributed.mean_over_ranks(loss) + 0 * norm     # so a bad gradient shows in it, too
+    # Another device would have to be waited for: train_steps looks at its losses once a second.
+    if x_0.device.type == "cpu" and not loss.isfinite():
         raise FloatingPointError(f"no number any more: loss {float(loss)}, "
                                  f"gradient norm {float(norm)}")
     try:

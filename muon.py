@@ -44,8 +44,6 @@ class Muon(torch.optim.Optimizer):
 
     lr: of both; Muon's steps are scaled to the size of Adam's (Liu et al. 2025, section 2.2).
     betas, weight_decay: of AdamW; the decay of both.   momentum: of Muon, in Nesterov's form.
-    found_inf: as in torch's fused optimizers: where this attribute is set, a tensor on the device,
-    and not 0, a step leaves the weights as they are (loop.hold_back).
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, momentum=0.9,
@@ -56,18 +54,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """One update of all parameters that have a gradient."""
-        bad = getattr(self, "found_inf", None)
-        good = 1.0 if bad is None else bad == 0         # on the device: nothing waits for it
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                p.mul_(1 - good * group["lr"] * group["weight_decay"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
                 if is_inner(p):
                     update = self._muon(p, group["momentum"])
                 else:
                     update = self._adam(p, *group["betas"], group["eps"])
-                p.sub_(update if bad is None else update.where(good, 0.0), alpha=group["lr"])
+                p.sub_(update, alpha=group["lr"])
 
     def _muon(self, p, momentum):
         state = self.state[p]

@@ -77,19 +77,16 @@ def make_plan(steps_per_epoch, num_epochs, steps=None, sample_every=None, save_e
     return Plan(total, sample_every or apart, save_every or apart, 1, "step")
 
 
-def print_cost(plan, done, batches, held_out, step_seconds, call_seconds, picture_calls,
-               num_samples, memory):
+def print_cost(plan, done, batches, step_seconds, picture_seconds, check_seconds, memory):
     """Say before the training how long it will take here, and how much memory.
 
     done: the steps that a resumed run has behind it.  memory: in bytes.
-    step_seconds, call_seconds: of a training step, and of one of the `picture_calls` calls of the
-    model that a set of `num_samples` pictures takes.
+    The seconds are those of a step, of a set of pictures, and of a look at the held-out images.
     """
-    pictures = call_seconds * picture_calls
-    check = held_out.num_images / num_samples * call_seconds if held_out else 0
     left = (plan.total_steps - done) / plan.total_steps
-    seconds = left * (plan.total_steps * step_seconds + plan.count(plan.sample_every) * pictures
-                      + plan.num_reports() * check)
+    seconds = left * (plan.total_steps * step_seconds
+                      + plan.count(plan.sample_every) * picture_seconds
+                      + plan.num_reports() * check_seconds)
     rate = batches.batch_size / step_seconds
     which = (f"the {plan.total_steps - done} steps left" if done
              else f"the whole run of {plan.total_steps} steps")
@@ -97,7 +94,7 @@ def print_cost(plan, done, batches, held_out, step_seconds, call_seconds, pictur
           f"of {batches.batch_size} images, about "
           f"{format_seconds(len(batches) * step_seconds)} here ({rate:.0f} images/s); "
           f"{which} about {format_seconds(seconds)}, "
-          f"with {format_seconds(pictures)} for each set of pictures; "
+          f"with {format_seconds(picture_seconds)} for each set of pictures; "
           f"{memory / 1e9:.1f} GB of memory", flush=True)
 
 

@@ -28,16 +28,16 @@ def spread_out(items, most):
     return [items[k - 1] for k in sorted({round(k) for k in np.geomspace(1, len(items), most)})]
 
 
-def found_in(run, places, what):
-    """What a run has left in one of its folders, "samples" or "checkpoints", in order, or of some
-    files those that are there. ValueError where there is none."""
-    if isinstance(places, str):
-        paths = [path for path in run_files(run) if path.parent.name == places]
-        paths.sort(key=lambda path: (len(path.name), path.name))    # 9 before 10
-    else:
-        paths = [path for path in (Path(run) / name for name in places) if path.is_file()]
+def found_in(run, *patterns, hint=""):
+    """What train.py left in a run's folder by these names, in order. ValueError where there is
+    nothing."""
+    own = run_files(run)
+    paths = [path for pattern in patterns for path in sorted(
+        Path(run).glob(pattern), key=lambda path: (len(path.name), path.name))  # 9 before 10
+        if path in own and path.is_file()]
     if not paths:
-        raise ValueError(f"no {what} in {run}; name a folder that train.py wrote with --run")
+        raise ValueError(f"no {' or '.join(patterns)} in {run}; "
+                         f"name a folder that train.py wrote with --run{hint}")
     return paths
 
 
@@ -50,7 +50,7 @@ def with_the_end(numbered, run):
 def epochs_figure(run, path, image_size, count, columns=8):
     """The same noises after more and more training: the first `count` of the sheets the run wrote,
     or as many as those hold."""
-    sheets = spread_out(found_in(run, "samples", "numbered sheets"), columns)
+    sheets = spread_out(found_in(run, "samples/*.png"), columns)
     scale, cell = enlargement(image_size), image_size + PADDING
     tiles = []
     for sheet in sheets:
@@ -83,7 +83,7 @@ def epochs_figure(run, path, image_size, count, columns=8):
 
 def loss_figure(run, path):
     """The loss of each step of a run, its average, and that on held-out images if there are any."""
-    table, = found_in(run, ["training_loss.csv"], "training_loss.csv")
+    table, = found_in(run, "training_loss.csv")
     try:
         rows = list(csv.DictReader(table.read_text().splitlines()))
         losses = [float(row["loss"]) for row in rows]

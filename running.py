@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import equal, load_checkpoint
+from checkpoint import equal, existing, load_checkpoint
 
 # ---- The folder of a run
 
@@ -76,9 +76,7 @@ def find_checkpoint(folder, resume, overwrite):
     numbered = [path for path in saved if path.parent.name == "checkpoints"]
     if resume == "latest":
         return farthest(folder, [latest, final, folder / BEST, *last_of_each_unit(numbered)]), True
-    origin = None if resume is None else Path(resume)
-    if origin is not None and not origin.is_file():
-        raise FileNotFoundError(2, "no such checkpoint", str(origin))
+    origin = None if resume is None else existing(resume)
     own = origin is not None and origin.resolve() in [path.resolve() for path in saved]
     if own and overwrite:
         raise ValueError(f"{origin} is of the run in {folder} itself: --resume goes on with that, "

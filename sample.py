@@ -101,9 +101,10 @@ def calls_in_words(calls, weak_calls, weak):
             f"{calls + weak_calls} calls of the model")
 
 
-def seconds_for(model, diffusion, num_images, image_size, batch_size, calls, device,
+def seconds_for(model, diffusion, num_images, image_size, calls, batch_size=64,
                 precision=torch.float32, weak=None, weak_calls=0):
     """How long sampling will take here, from timing one call of the model, and of a weak one."""
+    device = next(model.parameters()).device
     x_T = torch.zeros(min(batch_size, num_images), model.image_channels, image_size, image_size,
                       device=device)
 
@@ -363,8 +364,8 @@ def main(argv=None):
              if args.guidance else f"; drawn by {args.weak} alone"))
     levels = diffusion.sampling_levels(args.sampler, args.steps, args.spacing)
     calls, weak_calls = model_calls(levels, args.guidance, args.guidance_interval)
-    seconds = seconds_for(model, diffusion, count, size, args.batch_size, calls, device, precision,
-                          weak, weak_calls)
+    seconds = seconds_for(model, diffusion, count, size, calls, args.batch_size, precision, weak,
+                          weak_calls)
     print(f"cost: {count} images in {len(levels) - 1} steps of {args.sampler}"
           + drawing_words(args.guidance, args.guidance_interval, args.eta)
           + f", {calls_in_words(calls, weak_calls, weak)}, about {format_seconds(seconds)} here"

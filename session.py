@@ -151,27 +151,27 @@ def write_losses(folder, state, rate):
     plot_losses(state.losses, folder / "training_loss.png", state.held_out_losses)
 
 
-def report(seconds, plan, keeper, rate, diffusion, device, precision, held_out, num_samples,
-           image_size, min_snr=None):
+def report(seconds, plan, keeper, data, rate, diffusion, precision, num_samples, min_snr=None):
     """After an epoch, or when pictures or a checkpoint are due: held-out loss, pictures, tables.
 
-    seconds: since the last one.  held_out: a Batches, or None.
+    seconds: since the last one.  data: a TrainingData.
     """
     if keeper.replacing:                        # the pictures, too, write over an earlier run's
         keeper.save(LATEST)
     state, step = keeper.state, len(keeper.state.losses)
+    device = next(state.model.parameters()).device
     loss = statistics.fmean(state.losses[state.reported:])
     text = f"{plan.title(step)}: mean loss {loss:.4f}, {seconds:.0f} s"
     best = False
-    if held_out:
-        value = held_out_loss(state.ema.model, held_out, diffusion, device, precision, min_snr)
+    if data.held_out:
+        value = held_out_loss(state.ema.model, data.held_out, diffusion, device, precision, min_snr)
         state.held_out_losses[step] = value
         best = value == min(state.held_out_losses.values())
         text += f", held-out loss {value:.4f}"
     if plan.pictures_due(step):
         path = keeper.folder / "samples" / f"{plan.name(step)}.png"
-        save_images(sample_images(state.ema.model, diffusion, device, num_samples, image_size),
-                    path)
+        save_images(sample_images(state.ema.model, diffusion, device, num_samples,
+                                  data.image_size), path)
         text += f"; wrote {path}"
     print(text, flush=True)
     keeper.write_tables(rate, last=step == plan.total_steps)

@@ -20,13 +20,12 @@ import functools
 import math
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import distributed
-from checkpoint import FLAGS, State, plain, take_weights
+from checkpoint import FLAGS, State, existing, plain, take_weights
 from command_line import (Parser, command, format_seconds, fraction, int_tuple, make_output_dir,
                           positive_float, positive_int, seed_number, spare, whole_number)
 from data import DATASETS, DATASET_HELP, keep_apart, keep_unseen
@@ -65,26 +64,29 @@ def build_model(name, config, image_size, seed, device, grad_checkpoint):
     return model
 
 
-def tell_cost(plan, done, network, batches, held_out, diffusion, device, num_samples, optimizer,
-              compiled, **settings):
+def tell_cost(plan, done, network, data, diffusion, num_samples, optimizer, compiled, **settings):
     """Measure how fast this is here, and print the training's cost. Returns the seconds of a step,
     or None where none is left to do.
 
-    done: the steps behind a resumed run.  compiled: does the first step wait for torch.compile?
+    done: the steps behind a resumed run.  data: a TrainingData.
+    compiled: does the first step wait for torch.compile?
     settings: as train_step takes them.
     """
     if done >= plan.total_steps:
         print("no step is left to do: this run is finished; if its rate was constant, "
               "more --epochs or --steps prolong it")
         return None
-    batch = tuple(part.to(device) for part in next(batches.stream()))
+    device, held_out = next(network.parameters()).device, data.held_out
+    batch = tuple(part.to(device) for part in next(data.batches.stream()))
     print("compiling, and " * compiled + "measuring how fast this is here ...", flush=True)
     step_seconds, call_seconds = measure_seconds(
         network, EMA(getattr(network, "module", network)), batch, diffusion,
         (num_samples, *batch[0].shape[1:]), optimizer, **settings)
     step_seconds = float(distributed.mean_over_ranks(torch.tensor(step_seconds, device=device)))
-    print_cost(plan, done, batches, held_out, step_seconds, call_seconds,
-               len(diffusion.sampling_levels("ddim")) - 1, num_samples, peak_memory(device))
+    calls = len(diffusion.sampling_levels("ddim")) - 1
+    check_seconds = held_out.num_images / num_samples * call_seconds if held_out else 0
+    print_cost(plan, done, data.batches, step_seconds, calls * call_seconds, check_seconds,
+               peak_memory(device))
     return step_seconds
 
 
@@ -168,9 +170,7 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
             print(f"a run that goes on has weights of its own: {start_from} plays no part any more")
             start_from = None
         elif start_from:
-            if not Path(start_from).is_file():
-                raise FileNotFoundError(2, "no such checkpoint", str(start_from))
-            spare([start_from], *run_files(output_dir))
+            spare([existing(start_from)], *run_files(output_dir))
         data = load_training_data(
             dataset_name, batch_size=batch_size * accumulate, seed=seed, flip=flip, turn=turn,
             labels=labels, data_dir=data_dir, val_dir=val_dir, val_fraction=val_fraction,
@@ -223,17 +223,16 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
         step_settings = dict(precision=precision, grad_clip=grad_clip, accumulate=accumulate,
                              label_drop=label_drop if classes else 0.0,
                              min_snr=min_snr, density=density)
-        step_seconds = tell_cost(plan, len(state.losses), network, batches, held_out, diffusion,
-                                 device, num_samples, optimizer, compile, **step_settings)
+        step_seconds = tell_cost(plan, len(state.losses), network, data, diffusion, num_samples,
+                                 optimizer, compile, **step_settings)
 
         # ---- Training
         rate = functools.partial(rate_at, total_steps=plan.total_steps, peak=learning_rate,
                                  schedule=lr_schedule, warmup=warmup)
         keeper = Keeper(output_dir, state, facts, len(batches), signals, replacing=not same_run)
         look = functools.partial(
-            report, plan=plan, keeper=keeper, rate=rate, diffusion=diffusion, device=device,
-            precision=precision, held_out=held_out, num_samples=num_samples,
-            image_size=data.image_size, min_snr=min_snr)
+            report, plan=plan, keeper=keeper, data=data, rate=rate, diffusion=diffusion,
+            precision=precision, num_samples=num_samples, min_snr=min_snr)
         with keeper.saved_if_stopped(plan.total_steps) if rank == 0 else contextlib.nullcontext():
             follow(plan, keeper, look, network, batches, diffusion, device,
                    step_seconds=step_seconds, ema_every=ema_every, rate=rate, seed=seed,

@@ -186,8 +186,7 @@ def begin_sampling(name, args, loaded, chains, y, guided=True):
     count = args.num_images if y is None else len(y)        # several labels get full rows
     calls = sum(sum(model_calls(diffusion.sampling_levels(args.sampler, steps), guidance, interval))
                 for steps in chains)
-    cost = format_seconds(
-        seconds_for(model, diffusion, count, data["image_size"], 64, calls, args.device))
+    cost = format_seconds(seconds_for(model, diffusion, count, data["image_size"], calls))
     print(f"{name}: {calls} calls of the model on {count} image{'s' * (count > 1)}"
           + drawing_words(guidance, interval) + f", about {cost} here", flush=True)
     return count, dict(image_size=data["image_size"], seed=args.seed, sampler=args.sampler,
@@ -248,8 +247,8 @@ def draw_predictors(args, path, loaded):
     if loaded:
         model, diffusion, data = loaded
         x_0, y, which = some_unseen(data, args)
-        cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64,
-                                          RANGES, args.device))
+        cost = format_seconds(
+            seconds_for(model, diffusion, len(x_0), data["image_size"], RANGES))
         print(f"{which} at {RANGES} ranges of t, about {cost} here", flush=True)
     else:
         diffusion = named_process(args)
@@ -272,7 +271,7 @@ def draw_loss(args, path, loaded):
 
 
 def draw_epochs(args, path, loaded):
-    final, *_ = found_in(args.run, [FINAL, LATEST], f"{FINAL} or {LATEST}")
+    final, *_ = found_in(args.run, FINAL, LATEST)
     data = load_model(final)[2]
     keep_apart_from_own(data, args.output_dir)
     epochs_figure(args.run, path, data["image_size"], args.num_images)
@@ -280,14 +279,14 @@ def draw_epochs(args, path, loaded):
 
 
 def draw_loss_by_timestep(args, path, loaded):
-    files = found_in(args.run, "checkpoints",
-                     "numbered checkpoints (train.py --save_every 1 keeps many)")
+    files = found_in(args.run, "checkpoints/*.pt",
+                     hint=" (and --save_every 1 keeps many checkpoints)")
     model, diffusion, data = load_model(files[0], args.device)
     keep_apart_from_own(data, args.output_dir)
     files = with_the_end(spread_out(files, 24), args.run)
     x_0, y, which = some_unseen(data, args)
-    cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"], 64,
-                                      TIMESTEP_BINS * len(files), args.device))
+    cost = format_seconds(seconds_for(model, diffusion, len(x_0), data["image_size"],
+                                      TIMESTEP_BINS * len(files)))
     print(f"{len(files)} checkpoints, {len(x_0)} images at {TIMESTEP_BINS} noise levels each, "
           f"about {cost} here", flush=True)
     losses = []

@@ -53,8 +53,7 @@ def picture_settings(args, model, diffusion, data, device):
     Prints what it will cost."""
     y = choose_one_label(args.label, data["classes"])
     calls = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
-    cost = format_seconds(
-        seconds_for(model, diffusion, 1, data["image_size"], 1, calls, device))
+    cost = format_seconds(seconds_for(model, diffusion, 1, data["image_size"], calls))
     print(f"{args.figure}: {calls} calls of the model on one image, about {cost} here", flush=True)
     settings = dict(seed=args.seed, sampler=args.sampler, steps=args.steps, device=device,
                     y=None if y is None else y.to(device))
@@ -111,7 +110,7 @@ def draw_features(args, path, device):
         raise ValueError(f"--num_images {args.num_images}: {count} images make no map; 4 or more")
     pick = shuffled(len(images), args.seed)[:count]
     cost = format_seconds(
-        seconds_for(model, diffusion, count, data["image_size"], 100, len(timesteps), device))
+        seconds_for(model, diffusion, count, data["image_size"], len(timesteps)))
     print(f"features: {count} images of {dataset} at {len(timesteps)} noise levels, "
           f"about {cost} here"
           + (", and as long again for t-SNE or longer" if args.projection == "tsne" else ""),

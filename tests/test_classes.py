@@ -177,7 +177,7 @@ def test_a_call_of_the_weak_model_is_counted_as_its_own(monkeypatch):
         return 1.0 if len(model.told) > before else 0.25
 
     monkeypatch.setattr(sample, "measure", measure)
-    known = (model, DiffusionProcess(), 6, 8, 2, 5, torch.device("cpu"), torch.float32)
+    known = (model, DiffusionProcess(), 6, 8, 5, 2, torch.float32)
     assert sample.seconds_for(*known, weak, 3) == (5 * 1 + 3 * 0.25) * 3
     assert sample.seconds_for(*known, None, 3) == 8 * 3
 

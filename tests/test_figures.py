@@ -315,9 +315,9 @@ def test_epochs_take_more_than_a_row_of_a_sheet_and_no_gap_of_its_last(num_image
 def test_a_stranger_in_the_folder_of_a_run_is_no_file_of_it(run):
     (run / "model_fine.pt").write_bytes(b"x")
     (run / "samples" / "epoch_by_epoch.png").write_bytes(b"x")
-    assert run_figures.found_in(run, ["model_final.pt", "model_latest.pt"], "") == [
+    assert run_figures.found_in(run, "model_final.pt", "model_latest.pt") == [
         run / "model_final.pt"]
-    assert [path.name for path in run_figures.found_in(run, "samples", "")] == [
+    assert [path.name for path in run_figures.found_in(run, "samples/*.png")] == [
         "epoch_001.png", "epoch_002.png", "epoch_010.png"]
 
 
@@ -469,7 +469,7 @@ def test_the_predictors_are_printed_and_drawn(checkpoint, tmp_path, capsys):
     (["--figure", "explore", "--timesteps", "40"], "--timesteps 40: there are 0 to 39"),
     (["--figure", "loss", "--run", "nowhere"], "no training_loss.csv in nowhere"),
     (["--figure", "epochs", "--run", "nowhere"], "no model_final.pt or model_latest.pt in nowhere"),
-    (["--figure", "loss_by_timestep", "--run", "nowhere"], "no numbered checkpoints")])
+    (["--figure", "loss_by_timestep", "--run", "nowhere"], "no checkpoints/*.pt in nowhere")])
 def test_what_cannot_be_drawn_is_one_line(argv, words, checkpoint, tmp_path, capsys):
     figure = argv[1] if argv[0] == "--figure" else "forward"
     used = figures.FIGURES[figure].flags if figure in figures.FIGURES else "checkpoint dataset"

@@ -24,12 +24,12 @@ from images import to_signed
 from load import load_model
 from loop import held_out_loss, rate_at, train_epoch, train_step
 from models import create_model
-from plan import make_plan, print_cost
+from plan import make_plan
 from presets import PRESETS, as_flags
 from reference import load_reference
 from sample import generate
 from train import MODEL_FLAGS, main, train
-from training_data import load_training_data
+from training_data import TrainingData, load_training_data
 from utils import count_parameters, seed_step, shuffled
 
 TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32",
@@ -355,14 +355,17 @@ def test_an_odd_number_of_steps_is_not_reported_on_at_every_one():
     assert plan.num_reports() == 5
 
 
-def test_the_cost_that_is_told_adds_up(capsys):
+def test_the_cost_that_is_told_adds_up(tiny_model, monkeypatch, capsys):
     """A fourth of 40 steps is done. Of those left each takes 2 s, every tenth draws a set of
     pictures (50 calls of 3 s) and looks at half as many held-out images as that set has (1.5 s):
     30 * 2 + 3 * (150 + 1.5) = 514.5 s."""
-    batches, held_out = (Batches(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), batch_size=16)
-                         for count in (160, 32))
-    print_cost(make_plan(10, 4), 10, batches, held_out, step_seconds=2.0, call_seconds=3.0,
-               picture_calls=50, num_samples=64, memory=5e9)
+    monkeypatch.setattr(train_module, "measure_seconds", lambda *args, **settings: (2.0, 3.0))
+    monkeypatch.setattr(train_module, "peak_memory", lambda device: 5e9)
+    data = TrainingData("zeros", None, None, *(
+        Batches(torch.zeros(count, 1, 8, 8, dtype=torch.uint8), batch_size=16)
+        for count in (160, 32)))
+    train_module.tell_cost(make_plan(10, 4), 10, tiny_model, data, DiffusionProcess(),
+                           num_samples=64, optimizer="adam", compiled=False)
     said = capsys.readouterr().out
     for words in ("an epoch is 10 steps of 16 images, about 20 s here (8 images/s)",
                   "the 30 steps left about 8.6 min", "2.5 min for each set of pictures",
