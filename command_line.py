@@ -190,6 +190,16 @@ def few_numbers(flag, values, most):
                          f"{' '.join(map(str, values[:most + 1]))}")
 
 
+def choose_timesteps(asked, default, num_timesteps):
+    """The levels asked for, or the defaults, scaled from T = 1000. ValueError for one beyond T."""
+    if asked is None:
+        return list(dict.fromkeys(round(t * (num_timesteps - 1) / 999) for t in default))
+    for t in asked:
+        if t >= num_timesteps:
+            raise ValueError(f"--timesteps {t}: there are 0 to {num_timesteps - 1}")
+    return asked
+
+
 def format_seconds(seconds):
     """0.42 -> "0.4 s", 75 -> "75 s", 400 -> "6.7 min", 9000 -> "2.5 h"."""
     if seconds < 100:

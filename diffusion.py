@@ -109,13 +109,6 @@ def guidance_at(t, guidance, interval=None):
     return guidance if interval is None or interval[0] <= t <= interval[1] else 1.0
 
 
-def model_calls(levels, guidance=1.0, interval=None):
-    """(how often sampling asks the model on its way down `levels`, how often what guidance leads
-    away from: a weak model, or the same one without a class). 1 asks the one alone, 0 the other."""
-    strengths = [guidance_at(t, guidance, interval) for t in levels[:-1]]
-    return sum(g != 0 for g in strengths), sum(g != 1 for g in strengths)
-
-
 class DiffusionProcess:
     """A noise schedule, what the model predicts, and everything that follows from the two.
 
@@ -376,7 +369,7 @@ class DiffusionProcess:
 
         t is the level just reached, -1 in the last item, whose x_t is the finished picture; x_0 is
         the newest estimate, made from the x_t before this one. The model is called exactly `steps`
-        times (twice as often with guidance other than 0 and 1: see model_calls).
+        times (twice as often with guidance other than 0 and 1: see sample.model_calls).
 
         x_T: [B, C, H, W] noise.  seed, first_index: which noise the steps add (see seeded_noise).
         sampler: a key of SAMPLERS; steps and eta default to its row.  spacing: "uniform" unless

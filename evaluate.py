@@ -23,7 +23,6 @@ from classifier import get_classifier, look
 from command_line import Parser, command, format_seconds, make_output_dir, positive_int, seed_number
 from comparisons import race, stage_lengths, stages, write_comparison, write_facts
 from data import keep_apart, keep_apart_from_own
-from diffusion import model_calls
 from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import (CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak,
@@ -34,8 +33,8 @@ from measures import (SAME, SURE, copied_by_chance, copied_share, copy_limit, fi
 from predictors import loss_by_timestep
 from reference import (FEWEST, as_shown, labels_like, load_reference, note_other_images,
                        positions_of, same_classes)
-from sample import (calls_in_words, choose_labels, drawing_words, generate, seconds_for,
-                    thinned)
+from sample import (calls_in_words, choose_labels, drawing_words, generate, model_calls,
+                    seconds_for, thinned)
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
 MAX_MEASURED = 200_000

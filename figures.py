@@ -3,11 +3,10 @@
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from convergence import SOLVERS
-from images import COLOURS, LINES, image_grid, new_figure, save_figure, to_uint8, wrapped
+from images import COLOURS, LINES, mark, new_figure, save_figure, show, wrapped
 from predictors import NO_PREDICTION
 from schedules import SPACINGS
 
@@ -116,13 +115,10 @@ def one_step_figure(step, path):
     for k, (name, title, formula, *_) in enumerate(rows):
         axes = figure.add_axes((0.02 + k % 3 * 0.335, 0.665 - k // 3 * 0.375, 0.29, 0.283))
         image = step[name] / (3 if remarks.get(name) == wide else 1)
-        axes.imshow(image_grid(to_uint8(image[None]), padding=0).numpy(), interpolation="nearest")
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False,
-                                 edgecolor=COLOURS[0], linewidth=2))
+        show(axes, image)
+        mark(axes, y, x, 1)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel(formula + remarks.get(name, ""), fontsize=10)
-        axes.set_xticks([], [])
-        axes.set_yticks([], [])
     axes = figure.add_axes((0.02, 0.0, 0.96, 0.21))
     axes.axis("off")
     cells = [["at the marked pixel", "how", "value"],

@@ -13,6 +13,7 @@ import matplotlib.backends.backend_agg  # noqa: F401
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -151,13 +152,29 @@ def save_figure(figure, path):
     write_file(path, buffer.getvalue())
 
 
+def mark(axes, row, column, size):
+    """A frame around a cell that is `size` units wide."""
+    axes.add_patch(Rectangle((column * size - 0.5, row * size - 0.5), size, size, fill=False,
+                             edgecolor=COLOURS[0], linewidth=2))
+
+
+def show(axes, image, **settings):
+    """A picture without ticks: [C, H, W] in [-1, 1], or a map [H, W]."""
+    if image.ndim == 3:
+        image = image_grid(to_uint8(image[None]), padding=0)
+    axes.set_xticks([], [])
+    axes.set_yticks([], [])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    return axes.imshow(np.asarray(image), interpolation="nearest", **settings)
+
+
 def save_strip(rows, column_labels, path, row_labels=None, title=None):
     """Save a labelled table of images as PNG.
 
     rows: a list of rows, each [K, C, H, W] in [-1, 1].  column_labels: K strings.
     """
-    count, _, height, width = rows[0].shape
-    pad = 2
+    (count, _, height, width), pad = rows[0].shape, PADDING
     grid = image_grid(to_uint8(torch.cat(list(rows))), columns=count, padding=pad)
     # Inches per pixel: about 0.95 per image, and each pixel as many dots as the others.
     scale = max(1, round(0.95 * DPI / (width + pad))) / DPI

@@ -169,26 +169,29 @@ def card_recipe(card, T):
     of a file beside it. Where nothing is told: ddim, the class followed plainly, and None for the
     others."""
     card = card if isinstance(card, dict) else {}
-    sampler, steps, guidance, weak = map(card.get, ("sampler", "sampler_steps", "guidance", "weak"))
-    if not isinstance(sampler, str) or sampler not in SAMPLERS:
-        sampler, steps = "ddim", None
-    spacing, eta, levels = map(card.get, ("spacing", "eta", "guidance_interval"))
-    most = 1 if SAMPLERS[sampler].variance == "beta" else MAX_ETA
-    known = (isinstance(levels, (list, tuple)) and [type(level) for level in levels] == [int, int]
-             and 0 <= levels[0] <= levels[1] <= T)
-    return {"guidance_interval": tuple(levels) if known else None,
-            "sampler": sampler, "steps": steps if type(steps) is int and 1 <= steps <= T else None,
-            "spacing": spacing if isinstance(spacing, str) and spacing in SPACINGS else None,
-            "eta": float(eta) if type(eta) in (int, float) and 0 <= eta <= most else None,
-            "guidance": (float(guidance) if type(guidance) in (int, float) and 0 <= guidance <= 100
-                         else 1.0),
+
+    def told(name, kinds, fits, otherwise=None):
+        """The card's value, as the last of `kinds`, if it is one that a flag could have."""
+        value = card.get(name)
+        return kinds[-1](value) if type(value) in kinds and fits(value) else otherwise
+
+    sampler = told("sampler", [str], lambda name: name in SAMPLERS)
+    most = 1 if SAMPLERS[sampler or "ddim"].variance == "beta" else MAX_ETA
+    return {"sampler": sampler or "ddim",
+            "steps": told("sampler_steps", [int], lambda n: sampler and 1 <= n <= T),
+            "spacing": told("spacing", [str], lambda name: name in SPACINGS),
+            "eta": told("eta", [int, float], lambda eta: 0 <= eta <= most),
+            "guidance": told("guidance", [int, float], lambda g: 0 <= g <= 100, 1.0),
+            "guidance_interval": told("guidance_interval", [list, tuple], lambda levels: (
+                [type(t) for t in levels] == [int, int] and 0 <= levels[0] <= levels[1] <= T)),
             # Never a path: only what lies beside.
-            "weak": (weak if isinstance(weak, str) and 0 < len(weak) < 200
-                     and weak == Path(weak).name and weak.isprintable() else None)}
+            "weak": told("weak", [str], lambda name: (
+                0 < len(name) < 200 and name == Path(name).name and name.isprintable()))}
 
 
 def add_drawing_flags(add):
-    """Those that take_sampler and take_guidance fill in.  add: of a command_line.Parser."""
+    """The flags that say how to draw, --sampler to --weak; take_sampler and take_guidance fill in
+    what was not typed.  add: Parser.add."""
     add("--sampler",
         "how to step down; default: what shipped weights were measured with, or the preset of "
         "a training is best drawn by, else ddim",

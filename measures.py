@@ -42,16 +42,13 @@ def frechet_between(mean_a, cov_a, mean_b, cov_b):
 
 
 def frechet_distance(features, reference, repeats=20):
-    """(distance, bootstrap error) of features [N, D] from reference features [M, D].
+    """(distance, bootstrap error) of features [N, D] from reference features [M, D], or from what
+    gaussian_of says of them.
 
     The error is the standard deviation over `repeats` draws of N of the features, with replacement
     (Efron 1979). Fewer images give a larger distance, so only equal numbers compare.
     """
-    return _distance_from(gaussian_of(reference), features, repeats)
-
-
-def _distance_from(target, features, repeats=20):
-    """frechet_distance from a Gaussian that is known already."""
+    target = reference if isinstance(reference, tuple) else gaussian_of(reference)
     generator = torch.Generator().manual_seed(0)
     draws = [frechet_between(*gaussian_of(features[torch.randint(len(features), (len(features),),
                                                                  generator=generator)]), *target)
@@ -72,7 +69,7 @@ def mean_distance(features, reference, size):
     So many images compare with `size` others, and their error is smaller than that of one set.
     """
     target = gaussian_of(reference)             # once, and not for each set
-    distances, errors = in_sets(lambda part: _distance_from(target, part), features, size).T
+    distances, errors = in_sets(lambda part: frechet_distance(part, target), features, size).T
     return float(distances.mean()), float(errors.square().sum().sqrt() / len(errors))
 
 

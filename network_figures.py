@@ -10,33 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import LogNorm
-from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from images import COLOURS, image_grid, new_figure, save_figure, set_heading, to_uint8
+from images import COLOURS, mark, new_figure, save_figure, set_heading, show
 from inside import centre_accuracy, reach
 
 # Okabe & Ito's colours but yellow, which white paper swallows, and three more: ten for ten classes.
 PALETTE, MARKERS = (*COLOURS, "#e69f00", "#56b4e9", "#999999", "#8c510a", "#5e3c99"), "o^sDvP*"
-
-
-# ---- Cells and pictures
-
-def mark(axes, row, column, size):
-    """A frame around a cell that is `size` units wide."""
-    axes.add_patch(Rectangle((column * size - 0.5, row * size - 0.5), size, size, fill=False,
-                             edgecolor=COLOURS[0], linewidth=2))
-
-
-def show(axes, image, **settings):
-    """A picture without ticks: [C, H, W] in [-1, 1], or a map [H, W]."""
-    if image.ndim == 3:
-        image = image_grid(to_uint8(image[None]), padding=0)
-    axes.set_xticks([], [])
-    axes.set_yticks([], [])
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    return axes.imshow(np.asarray(image), interpolation="nearest", **settings)
 
 
 # ---- Attention

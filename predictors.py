@@ -11,11 +11,17 @@ visualize_diffusion.py --figure predictors and loss_by_timestep print and draw t
 import torch
 
 from diffusion import evaluating
-from schedules import ranges_of_t
 
 RANGES = 4
 LOSS_RANGES = 10
 NO_PREDICTION = "no prediction: x_t - x_0"  # how far the noisy image is from the clean one
+
+
+def ranges_of_t(num_timesteps, ranges, count):
+    """Cut 0..T into equal ranges. Returns (their edges, `count` evenly spread levels in each)."""
+    edges = torch.linspace(0, num_timesteps, ranges + 1).round().int().tolist()
+    return edges, [torch.linspace(low, high - 1, count).round().long()
+                   for low, high in zip(edges, edges[1:])]
 
 
 @torch.no_grad()

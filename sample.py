@@ -22,7 +22,7 @@ import interop
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_int,
                           seed_number, spare, whole_number)
 from data import keep_apart_from_own
-from diffusion import model_calls, seeded_noise
+from diffusion import guidance_at, seeded_noise
 from files import write_file
 from images import (PADDING, enlargement, image_grid, png_bytes, save_gif, save_images, save_strip,
                     to_uint8)
@@ -89,10 +89,17 @@ def moments(steps, most):
 
 
 def drawing_words(guidance, interval=None, eta=None):
-    """For the line that tells the cost: what is not as the sampler has it."""
+    """A phrase for the line that tells the cost: eta and guidance, where they are not the usual."""
     where = " at t = {} to {}".format(*interval) if interval else ""
     return ((f", eta {eta:g}" if eta is not None else "")
             + (f", guidance {guidance:g}{where}" if guidance != 1 else ""))
+
+
+def model_calls(levels, guidance=1.0, interval=None):
+    """How often sampling down `levels` asks (the model, what guidance leads away from: a weak one,
+    or the same without a class). Guidance 1 asks the one alone, 0 the other."""
+    strengths = [guidance_at(t, guidance, interval) for t in levels[:-1]]
+    return sum(g != 0 for g in strengths), sum(g != 1 for g in strengths)
 
 
 def calls_in_words(calls, weak_calls, weak):
@@ -162,7 +169,7 @@ def choose_one_label(text, classes):
 
 
 def thinned(y, count):
-    """`count` labels of choose_labels, still as many of each, where no sheet needs full rows."""
+    """Cut the labels of choose_labels to `count`, as many of each."""
     return None if y is None else y[torch.arange(count) * len(y) // count]
 
 

@@ -140,23 +140,6 @@ def distinct(levels):
     return [min(level, top - k) for k, level in enumerate(levels)]      # but none above the first
 
 
-def choose_timesteps(asked, default, num_timesteps):
-    """The levels asked for, or the defaults, scaled from T = 1000. ValueError for one beyond T."""
-    if asked is None:
-        return list(dict.fromkeys(round(t * (num_timesteps - 1) / 999) for t in default))
-    for t in asked:
-        if t >= num_timesteps:
-            raise ValueError(f"--timesteps {t}: there are 0 to {num_timesteps - 1}")
-    return asked
-
-
 def nearest_levels(levels, timesteps):
     """Where in a sampler's `levels` the wanted timesteps are, or what is nearest; in order."""
     return sorted({min(range(len(levels)), key=lambda k: abs(levels[k] - t)) for t in timesteps})
-
-
-def ranges_of_t(num_timesteps, ranges, count):
-    """(the edges of equal ranges of the levels, 0 to T; `count` levels evenly spread over each)"""
-    edges = torch.linspace(0, num_timesteps, ranges + 1).round().int().tolist()
-    return edges, [torch.linspace(low, high - 1, count).round().long()
-                   for low, high in zip(edges, edges[1:])]

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from command_line import (Parser, command, few_numbers, format_seconds, make_output_dir,
-                          positive_float, positive_int, seed_number, whole_number)
+from command_line import (Parser, choose_timesteps, command, few_numbers, format_seconds,
+                          make_output_dir, positive_float, positive_int, seed_number, whole_number)
 from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_lines
 from data import (DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart,
                   keep_apart_from_own)
-from diffusion import SAMPLERS, DiffusionProcess, model_calls
+from diffusion import SAMPLERS, DiffusionProcess
 from figures import (one_step_figure, predictors_figure, schedule_table, schedules_figure,
                      solvers_figure, step_rows, timestep_loss_figure)
 from folders import sorted_into_classes
@@ -35,9 +35,9 @@ from predictors import RANGES, loss_by_timestep, predictor_errors, predictor_lin
 from reference import same_classes, training_images, unseen_images
 from running import FINAL, LATEST
 from run_figures import epochs_figure, found_in, loss_figure, spread_out, when, with_the_end
-from sample import choose_labels, choose_one_label, drawing_words, seconds_for
+from sample import choose_labels, choose_one_label, drawing_words, model_calls, seconds_for
 from sampling_figures import explain_step, reverse_figure, seeds_figure, steps_figure
-from schedules import SCHEDULES, SPACINGS, choose_timesteps
+from schedules import SCHEDULES, SPACINGS
 from utils import get_device, shuffled
 
 

@@ -15,8 +15,8 @@ from typing import Callable, NamedTuple
 
 from tqdm import tqdm
 
-from command_line import (Parser, command, few_numbers, format_seconds, make_output_dir,
-                          positive_int, seed_number, whole_number)
+from command_line import (Parser, choose_timesteps, command, few_numbers, format_seconds,
+                          make_output_dir, positive_int, seed_number, whole_number)
 from data import DATASET_HELP, class_names, keep_apart
 from diffusion import SAMPLERS
 from images import as_text
@@ -29,7 +29,6 @@ from network_figures import (activations_figure, attention_figure, features_figu
                              table_figure, time_figure)
 from reference import unseen_images
 from sample import choose_one_label, seconds_for
-from schedules import choose_timesteps
 from utils import get_device, shuffled
 
 # Noise levels of T = 1000; for another T they are scaled.

@@ -344,7 +344,7 @@ EDITS = [
          'if found.get("weak") and not', "if False and not", "export"),
     Edit("a card's weak model forgotten", "load.py",
          "args.weak = weak_beside(args.checkpoint, data)", "pass", "export"),
-    Edit("a card that names a path", "load.py", "and weak == Path(weak).name", "", "export"),
+    Edit("a card that names a path", "load.py", "and name == Path(name).name", "", "export"),
     Edit("an even grey is a copy", "measures.py",
          "distances[0] < distances[1] / 3", "distances[0] < 0.02", "evaluate"),
     Edit("the second nearest is the nearest, moved", "measures.py",

@@ -10,10 +10,11 @@ import edit
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import LEVELS, MEAN, STD, GaussianModel, exact_flow
 from data import Batches
-from diffusion import SAMPLERS, DiffusionProcess, model_calls, seeded_noise
+from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from images import to_signed
 from loop import held_out_loss
 from predictors import loss_by_timestep, predictor_errors
+from sample import model_calls
 from synthetic import digits
 
 
