@@ -65,8 +65,8 @@ def train_for(seconds, batch_size, images, device, precision, title, step):
                 loss = step(x_0, share)
             seen += len(x_0)
             bar.update(len(x_0))
-            # with float(loss) a GPU has done the step
-            bar.set_postfix_str(f"loss {float(loss):.4f}", refresh=False)
+            # with .item() a GPU has done the step
+            bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
     return seen, time.perf_counter() - start
 
 

@@ -96,7 +96,7 @@ def time_figure(sines, learned, timesteps, path, title=None):
     T, dim = sines.shape
     half = dim // 2
     figure, axes = new_figure(10, 6.6, 2, 2)
-    drawn = axes[0, 0].imshow(sines.T, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
+    drawn = axes[0, 0].imshow(sines.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1,
                               interpolation="nearest", extent=(-0.5, T - 0.5, dim - 0.5, -0.5))
     axes[0, 0].grid(False)
     axes[0, 0].set_ylabel(f"sines (0-{half - 1}), cosines ({half}-{dim - 1})")

@@ -390,7 +390,7 @@ def main(argv=None):
     if (args.num_images or 1) > 64 and args.figure not in ("loss_by_timestep", "predictors"):
         raise ValueError(f"--num_images {args.num_images}: at most 64 in a figure")
 
-    args.device = get_device(args.device)
+    device = get_device(args.device)
     keep_apart(args.dataset, args.output_dir)
     args.schedule, args.num_timesteps = args.schedule or "linear", args.num_timesteps or 1000
     if without_model and args.checkpoint:
@@ -398,14 +398,15 @@ def main(argv=None):
                          "name that or another one")
     loaded = None
     if "checkpoint" in used and not without_model:
-        loaded = open_model(args, args.device)[1:]
+        loaded = open_model(args, device)[1:]
         if args.figure not in ("predictors", "explore"):
             refuse_other_images(args, loaded[2])
     files = {name: FIGURES[name].file or f"{name}.png" for name in names}
     output_dir = make_output_dir(args.output_dir, *files.values())
     for name in names:
         row = FIGURES[name]
-        own = argparse.Namespace(**{**vars(args), "num_images": args.num_images or row.count})
+        own = argparse.Namespace(**{**vars(args), "device": device,
+                                    "num_images": args.num_images or row.count})
         for path in row.draw(own, output_dir / files[name], loaded):
             print(f"wrote {path}")
 

@@ -698,6 +698,9 @@ EDITS = [
          '{**(entries.get("draw_with") or {}), **card,', "{**card,", "export"),
     Edit("a preset does not tell how it is drawn", "presets.py",
          '"draw_with": DRAW_WITH.get(given.preset)', '"draw_with": None', "scale"),
+    Edit("a device is asked for by nobody", "visualize_diffusion.py",
+         "loaded = open_model(args, device)[1:]",
+         "args.device = device\n        loaded = open_model(args, device)[1:]", "figures"),
     Edit("the others do not wait for the first", "distributed.py",
          "    if rank > 0:\n        try:", "    if False:\n        try:", "scale"),
 ]

@@ -312,6 +312,13 @@ def test_epochs_take_more_than_a_row_of_a_sheet_and_no_gap_of_its_last(num_image
     assert ("the sheets hold 14 pictures" in capsys.readouterr().out) == (num_images > 14)
 
 
+def test_a_device_that_nobody_asked_for_is_not_as_asked(checkpoint, tmp_path, capsys):
+    for flags, asked in (([], False), (["--device", "cpu"], True)):
+        figures.main(["--figure", "one_step", "--checkpoint", str(checkpoint), *flags,
+                      "--steps", "2", "--output_dir", str(tmp_path)])
+        assert ("as asked" in capsys.readouterr().out) == asked
+
+
 def test_a_stranger_in_the_folder_of_a_run_is_no_file_of_it(run):
     (run / "model_fine.pt").write_bytes(b"x")
     (run / "samples" / "epoch_by_epoch.png").write_bytes(b"x")
