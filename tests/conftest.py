@@ -69,6 +69,11 @@ def awake(module):
     return module
 
 
+# A run of train() that takes a second on any machine.
+TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, device="cpu", precision="float32",
+            num_samples=4)
+
+
 def make_small(patch):
     """Make a run take a second: synthetic sets are 64 images, pictures are drawn in 3 steps, and
     the losses are written and not drawn."""

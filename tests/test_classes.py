@@ -13,7 +13,7 @@ import load
 import sample
 import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import fails
+from conftest import TINY, fails
 from diffusion import DiffusionProcess
 from images import png_bytes, read_note
 from load import load_model
@@ -22,8 +22,7 @@ from models import create_model
 from sample import choose_labels, generate, thinned
 from train import train
 
-TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, image_size=8, device="cpu",
-            precision="float32", num_samples=4, sample_every=1000)
+SMALL = dict(TINY, image_size=8, sample_every=1000)
 
 
 class Watching(torch.nn.Module):
@@ -82,7 +81,7 @@ def test_one_image_in_ten_is_trained_on_without_its_class():
 def test_a_labelled_set_is_trained_with_its_classes_unless_asked_otherwise(labels, classes,
                                                                            tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 32)
-    model, *_ = train("synthetic_digits", steps=1, labels=labels, output_dir=tmp_path, **TINY)
+    model, *_ = train("synthetic_digits", steps=1, labels=labels, output_dir=tmp_path, **SMALL)
     entries = load_checkpoint(tmp_path / "model_final.pt")
     assert model.num_classes == classes == entries["model_config"]["num_classes"]
     assert entries["data"]["classes"] == (list("0123456789") if classes else None)
@@ -138,7 +137,7 @@ def test_a_class_that_is_not_there_is_one_line(argv, words, two_shades, tmp_path
 
 def test_a_network_without_classes_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 32)
-    train("synthetic_digits", steps=1, labels=False, output_dir=tmp_path, **TINY)
+    train("synthetic_digits", steps=1, labels=False, output_dir=tmp_path, **SMALL)
     capsys.readouterr()
     for argv in (["--label", "7"], ["--guidance", "2"]):
         assert "trained without" in fails(capsys, sample.main, "--checkpoint",

@@ -12,7 +12,7 @@ import export
 import load
 import sample
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import fails
+from conftest import TINY, fails
 from images import read_note
 from load import card_recipe, load_model
 from presets import DRAW_WITH
@@ -207,8 +207,7 @@ def test_sampling_takes_the_spacing_of_the_card_with_its_sampler_only(two_shades
 
 def test_what_a_preset_is_best_drawn_by_goes_with_its_checkpoints(few_digits, tmp_path):
     """Through a resumed run and a small file into the picture, and a typed flag wins."""
-    run = dict(few_digits, base_channels=8, time_emb_dim=16, batch_size=16, device="cpu",
-               precision="float32", num_samples=1, output_dir=tmp_path)
+    run = dict(few_digits, **TINY, output_dir=tmp_path)
     draw_with = dict(sampler="dpmpp_2m_sde", sampler_steps=4, spacing="tapered", eta=1.3,
                      guidance=1.5)
     train(**run, steps=1, draw_with=draw_with)

@@ -31,7 +31,7 @@ import visualize_diffusion as figures
 import visualize_model
 from classifier import Classifier
 from command_line import Parser, command, speaks
-from conftest import ROOT, fails, sheets, write_model
+from conftest import ROOT, TINY, fails, sheets, write_model
 from data import Batches, split_held_out
 from diffusion import DiffusionProcess
 from files import write_file
@@ -46,9 +46,6 @@ from sample import choose_labels
 from session import sample_images
 from train import main as train_main
 from train import train
-
-TINY = dict(base_channels=8, time_emb_dim=16, batch_size=16, device="cpu", precision="float32",
-            num_samples=4)
 
 
 # ---- Nothing is lost

@@ -16,7 +16,7 @@ import presets
 import session
 import train as train_module
 from checkpoint import load_checkpoint
-from conftest import ROOT, fails, sheets, weights
+from conftest import ROOT, TINY, fails, sheets, weights
 from data import Batches, get_dataset, split_held_out
 from diffusion import DiffusionProcess
 from folders import FITS
@@ -31,9 +31,6 @@ from sample import generate
 from train import MODEL_FLAGS, main, train
 from training_data import TrainingData, load_training_data
 from utils import count_parameters, seed_step, shuffled
-
-TINY = dict(base_channels=8, batch_size=16, device="cpu", precision="float32",
-            num_samples=4)
 
 
 @pytest.fixture
@@ -123,7 +120,7 @@ def test_adamw_pulls_the_weights_towards_zero(name, decays, few_digits, tmp_path
                           learning_rate=1e-3, steps=1, output_dir=tmp_path / str(decay))[0])
             for decay in (0.0, 0.1)]
     torch.manual_seed(0)
-    initial = weights(create_model(base_channels=8, num_classes=10))
+    initial = weights(create_model(base_channels=8, time_emb_dim=16, num_classes=10))
     shrunk = [free - 1e-4 * start for free, start in zip(runs[0], initial)]
     assert (furthest(runs[1], shrunk) < 1e-6) == decays
 

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import ROOT, weights
+from conftest import ROOT, TINY, weights
 from data import Batches
 from diffusion import DiffusionProcess
 from images import moving_average, plot_losses, to_signed
@@ -22,8 +22,6 @@ from models import create_model
 from sample import generate
 from train import sample_images, train
 from utils import EMA, get_device, get_precision, get_timesteps, seed_step
-
-TINY = dict(base_channels=8, batch_size=16, num_samples=4, device="cpu", precision="float32")
 
 
 def equal(a, b):
