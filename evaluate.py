@@ -38,6 +38,7 @@ from sample import (calls_in_words, choose_labels, drawing_words, generate, mode
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
 MAX_MEASURED = 200_000
+FEW = 20  # images in a set: with fewer, distances tell noise hardly from pictures
 SEARCHED = 2000  # so many samples, and held-out images, at most are looked for in the training set
 RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
         "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
@@ -172,6 +173,9 @@ def print_quality(measured):
     if found["recall"] < 0.1 * floor["recall"]:
         print("  where recall is so low the samples lie at one place of the features: "
               "precision then says nothing")
+    if size < FEW:
+        print(f"  in sets of {size} a distance says little: noise may lie as near as real images; "
+              "hold out more of them (train.py --val_fraction)")
     if abs(found["fd"] - floor["fd"]) < found["fd_error"] + floor["fd_error"]:
         print("  the two distances lie within their errors: only more images can tell them apart")
     print(f"  floor: {held_count} {held_name}, measured in the same way"
@@ -334,10 +338,11 @@ def main(argv=None):
     measuring = seconds_to_measure(classifier, images, len(held), args.num_images, len(ways),
                                    copies_too=not (args.race or args.stages),
                                    positions=positions_of(data))
-    print(f"cost: {args.num_images} images, {calls_in_words(calls, weak_calls, weak)} for each"
-          + drawing_words(args.guidance, args.guidance_interval, args.eta)
-          + f", about {format_seconds(seconds)} here, and {format_seconds(measuring)} to measure",
-          flush=True)
+    print(f"cost: {args.num_images} images"
+          + ("" if args.race else f" in {args.steps} steps of {args.sampler}")
+          + drawing_words(args.guidance, args.guidance_interval, args.eta, args.spacing)
+          + f", {calls_in_words(calls, weak_calls, weak)} for each, about "
+          f"{format_seconds(seconds)} here, and {format_seconds(measuring)} to measure", flush=True)
 
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("output_dir", "data_dir", "weak")}

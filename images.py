@@ -224,10 +224,11 @@ def plot_losses(losses, path, held_out=None, window=100):
     window = max(1, min(window, len(losses) // 10))
     steps = np.arange(1, len(losses) + 1)
     average = moving_average(losses, window)
+    middles = steps - (np.minimum(window, steps - steps // 2) - 1) / 2  # or a fall would lag behind
     figure, ((axes,),) = new_figure(8, 4.5)
     axes.plot(steps, losses, color="#b8c4d6", linewidth=0.6, label="each step")
-    axes.plot(steps, average, color=COLOURS[0], linewidth=1.8,
-              label=f"mean of the last {window} steps")
+    axes.plot(middles, average, color=COLOURS[0], linewidth=1.8,
+              label=f"mean of {window} steps, at their middle")
     if held_out:
         axes.plot(list(held_out), list(held_out.values()), "o-", color=COLOURS[1], markersize=3,
                   linewidth=1.2, label="held-out images, averaged weights")

@@ -193,41 +193,45 @@ def add_drawing_flags(add):
     """The flags that say how to draw, --sampler to --weak; take_sampler and take_guidance fill in
     what was not typed.  add: Parser.add."""
     add("--sampler",
-        "how to step down; default: what shipped weights were measured with, or the preset of "
-        "a training is best drawn by, else ddim",
+        "how to step down; default: what the model tells (shipped weights, what they were "
+        "measured with; those of --preset quick and fabrics_laptop, what is best for them), "
+        "else ddim",
         choices=sorted(SAMPLERS))
     add("--steps", "model calls, twice as many with guidance; "
-        "default: as the model's card says where --sampler is not given, else " + ", ".join(
+        "default: as the model tells where --sampler is not given, else " + ", ".join(
             f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()),
         type=positive_int)
-    add("--spacing", "at which timesteps; default: as the model's card says where --sampler is not "
+    add("--spacing", "at which timesteps; default: as the model tells where --sampler is not "
         "given, else uniform", choices=sorted(SPACINGS))
     add("--eta", "fresh noise in each step: 0 none, 1 as much as DDPM, "
         f"above 1 (at most {MAX_ETA}) more, only with many steps; "
-        "default: as the model's card says where --sampler is not given, else the sampler's own",
+        "default: as the model tells where --sampler is not given, else the sampler's own",
         type=number_from(0, MAX_ETA))
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the "
-        "cost; default: as the model's card says, or 1", type=guidance_number)
+        "cost; default: as the model tells, or 1", type=guidance_number)
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the "
-        "highest; default: as the model's card says where --guidance is not given, else all, "
+        "highest; default: as the model tells where --guidance is not given, else all, "
         "or those of --weak", metavar="LOW,HIGH", type=interval)
     add("--weak", "a worse model of the same images, smaller or an early checkpoint: guidance "
         "leads away from its mistakes (autoguidance), also without classes, "
         f"by {WEAK_GUIDANCE:g} unless --guidance says otherwise, "
         f"at the noisier {1 - WEAK_FROM:.0%} of the levels unless --guidance_interval does; "
-        "default: what the model's card names beside it, unless a --guidance is given that can "
+        "default: what the model tells of a file beside it, unless a --guidance is given that can "
         "follow a class", metavar="FILE")
 
 
 def take_sampler(args, data):
     """Put the card's sampler, steps, spacing and eta into `args` where no sampler was named.
 
-    data: what load_model tells.  ValueError for an eta that the sampler does not take.
+    data: what load_model tells.  An eta above 1 is one for many steps: it is left out of fewer.
+    ValueError for an eta that the sampler does not take.
     """
     if args.sampler is None:
         args.sampler, args.steps = data["sampler"], args.steps or data["steps"]
         args.spacing = args.spacing or data["spacing"]
-        args.eta = data["eta"] if args.eta is None else args.eta
+        many = data["steps"] and args.steps >= data["steps"]
+        if args.eta is None and ((data["eta"] or 0) <= 1 or many):
+            args.eta = data["eta"]
     if args.eta and args.eta > 1 and SAMPLERS[args.sampler].variance == "beta":
         raise ValueError(f"--eta {args.eta:g}: {args.sampler} takes 0 to 1")
 

@@ -83,7 +83,8 @@ def find_checkpoint(folder, resume, overwrite):
                          "and --overwrite would replace it: give one of them")
     if there and not own and not overwrite:
         finished = final.exists() and not latest.exists()
-        what = (f"{'a finished' if finished else 'an unfinished'} run: --resume goes on with it"
+        goes_on = "prolongs it if its rate is constant" if finished else "goes on with it"
+        what = (f"{'a finished' if finished else 'an unfinished'} run: --resume {goes_on}"
                 if saved else f"what a run has left ({there[0].relative_to(folder)})")
         raise ValueError(f"{folder} holds {what}, --overwrite replaces it, "
                          "another --output_dir keeps it")

@@ -1,6 +1,7 @@
 """Make new pictures from noise with a trained model.
 
-    python sample.py                          # 64 images; DDIM in 50 steps for a model of your own
+    python sample.py                          # 64 images, by DDIM in 50 steps unless the model says
+                                              # otherwise: shipped ones do, and those of two presets
     python sample.py --show_intermediate      # also how they came out of the noise
     python sample.py --sampler dpmpp_2m       # 10 steps
     python sample.py --sampler ddpm           # the paper's full chain, about 20 times longer
@@ -88,10 +89,12 @@ def moments(steps, most):
     return torch.linspace(0, steps, min(most, steps + 1)).round().int().tolist()
 
 
-def drawing_words(guidance, interval=None, eta=None):
-    """A phrase for the line that tells the cost: eta and guidance, where they are not the usual."""
+def drawing_words(guidance, interval=None, eta=None, spacing=None):
+    """A phrase for the line that tells the cost: spacing, eta and guidance, where they are not the
+    usual."""
     where = " at t = {} to {}".format(*interval) if interval else ""
-    return ((f", eta {eta:g}" if eta is not None else "")
+    return ((f", {spacing} levels" if spacing not in (None, "uniform") else "")
+            + (f", eta {eta:g}" if eta is not None else "")
             + (f", guidance {guidance:g}{where}" if guidance != 1 else ""))
 
 
@@ -374,7 +377,7 @@ def main(argv=None):
     seconds = seconds_for(model, diffusion, count, size, calls, args.batch_size, precision, weak,
                           weak_calls)
     print(f"cost: {count} images in {len(levels) - 1} steps of {args.sampler}"
-          + drawing_words(args.guidance, args.guidance_interval, args.eta)
+          + drawing_words(args.guidance, args.guidance_interval, args.eta, args.spacing)
           + f", {calls_in_words(calls, weak_calls, weak)}, about {format_seconds(seconds)} here"
           + ", and some seconds more to draw the way" * args.show_intermediate, flush=True)
 

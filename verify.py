@@ -17,7 +17,7 @@ from folders import MIN_SIDE, class_folders, common_size, find_files, listing, r
 from images import save_images, to_signed
 from models import create_model
 
-FEW = 100  # images; with fewer, copies are nearly all that a network draws
+FEW = 200  # images; with fewer, copies are nearly all that a network draws
 
 
 def counted(values, most=8):

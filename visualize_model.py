@@ -44,7 +44,8 @@ def open_own(args, device):
     _, model, diffusion, data = open_model(args, device)
     refuse_other_images(args, data)
     timesteps = choose_timesteps(args.timesteps, TIMESTEPS[args.figure], diffusion.num_timesteps)
-    return model, diffusion, data, timesteps, f"{type(model).__name__}, {as_text(data['name'])}"
+    title = f"{type(model).__name__}, {as_text(Path(data['name']).name)}"
+    return model, diffusion, data, timesteps, title
 
 
 def picture_settings(args, model, diffusion, data, device):
@@ -69,7 +70,8 @@ def draw_activations(args, path, device):
     seen = [(part, output) for part, output in activations(model, x_t, t, settings["y"])
             if any(True for _ in boxes[part].parameters())]     # a pool repeats what came before
     activations_figure(x_t[0].cpu(), seen, picture[0].cpu(), path,
-                       f"feature maps at t = {t}: {title}{of_class}")
+                       f"the feature maps of each part that vary most, each on its own scale, "
+                       f"at t = {t}: {title}{of_class}")
 
 
 def draw_attention(args, path, device):

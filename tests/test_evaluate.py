@@ -156,6 +156,16 @@ def test_nearest_equals_a_plain_loop():
         assert index.tolist() == np.argsort(all_distances)[:2].tolist()
 
 
+def test_sets_of_a_few_images_are_told_to_say_little(capsys):
+    """A network of 5 steps stood nearer to 95 photographs than the 5 that were held out."""
+    numbers = dict(fd=2.0, fd_error=0.1, kid=0.1, kid_error=0.1, precision=1.0, recall=1.0,
+                   detail=1.0, confident=1.0, classes=[1.0])
+    for size in (5, 50):
+        evaluate.print_quality({"samples": numbers, "floor": numbers, "held_out": "test images",
+                                "num_images": 100, "num_held_out": size, "in_sets_of": size})
+        assert ("says little" in capsys.readouterr().out) == (size == 5)
+
+
 def test_the_two_nearest_are_found_in_different_blocks():
     references = torch.randn(50_000, 4, generator=torch.Generator().manual_seed(0)) + 9  # 3 blocks
     references[[100, 25_000, 45_000]] = torch.tensor([[0.2], [0.0], [-0.1]]).expand(3, 4)

@@ -216,6 +216,8 @@ def test_what_a_preset_is_best_drawn_by_goes_with_its_checkpoints(few_digits, tm
     for name, flags, expected in (
             ("model_final.pt", [], ("dpmpp_2m_sde", 4, "tapered", 1.3, 1.5)),
             ("small.pt", [], ("dpmpp_2m_sde", 4, "tapered", 1.3, 1.5)),
+            # so much noise in a step is for many steps
+            ("model_final.pt", ["--steps", "3"], ("dpmpp_2m_sde", 3, "tapered", 1, 1.5)),
             ("model_final.pt", ["--sampler", "ddim"], ("ddim", 3, "uniform", 0, 1.5))):
         sample.main(["--checkpoint", str(tmp_path / name), "--num_images", "1", "--device", "cpu",
                      "--output_dir", str(tmp_path / "out"), *flags])

@@ -199,10 +199,10 @@ def test_the_sub_folders_are_the_classes(tmp_path):
 
 
 def test_few_pictures_are_told_to_be_few(tmp_path, capsys):
-    for count in (99, 100):
+    for count in (199, 200):
         save_numbered(tmp_path / str(count), range(count))
         assert verify_folder(tmp_path / str(count), tmp_path / "sheet.png", image_size=16)
-        assert ("pictures are few" in capsys.readouterr().out) == (count == 99)
+        assert ("pictures are few" in capsys.readouterr().out) == (count == 199)
 
 
 # ---- The cache
