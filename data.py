@@ -55,7 +55,7 @@ class DatasetUnavailable(ValueError):
 
 
 def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=None,
-                **folder_settings):
+                fit="crop", with_labels=False, cache_dir=None):
     """Load a data set by name, or a folder of images by its path.
 
     data_dir:    where torchvision's files lie or go.
@@ -63,14 +63,15 @@ def get_dataset(name, data_dir="data", *, train=True, image_size=None, channels=
     image_size:  resize to this height and width; by default a named set keeps its own size, and a
                  folder keeps its images' common square size if that is at most 64, else takes 64.
     channels:    1 for grey, 3 for colour; by default as the data are.
-    folder_settings: fit, with_labels, cache_dir: see folders.load_folder.
+    fit, with_labels, cache_dir: for folders, see folders.load_folder.
     Returns (images uint8 [N, C, H, W], labels int64 [N] or None).
     Raises ValueError for an unknown name or a folder without usable images, DatasetUnavailable if a
     download fails.
     """
     check_shape(image_size, channels)
     if name not in DATASETS:
-        return load_folder(existing_folder(name), image_size, channels=channels, **folder_settings)
+        return load_folder(existing_folder(name), image_size, channels=channels, fit=fit,
+                           with_labels=with_labels, cache_dir=cache_dir)
     if DATASETS[name].drawn:
         images, labels = DATASETS[name].source(SYNTHETIC_SIZE, seed=0 if train else 1)
     else:

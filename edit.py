@@ -35,7 +35,7 @@ from data import keep_apart
 from diffusion import evaluating, seeded_noise
 from folders import load_pictures, read_picture
 from images import save_images, save_strip, to_signed
-from load import CHECKPOINT_HELP, open_model
+from load import CHECKPOINT_HELP, open_model, refuse_no_class
 from measures import psnr
 from reference import unseen_images
 from sample import choose_labels, seconds_for, thinned
@@ -186,7 +186,7 @@ def parse(argv):
     add("--factor", "upscale: from blocks of so many by so many pixels; default: 4",
         type=positive_int)
     add("--label", "the class to draw, as a number or name", "none")
-    add("--steps", "steps from noise to picture", 50, type=positive_int)
+    add("--steps", "steps from noise to picture; default: 50, or all T", type=positive_int)
     add("--travel", "how often each step but the last is taken; each is a call of the model", 5,
         type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1", 1.0, type=fraction)
@@ -224,12 +224,14 @@ def main(argv=None):
                 "upscale": lambda: upscale(size, args.factor or 4),
                 "deblur": lambda: deblur(size),
                 "colourise": colourise}[args.task]()
+    refuse_no_class(args.label, data)
     originals = load_originals(args, data, channels).to(device)
     y, _ = choose_labels(args.label, classes, len(originals))
     if y is not None and len(y.unique()) > len(originals):
         raise ValueError(f"--label {args.label}: {len(y.unique())} classes "
                          f"for {len(originals)} pictures")
     y = None if y is None else thinned(y, len(originals)).to(device)
+    args.steps = args.steps or min(50, diffusion.num_timesteps)
     diffusion.timesteps(args.steps)                         # refuses too many
     calls = ((args.steps - 1) * args.travel + 1) * args.average
     seconds = seconds_for(model, diffusion, len(originals), size, calls, MAX_PICTURES)

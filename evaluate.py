@@ -123,7 +123,7 @@ def evaluate(drawn, model, diffusion, data, y, real, classifier, device):
         bar.update()
     return {"samples": found, "floor": floor, "held_out": real.what, "copies": copied,
             "loss_by_timestep": losses, "num_images": len(drawn), "num_held_out": len(held),
-            "in_sets_of": size}, index
+            "in_sets_of": size, "tells_classes": real.labels is not None}, index
 
 
 def seconds_to_measure(classifier, images, num_held, num_images, sets=1, copies_too=True,
@@ -159,7 +159,7 @@ def print_quality(measured):
     line("KID, small classifier, x 1000",
          f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
          f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
-    tells_classes = "agreement" in floor    # else they are quarter turns, and all images upright
+    tells_classes = measured["tells_classes"]   # else quarter turns, and all images are upright
     for key, title in (("precision", "precision: looks real"),
                        ("recall", "recall: has the variety"),
                        ("detail", "fine detail, of the training images'"),
@@ -267,7 +267,8 @@ def parse(argv):
     add("--checkpoint", CHECKPOINT_HELP)
     add("--dataset", "what to compare with; default: what the model was trained on", metavar="NAME")
     add("--data_dir")
-    add("--num_images", "samples, and real images for the floor", 2000, type=positive_int)
+    add("--num_images", "samples; the floor is the mean over sets of as many real images", 2000,
+        type=positive_int)
     add("--race", "several samplers from the same noises, instead of one", False,
         action="store_true")
     add("--stages", "noise real images little or much and undo it: "

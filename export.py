@@ -37,15 +37,17 @@ def export(checkpoint, output, evaluation=None, **card):
     if Path(output).exists() and not {"card", "ema"} <= load_checkpoint(output).keys():
         raise ValueError(f"{output} is the checkpoint of a training, or a classifier: "
                          "give another --output")
-    entries, digest = load_checkpoint(checkpoint), load_model(checkpoint)[2]["digest"]
+    entries, data = load_checkpoint(checkpoint), load_model(checkpoint)[2]
     try:
         if "card" in entries:
             card = {**entries["card"], **card}
         else:
             settings = {name: value for name, value in entries["settings"].items()
                         if value is not None}
-            card = {**(entries.get("draw_with") or {}), **card, "settings": settings,
-                    "training_steps": entries["step"]}
+            card = {**card, "settings": settings, "training_steps": entries["step"]}
+            if told_of(entries, "draw_with"):
+                card.update(sampler_steps=data["steps"], **{
+                    name: data[name] for name in ("sampler", "spacing", "eta", "guidance")})
             if told_of(entries, "started_from"):
                 card["started_from"] = entries["started_from"]
         weights = half_precision(entries["ema"])
@@ -58,7 +60,7 @@ def export(checkpoint, output, evaluation=None, **card):
     if not all(value.isfinite().all() for value in weights.values()):
         raise ValueError(f"{checkpoint}: not all weights are numbers that half precision can hold")
     if evaluation:
-        card.update(read_evaluation(evaluation, checkpoint, digest))
+        card.update(read_evaluation(evaluation, checkpoint, data["digest"]))
     save_checkpoint(output, {**kept, "ema": weights, "card": card})
     return card
 

@@ -206,6 +206,13 @@ def sorted_into_classes(folder, most=20):
     return 2 <= len(class_folders(folder)) <= most
 
 
+def check_class_names(folder, names):
+    """Raise ValueError for class names that no flag could ask for."""
+    if {"none", "all"} & set(names):
+        raise ValueError(f"{folder}: a class cannot be called none or all, "
+                         "as --label means something else by them: rename the sub-folder")
+
+
 def load_folder(folder, image_size=None, *, channels=None, fit="crop", with_labels=False,
                 cache_dir=None):
     """Every usable image below a folder, in the order of their names. Says which files it skipped.

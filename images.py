@@ -1,4 +1,5 @@
-"""Pictures as files: sheets, strips, GIFs, plots. Images are float in [-1, 1] everywhere but here.
+"""Pictures as files: sheets, strips, GIFs, plots. Models see floats in [-1, 1], files and data sets
+hold uint8: to_signed and to_uint8 lead from one to the other.
 """
 
 import io

@@ -18,7 +18,7 @@ from command_line import (Parser, command, format_seconds, make_output_dir, posi
 from diffusion import seeded_noise
 from folders import load_pictures
 from images import save_gif, save_images, save_strip, to_uint8
-from load import CHECKPOINT_HELP, open_model
+from load import CHECKPOINT_HELP, open_model, refuse_no_class
 from measures import psnr
 from sample import choose_one_label, generate, seconds_for
 from utils import get_device
@@ -84,7 +84,7 @@ def parse(argv):
     add("--fps", "frames a second", 8.0, type=positive_float)
     add("--size", "height and width of the GIF in pixels", 256, type=positive_int)
     add("--loop", "go back to the first key frame at the end", False, action="store_true")
-    add("--steps", "model calls for a picture", 50, type=positive_int)
+    add("--steps", "model calls for a picture; default: 50, or all T", type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device")
     args = parser.parse_args(argv)
@@ -122,7 +122,9 @@ def main(argv=None):
     checkpoint, model, diffusion, data = open_model(args, device)
     output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
     size = data["image_size"]
+    refuse_no_class(args.label, data)
     y = choose_one_label(args.label, data["classes"])
+    args.steps = args.steps or min(50, diffusion.num_timesteps)
     diffusion.timesteps(args.steps)                     # refuses too many
     count = 2 * min(args.frames, COMPARED) if args.compare else args.frames
     there_and_back = 4 * len(args.images or [])         # to the noise each step takes three calls

@@ -17,7 +17,7 @@ from diffusion import MAX_ETA, SAMPLERS, DiffusionProcess, guidance_at
 from images import MAX_SIZE
 from models import create_model, model_defaults
 from running import FINAL, LATEST
-from schedules import SPACINGS
+from schedules import MAX_TIMESTEPS, SPACINGS
 from utils import describe_device
 
 OWN, UNFINISHED = f"outputs/{FINAL}", f"outputs/{LATEST}"
@@ -107,8 +107,9 @@ def load_model(path, device="cpu", ema=True, image_size=None):
                 **{name: told_of(entries).get(name) for name in ("images", "held_out")}}
         data = {**{name: value for name, value in told.items()
                    if not isinstance(value, torch.Tensor)},
+                "class_needed": bool(model.num_classes) and told_of(entries).get("label_drop") == 0,
                 "channels": model.image_channels, "digest": drawing_digest(entries),
-                **card_recipe(entries.get("card") or entries.get("draw_with"),
+                **card_recipe(told_of(entries, "card") or entries.get("draw_with"),
                               diffusion.num_timesteps)}
         if type(data["image_size"]) is not int or not 4 <= data["image_size"] <= MAX_SIZE:
             raise ValueError(f"image_size {data['image_size']!r}")
@@ -189,6 +190,18 @@ def card_recipe(card, T):
                 0 < len(name) < 200 and name == Path(name).name and name.isprintable()))}
 
 
+def check_draw_with(draw_with):
+    """Raise ValueError unless these are settings of presets.DRAW_WITH's kind, or None."""
+    if draw_with is not None and not isinstance(draw_with, dict):
+        raise ValueError(f"draw_with must be a dict or None, got {draw_with!r:.50}")
+    told = card_recipe(draw_with, MAX_TIMESTEPS)
+    told["sampler_steps"] = told["steps"]
+    for name, value in (draw_with or {}).items():
+        if (name not in ("sampler", "sampler_steps", "spacing", "eta", "guidance")
+                or type(value) not in (str, int, float) or told[name] != value):
+            raise ValueError(f"draw_with: {name!r:.50} cannot be {value!r:.50}")
+
+
 def add_drawing_flags(add):
     """The flags that say how to draw, --sampler to --weak; take_sampler and take_guidance fill in
     what was not typed.  add: Parser.add."""
@@ -243,6 +256,7 @@ def take_guidance(args, data, diffusion):
     data: what load_model tells.  args.sampler: None where several are compared.
     ValueError for guidance towards nothing, or asked for at levels where it cannot act.
     """
+    refuse_no_class(args.label, data)
     named, guided = args.weak is not None, bool(data["classes"]) and args.label != "none"
     guidance, levels = default_guidance(args, data, diffusion.num_timesteps, guided)
     if args.guidance is not None:
@@ -265,6 +279,13 @@ def take_guidance(args, data, diffusion):
     args.guidance, args.guidance_interval = guidance, None if guidance in (0, 1) else interval
 
 
+def refuse_no_class(label, data):
+    """Raise ValueError where none is asked for of a model that has not learnt to do without."""
+    if label == "none" and data.get("class_needed"):
+        raise ValueError("trained with --label_drop 0, this model cannot draw without a class: "
+                         "name one with --label")
+
+
 def weak_beside(checkpoint, data):
     """The path of the weak model that a checkpoint's card names, if it lies there, or None."""
     beside = data["weak"] and Path(checkpoint).parent / data["weak"]
@@ -281,8 +302,8 @@ def default_guidance(args, data, T, guided):
         if args.weak is None and args.guidance is None:
             print(f"{args.checkpoint} was measured with --weak {data['weak']}, and there is no "
                   "such file beside it: drawing without")
-    # a card's guidance is worth nothing without its --weak
-    if args.weak or guided and not data["weak"]:
+    # a card's guidance is worth nothing without its --weak, or away from a "no class" of chance
+    if args.weak or guided and not data["weak"] and not data.get("class_needed"):
         return data["guidance"], data["guidance_interval"]
     return 1.0, None
 
@@ -291,6 +312,9 @@ def check_guidance(args, data, T, guidance, guided, named):
     """Raise ValueError if this guidance, as typed, leads nowhere. named: was --weak typed?"""
     if named and guidance == 1:
         raise ValueError("--weak says what guidance leads away from, and --guidance 1 is none")
+    if guidance != 1 and data.get("class_needed") and not args.weak:
+        raise ValueError(f"--guidance {guidance:g} leads away from what a model draws without a "
+                         "class, and this one, trained with --label_drop 0, has not learnt that")
     asked_for = guidance not in (0, 1) or args.guidance is None and args.guidance_interval
     if asked_for and not guided and not args.weak:
         raise ValueError("guidance needs classes to guide towards, or a --weak model: "

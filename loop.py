@@ -71,9 +71,9 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
             share.backward()
         loss += share.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    loss = distributed.mean_over_ranks(loss) + 0 * norm     # so a bad gradient shows in it, too
+    loss = distributed.mean_over_ranks(loss)
     # Another device would have to be waited for: train_steps looks at its losses once a second.
-    if x_0.device.type == "cpu" and not loss.isfinite():
+    if x_0.device.type == "cpu" and not (loss + norm).isfinite():
         raise FloatingPointError(f"no number any more: loss {float(loss)}, "
                                  f"gradient norm {float(norm)}")
     try:
@@ -81,7 +81,7 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     except (RuntimeError, MemoryError) as error:
         error.half_done = True  # some of the weights may be those of this step already
         raise
-    return loss
+    return loss + 0 * norm      # NaN, too, where a gradient was no number
 
 
 def train_epoch(model, dataloader, optimizer, diffusion, device, *, steps=None, losses=None,
@@ -93,9 +93,12 @@ def train_epoch(model, dataloader, optimizer, diffusion, device, *, steps=None, 
     losses:      a list that the loss of each step is appended to, also if the training is stopped.
     settings:    as train_steps takes them.
     """
-    if steps is None and not hasattr(dataloader, "__len__"):
-        raise ValueError("this dataloader has no length: say how many steps to do")
-    losses, steps = [] if losses is None else losses, len(dataloader) if steps is None else steps
+    losses = [] if losses is None else losses
+    if steps is None:
+        try:
+            steps = len(dataloader)
+        except TypeError as error:
+            raise ValueError("this dataloader has no length: say how many steps to do") from error
     before = len(losses)
     with tqdm(total=steps, desc="training", unit="step", disable=not distributed.speaks()) as bar:
         train_steps(model, dataloader, optimizer, diffusion, device, steps, losses, bar, **settings)

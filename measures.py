@@ -1,10 +1,12 @@
 """How close are two sets of images, and does one copy the other? Plain functions of arrays.
 
-    frechet_distance(a, b)              two clouds of features as two Gaussians: mean and spread
-    mean_distance(a, b, size)           its mean over sets of so many of a
+    frechet_distance(a, b)              two clouds of features as two Gaussians (gaussian_of)
+    mean_distance(a, b, size)           its mean over sets of so many of a (in_sets)
     kernel_distance(a, b)               the same question without assuming Gaussians (KID)
     precision_recall(samples, real)     are the samples among the real ones, and vice versa?
-    nearest(images, training)           the training images that each image is most like
+    nearest(a, b)                       the two rows of b that each row of a is nearest to
+    nearest_images(images, training)    the training images that each image is most like
+    nearest_of_both(samples, held, ..)  those of samples and of held-out images
     copied_share(distances, held_out)   how many are closer to one than unseen images are
     copied_by_chance(num_held_out)      and how many unseen images would be
     single_share(distances)             how many are far closer to one than to any other

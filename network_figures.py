@@ -140,7 +140,7 @@ def apart(places, distance, rounds=50):
 
 def scatter_classes(axis, points, labels, names):
     """Points in the colours of their classes, each of which is named near its middle (median)."""
-    for k, name in enumerate(names):
+    for k in range(len(names)):
         own = points[labels == k]
         if len(own):
             axis.scatter(*own.T, s=7, color=PALETTE[k % len(PALETTE)],

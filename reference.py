@@ -76,10 +76,10 @@ def load_reference(data, data_dir, name=None):
     """The Reference of a model.  data: what the checkpoint says.  name: another data set instead.
 
     A named set has its test set. To a folder belongs the --val_dir of the training, or it is
-    divided as then (--val_fraction); where nothing was held out, a tenth is set aside. It has
-    labels if its classes are those of the model. The held-out images stand in random order, so that
-    the first of them are like all: the first half of MNIST's test set is by other writers than the
-    second (LeCun et al. 1998, section III.A), and a folder begins with the first sub-folder.
+    divided as then (--val_fraction); where nothing was held out, a tenth (5 at least) is set aside.
+    It has labels if its classes are those of the model. The held-out images stand in random order,
+    so that the first of them are like all: the first half of MNIST's test set is by other writers
+    than the second (LeCun et al. 1998, section III.A), and a folder begins with its first class.
     """
     like = dict(image_size=data["image_size"], channels=data.get("channels"))
     chosen = chosen_name(data, name)
@@ -102,7 +102,7 @@ def folder_reference(data, data_dir, like, name=None):
         raise ValueError("what the checkpoint tells of its data is damaged: "
                          f"val_fraction {share!r:.40}, seed {seed!r:.40}")
     val_dir = str(data.get("val_dir") or "")
-    there = val_dir in DATASETS or Path(val_dir).is_dir() and val_dir
+    there = val_dir and (val_dir in DATASETS or Path(val_dir).is_dir())
     if there and data.get("images") == Batches(images, y).fingerprint():
         return Reference(images, y, *others(data, data_dir, like, y is not None))
     kept, aside = split_held_out(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import equal, existing, load_checkpoint
+from command_line import one_line
 
 # ---- The folder of a run
 
@@ -120,7 +121,7 @@ def farthest(folder, paths):
     if not losses:
         raise problem or ValueError(f"nothing to resume: {folder} holds no checkpoint of a run")
     if problem:
-        print(f"passed over: {problem}")
+        print(f"passed over: {one_line(problem)}")
     latest, own = next(iter(losses.items()))    # if it is there
     for path, others in list(losses.items()):
         shared = min(len(own), len(others))

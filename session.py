@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import GO_ON, check_settings, load_checkpoint, save_checkpoint
+from command_line import one_line
 from files import write_file
 from images import plot_losses, save_images
 from loop import held_out_loss, train_steps
@@ -104,7 +105,8 @@ class Keeper:
                     saved = f"it cannot be saved ({error.strerror or error})" + (
                         f"; {latest} has the first {self.saved_step}, and --resume goes on "
                         "from there" * bool(self.saved_step))
-                what = stop if isinstance(stop, (Stopped, OSError)) else type(stop).__name__
+                what = (one_line(stop) if isinstance(stop, OSError) else
+                        stop if isinstance(stop, Stopped) else type(stop).__name__)
                 with contextlib.suppress(OSError):              # the terminal may be gone
                     print(f"{what} after step {steps} of {total_steps}: {saved}", flush=True,
                           file=sys.stderr if isinstance(stop, BrokenPipeError) else None)

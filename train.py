@@ -31,6 +31,7 @@ from command_line import (Parser, command, format_seconds, fraction, int_tuple, 
 from data import DATASETS, DATASET_HELP, keep_apart, keep_unseen
 from diffusion import OBJECTIVES, DiffusionProcess
 from folders import FITS
+from load import check_draw_with
 from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401
 from models import ACTIVATIONS, MODELS, create_model, model_defaults
 from plan import check_disk, make_plan, print_cost
@@ -90,8 +91,11 @@ def tell_cost(plan, done, network, data, diffusion, num_samples, optimizer, comp
     return step_seconds
 
 
-def check_choices(num_epochs, steps, beta2, **settings):
+def check_choices(num_epochs, steps, beta2, model_config, **settings):
     """Raise ValueError for settings of train() that are wrong whatever the data are."""
+    for name in ("image_channels", "add_input", "num_classes"):
+        if name in model_config:
+            raise ValueError(f"{name} follows from the data and the objective: leave it out")
     if num_epochs < 1 or (steps is not None and steps < 1):
         raise ValueError(f"num_epochs and steps must be at least 1, got {num_epochs} and {steps}")
     for name, known in (("model_name", MODELS), ("optimizer", OPTIMIZERS),
@@ -148,8 +152,9 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
     model_config = {name: tuple(value) if isinstance(value, list) else value
                     for name, value in model_config.items()}
     # ---- What can be wrong is found before the training begins.
-    check_choices(num_epochs, steps, num_samples=num_samples, sample_every=sample_every,
-                  save_every=save_every, **settings)
+    check_choices(num_epochs, steps, model_config=model_config, num_samples=num_samples,
+                  sample_every=sample_every, save_every=save_every, **settings)
+    check_draw_with(draw_with)
     diffusion = DiffusionProcess(timesteps, schedule, objective, clip_loss=clip_loss)
     with torch.device("meta"):                  # without memory: can there be such a network?
         create_model(model_name, **model_config)

@@ -13,6 +13,7 @@ import torch
 import distributed
 from data import (DATASETS, Batches, class_names, full_name, get_dataset, get_default_dataset,
                   split_held_out)
+from folders import check_class_names
 
 
 class TrainingData(NamedTuple):
@@ -54,9 +55,7 @@ class TrainingData(NamedTuple):
 def check_classes(name, classes, y):
     """Raise ValueError for class names that no flag could ask for, and for a folder's classes of
     which there is no image. y: [N] class indices."""
-    if {"none", "all"} & set(classes):
-        raise ValueError(f"{name}: a class cannot be called none or all, "
-                         "as --label means something else by them: rename the sub-folder")
+    check_class_names(name, classes)
     bare = [label for k, label in enumerate(classes) if not (y == k).any()]
     if bare and name not in DATASETS:
         raise ValueError(f"{name}: no usable image of {', '.join(bare)}: "

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import torch
 
-from images import plot_losses, save_images  # noqa: F401: where many look for them
+# many look for them here
+from images import plot_losses, save_images  # noqa: F401
 
 try:
     import resource

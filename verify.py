@@ -12,8 +12,9 @@ import torch
 
 from command_line import make_output_dir
 from data import (DATASETS, check_shape, class_names, existing_folder, get_dataset, keep_apart,
-                  keep_unseen)
-from folders import MIN_SIDE, class_folders, common_size, find_files, listing, read_folder
+                  keep_unseen, split_held_out)
+from folders import (MIN_SIDE, check_class_names, class_folders, common_size, find_files, listing,
+                     read_folder)
 from images import save_images, to_signed
 from models import create_model
 
@@ -57,14 +58,15 @@ def save_sheet(images, path, total=None):
 
 
 def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, fit="crop",
-                  with_labels=False):
+                  with_labels=False, few=FEW):
     """Read a folder without training and print what is in it; draw a contact sheet.
 
     Counts and names the unreadable files, the tiny ones (a side under 8 pixels: not used), the
     small ones (enlarged to image_size) and the duplicates (equal once they are cut to size).
     multiple: the network takes images whose sides are multiples of this.
     with_labels: every image has to lie in a sub-folder, its class.
-    Returns whether it can be trained on.
+    few: of fewer images it says so.
+    Returns (how many images can be used, their size), or None if it cannot be trained on.
     """
     folder = Path(folder)
     files, others = find_files(folder)
@@ -94,6 +96,7 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
     if with_labels and not outside:
         counts = Counter(Path(p.name).parts[0] for p in used)
         print("classes: " + ", ".join(f"{name} ({counts[name]})" for name in class_folders(folder)))
+        check_class_names(folder, class_folders(folder))
         bare = [name for name in class_folders(folder) if not counts[name]]
         section("classes without a usable image, so that --labels cannot be trained with", bare)
     elif outside:
@@ -101,12 +104,13 @@ def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, 
                  outside)
     kinds = counted(path.suffix.lower() or path.name for path in others)
     print(f"other files, ignored: {len(others)}" + f", {kinds}" * bool(others))
-    if 0 < len(used) < FEW:
+    if 0 < len(used) < few:
         print(f"note: {len(used)} pictures are few: a network learns them by heart, "
               "and what it draws are copies")
     if used:
         save_sheet(torch.from_numpy(np.stack(sheet_pixels)), sheet, total=len(used))
-    return bool(used) and not outside and not bare and fits(image_size, multiple)
+    usable = used and not outside and not bare and fits(image_size, multiple)
+    return (len(used), image_size) if usable else None
 
 
 def fits(image_size, multiple):
@@ -122,7 +126,8 @@ def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None,
     """Look at a data set without training: print what is in it, draw a contact sheet as PNG.
 
     multiple: the network takes images whose sides are multiples of this.
-    Returns whether it can be trained on. Raises what get_dataset raises.
+    Returns (how many images it has, their size), or None if it cannot be trained on. Raises what
+    get_dataset raises.
     """
     check_shape(image_size, channels)
     if name not in DATASETS:
@@ -134,25 +139,32 @@ def verify_dataset(name, sheet, data_dir="data", multiple=4, *, image_size=None,
     print("classes: " + ", ".join(f"{label} ({count})" for label, count in counts))
     print(f"duplicates: {len(find_duplicates(map(digest, images.numpy())))}")
     save_sheet(images, sheet)
-    return fits(images.shape[-1], multiple)
+    return (len(images), images.shape[-1]) if fits(images.shape[-1], multiple) else None
 
 
 def verify(settings, model_config):
     """Look at --dataset, and at --val_dir if that is a folder, without training.
 
-    Returns whether they can be used.
+    Returns whether they can be used. Raises ValueError as a training would.
     """
-    name, val_dir = settings["dataset"], settings["val_dir"]
-    sets = [(name or "mnist", "dataset_sheet.png", bool(settings["labels"]))]
-    if val_dir and val_dir not in DATASETS:
-        keep_unseen(name, val_dir)
-        sets.append((val_dir, "val_dir_sheet.png", False))      # it may have other classes, or none
-    for name, *_ in sets:
-        keep_apart(name, settings["output_dir"])
+    name, val_dir = settings["dataset"] or "mnist", settings["val_dir"]
+    look_there_too = val_dir and val_dir not in DATASETS
+    keep_apart(name, settings["output_dir"])
+    if look_there_too:
+        keep_unseen(settings["dataset"], val_dir)
+        keep_apart(val_dir, settings["output_dir"])
     folder = make_output_dir(settings["output_dir"])
     with torch.device("meta"):
         multiple = create_model(settings["model"], **model_config).multiple
-    return all([verify_dataset(name, folder / sheet, settings["data_dir"], multiple,
-                               image_size=settings["image_size"], channels=settings["channels"],
-                               fit=settings["fit"], with_labels=with_labels)
-                for name, sheet, with_labels in sets])
+    how = dict(channels=settings["channels"], fit=settings["fit"])
+    found = verify_dataset(name, folder / "dataset_sheet.png", settings["data_dir"], multiple,
+                           image_size=settings["image_size"],
+                           with_labels=bool(settings["labels"]), **how)
+    if found and not val_dir:
+        split_held_out(found[0], settings["val_fraction"])      # refuses too large or small a share
+    if not look_there_too:
+        return bool(found)
+    # It is cut to the size of the others, and may have other classes, or none.
+    size = found[1] if found else settings["image_size"]
+    held = verify_folder(val_dir, folder / "val_dir_sheet.png", size, 1, few=0, **how)
+    return bool(found and held)

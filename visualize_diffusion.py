@@ -249,7 +249,7 @@ def draw_predictors(args, path, loaded):
         x_0, y, which = some_unseen(data, args)
         cost = format_seconds(
             seconds_for(model, diffusion, len(x_0), data["image_size"], RANGES))
-        print(f"{which} at {RANGES} ranges of t, about {cost} here", flush=True)
+        print(f"{which} at up to {RANGES} ranges of t, about {cost} here", flush=True)
     else:
         diffusion = named_process(args)
         dataset, images, _ = named_images(args, train=False)

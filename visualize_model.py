@@ -165,21 +165,21 @@ def draw_table(args, path, device):
 class Row(NamedTuple):
     draw: Callable  # (args, path, device) -> None
     file: str  # what it is called in --output_dir
-    # What it looks at, beside --figure, --checkpoint, --dataset, --seed, --output_dir and --device.
+    # What it looks at, beside --figure, --checkpoint, --dataset, --output_dir and --device.
     flags: str
     help: str
 
 
 FIGURES = {
-    "activations": Row(draw_activations, "activations.png", "timesteps label sampler steps",
+    "activations": Row(draw_activations, "activations.png", "timesteps seed label sampler steps",
                        "feature maps of each level while a picture is sampled"),
     "attention":   Row(draw_attention, "attention.png",
-                       "timesteps label sampler steps layer query",
+                       "timesteps seed label sampler steps layer query",
                        "where each head looks meanwhile"),
     "time":        Row(draw_time, "time_embedding.png", "timesteps",
                        "what the network is told of t"),
     "features":    Row(draw_features, "features.png",
-                       "timesteps data_dir num_images flatten projection",
+                       "timesteps seed data_dir num_images flatten projection",
                        "the bottleneck's features of real pictures"),
     "table":       Row(draw_table, "model_table.png", "channels model image_size",
                        "channels, parameters and memory of each level"),
@@ -223,7 +223,7 @@ def main(argv=None):
     add("--image_size", "height and width in pixels; "
         "default: the checkpoint's, 28 for simple, else 64", type=positive_int)
     args = parser.parse_args(argv)
-    used = {"figure", "checkpoint", "dataset", "seed", "output_dir", "device",
+    used = {"figure", "checkpoint", "dataset", "output_dir", "device",
             *FIGURES[args.figure].flags.split()}
     if args.channels or args.model:
         used.remove("dataset")

@@ -9,6 +9,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import data
+import edit
+import interpolate
 import load
 import sample
 import train as train_module
@@ -179,6 +181,20 @@ def test_a_call_of_the_weak_model_is_counted_as_its_own(monkeypatch):
     known = (model, DiffusionProcess(), 6, 8, 5, 2, torch.float32)
     assert sample.seconds_for(*known, weak, 3) == (5 * 1 + 3 * 0.25) * 3
     assert sample.seconds_for(*known, None, 3) == 8 * 3
+
+
+def test_a_model_that_always_had_a_class_is_not_asked_without(few_digits, tmp_path, capsys):
+    """Its row for "no class" is as random as at the start, and guidance led away from that."""
+    train(**few_digits, **TINY, steps=1, label_drop=0.0, output_dir=tmp_path,
+          draw_with=dict(sampler="ddim", guidance=1.5))
+    model = ["--checkpoint", str(tmp_path / "model_final.pt"), "--output_dir", str(tmp_path / "o")]
+    sample.main([*model, "--num_images", "2"])
+    assert read_note(tmp_path / "o" / "generated_samples.png")["guidance"] == 1
+    capsys.readouterr()
+    for main, flags in ((sample.main, ["--guidance", "3"]), (sample.main, ["--guidance", "0"]),
+                        (sample.main, ["--label", "none"]),
+                        (edit.main, []), (interpolate.main, [])):
+        assert "label_drop 0" in fails(capsys, main, *model, *flags)
 
 
 def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):

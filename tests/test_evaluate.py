@@ -162,7 +162,8 @@ def test_sets_of_a_few_images_are_told_to_say_little(capsys):
                    detail=1.0, confident=1.0, classes=[1.0])
     for size in (5, 50):
         evaluate.print_quality({"samples": numbers, "floor": numbers, "held_out": "test images",
-                                "num_images": 100, "num_held_out": size, "in_sets_of": size})
+                                "num_images": 100, "num_held_out": size, "in_sets_of": size,
+                                "tells_classes": True})
         assert ("says little" in capsys.readouterr().out) == (size == 5)
 
 

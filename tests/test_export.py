@@ -1,6 +1,7 @@
 """Small files to share: what is in them, and what export.py refuses."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -224,6 +225,29 @@ def test_what_a_preset_is_best_drawn_by_goes_with_its_checkpoints(few_digits, tm
         note = read_note(tmp_path / "out" / "generated_samples.png")
         assert tuple(note[key] for key in ("sampler", "steps", "spacing", "eta",
                                            "guidance")) == expected
+
+
+@pytest.mark.parametrize("wrong", [
+    {"sampler": "nope"}, {"eta": math.nan}, {"guidance": torch.ones(2)}, {"steps": 5}, ["ddim"],
+    {"sampler": {}}, {"guidance": 1e9}, "ddim", {"weak": "a.pt"}])
+def test_what_cannot_be_drawn_by_is_refused_before_a_training(wrong, few_digits, tmp_path):
+    with pytest.raises(ValueError, match="draw_with"):
+        train(**few_digits, **TINY, steps=1, draw_with=wrong, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["draw_with", "card"])
+@pytest.mark.parametrize("told", [torch.ones(3), [1], "ddim", {"sampler": torch.ones(2)},
+                                  {"weak": "../../x.pt"}])
+def test_what_a_strange_file_tells_of_drawing_is_passed_over(name, told, few_digits, tmp_path):
+    train(**few_digits, **TINY, steps=1, output_dir=tmp_path)
+    path = tmp_path / "model_final.pt"
+    save_checkpoint(path, {**load_checkpoint(path), name: told})
+    data = load_model(path)[2]
+    assert (data["sampler"], data["weak"], data["guidance"]) == ("ddim", None, 1.0)
+    if name == "draw_with":
+        card = export.export(path, tmp_path / "small.pt")
+        assert card.get("weak") is None and card.get("sampler", "ddim") == "ddim"
 
 
 def test_what_presets_are_drawn_by_can_be_drawn_by():

@@ -474,9 +474,11 @@ def test_the_predictors_are_printed_and_drawn(checkpoint, tmp_path, capsys):
     (["--figure", "steps", "--steps_list", "41"], "from 1 to 40 (the number of timesteps), got 41"),
     (["--figure", "one_step", "--steps", "1"], "--steps 2 or more"),
     (["--figure", "explore", "--timesteps", "40"], "--timesteps 40: there are 0 to 39"),
-    (["--figure", "loss", "--run", "nowhere"], "no training_loss.csv in nowhere"),
-    (["--figure", "epochs", "--run", "nowhere"], "no model_final.pt or model_latest.pt in nowhere"),
-    (["--figure", "loss_by_timestep", "--run", "nowhere"], "no checkpoints/*.pt in nowhere")])
+    (["--figure", "loss", "--run", "nowhere"], "no training_loss.csv of a training in nowhere"),
+    (["--figure", "epochs", "--run", "nowhere"],
+     "no model_final.pt or model_latest.pt of a training in nowhere"),
+    (["--figure", "loss_by_timestep", "--run", "nowhere"],
+     "no checkpoints/*.pt of a training in nowhere")])
 def test_what_cannot_be_drawn_is_one_line(argv, words, checkpoint, tmp_path, capsys):
     figure = argv[1] if argv[0] == "--figure" else "forward"
     used = figures.FIGURES[figure].flags if figure in figures.FIGURES else "checkpoint dataset"

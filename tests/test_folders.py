@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 import folders
 import train
+from conftest import fails
 from data import class_names, get_dataset
 from verify import verify_folder
 
@@ -369,3 +370,26 @@ def test_verify_looks_at_named_sets_too(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "SYNTHETIC_SIZE", 30)
     code, said = verify(capsys, "synthetic_fabrics", tmp_path)
     assert code == 0 and "Found 30 images" in said and "duplicates: 0" in said
+
+
+def test_looking_at_a_folder_refuses_what_a_training_would(tmp_path, capsys):
+    """It said that all was well of a class called "all", and of a share that leaves nothing."""
+    for label, count in (("all", 3), ("b", 3)):
+        save_numbered(tmp_path / "images" / label, range(count))
+    for argv, words in ((["--labels"], "cannot be called"), (["--val_fraction", "0.05"], "of 6")):
+        assert words in fails(capsys, train.main, "--dataset", tmp_path / "images", "--verify",
+                              "--output_dir", tmp_path / "out", *argv)
+
+
+def test_held_out_pictures_are_cut_to_the_size_of_the_others(tmp_path, capsys):
+    """They were judged at their own size, and as if they were trained on."""
+    save_numbered(tmp_path / "images", range(3), size=(32, 32))
+    save_numbered(tmp_path / "held", range(100, 102), size=(30, 30))
+    code, said = verify(capsys, tmp_path / "images", tmp_path / "out",
+                        "--val_dir", str(tmp_path / "held"))
+    assert code == 0 and said.count("cut to 32x32") == 2 and said.count("are few") == 1
+
+
+def test_a_mistyped_setting_of_a_named_set_is_no_setting():
+    with pytest.raises(TypeError):
+        get_dataset("synthetic_digits", chanels=3)

@@ -242,6 +242,20 @@ def test_a_dataloader_without_a_batch_is_one_line(tiny_model):
         train_epoch(tiny_model, few, optimizer, DiffusionProcess(), "cpu")
 
 
+def test_a_stream_without_a_length_is_named(tiny_model):
+    """A DataLoader has __len__ also where asking for it is an error."""
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from ()
+    with pytest.raises(ValueError, match="how many steps"):
+        train_epoch(tiny_model, torch.utils.data.DataLoader(Endless()), None, None, "cpu")
+
+
+def test_what_follows_from_the_data_is_no_setting_of_the_network(tmp_path):
+    with pytest.raises(ValueError, match="follows from the data"):
+        train("synthetic_digits", image_channels=1, output_dir=tmp_path / "out")
+
+
 def test_measuring_changes_neither_model_nor_data(tiny_model):
     before, batch = weights(tiny_model), (torch.zeros(4, 1, 8, 8), torch.zeros(4).long())
     step, call = measure_seconds(tiny_model, EMA(tiny_model), batch, DiffusionProcess(),
