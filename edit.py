@@ -33,9 +33,10 @@ from command_line import (Parser, command, format_seconds, fraction, make_output
                           seed_number, spare)
 from data import keep_apart
 from diffusion import evaluating, seeded_noise
+from drawing import refuse_no_class
 from folders import load_pictures, read_picture
 from images import save_images, save_strip, to_signed
-from load import CHECKPOINT_HELP, open_model, refuse_no_class
+from load import CHECKPOINT_HELP, open_model
 from measures import psnr
 from reference import unseen_images
 from sample import choose_labels, seconds_for, thinned

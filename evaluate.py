@@ -23,10 +23,10 @@ from classifier import get_classifier, look
 from command_line import Parser, command, format_seconds, make_output_dir, positive_int, seed_number
 from comparisons import race, stage_lengths, stages, write_comparison, write_facts
 from data import keep_apart, keep_apart_from_own
+from drawing import add_drawing_flags, take_guidance, take_sampler
 from files import write_file
 from images import save_strip, to_signed, to_uint8
-from load import (CHECKPOINT_HELP, add_drawing_flags, find_model, load_model, load_weak,
-                  take_guidance, take_sampler)
+from load import CHECKPOINT_HELP, find_model, load_model, load_weak
 from measures import (SAME, SURE, copied_by_chance, copied_share, copy_limit, fine_power,
                       in_positions, in_sets, kernel_distance, mean_distance, nearest,
                       nearest_images, nearest_of_both, precision_recall, share_sure, single_share)

@@ -16,9 +16,10 @@ from PIL import Image
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float,
                           positive_int, seed_number, spare)
 from diffusion import seeded_noise
+from drawing import refuse_no_class
 from folders import load_pictures
 from images import save_gif, save_images, save_strip, to_uint8
-from load import CHECKPOINT_HELP, open_model, refuse_no_class
+from load import CHECKPOINT_HELP, open_model
 from measures import psnr
 from sample import choose_one_label, generate, seconds_for
 from utils import get_device

@@ -45,7 +45,7 @@ PRESETS = {
                            ema_every=1, val_fraction=0.05, sample_every=1000, save_every=4000),
 }
 # How their pictures are best drawn (EXPERIMENTS.md). The checkpoint tells it, as a card does, and
-# who draws from it need not type it (load.py: card_recipe).
+# who draws from it need not type it (drawing.py: card_recipe).
 DRAW_WITH = {
     "quick":          dict(sampler="dpmpp_2m", guidance=1.15),
     "fabrics_laptop": dict(sampler="dpmpp_2m_sde", sampler_steps=100, spacing="tapered", eta=1.6),

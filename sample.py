@@ -24,11 +24,11 @@ from command_line import (Parser, command, format_seconds, make_output_dir, posi
                           seed_number, spare, whole_number)
 from data import keep_apart_from_own
 from diffusion import guidance_at, seeded_noise
+from drawing import add_drawing_flags, take_guidance, take_sampler, weak_beside
 from files import write_file
 from images import (PADDING, enlargement, image_grid, png_bytes, save_gif, save_images, save_strip,
                     to_uint8)
-from load import (CHECKPOINT_HELP, add_drawing_flags, find_by_digest, find_model, load_model,
-                  load_weak, take_guidance, take_sampler, weak_beside)
+from load import CHECKPOINT_HELP, find_by_digest, find_model, load_model, load_weak
 from recipe import MAX_IMAGES, OPTIONAL, compare, make_note, note_flags, read_recipe
 from utils import PRECISIONS, autocast, describe_device, get_device, get_precision, measure
 

@@ -30,8 +30,8 @@ from command_line import (Parser, command, format_seconds, fraction, int_tuple, 
                           positive_float, positive_int, seed_number, spare, whole_number)
 from data import DATASETS, DATASET_HELP, keep_apart, keep_unseen
 from diffusion import OBJECTIVES, DiffusionProcess
+from drawing import check_draw_with
 from folders import FITS
-from load import check_draw_with
 from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401
 from models import ACTIVATIONS, MODELS, create_model, model_defaults
 from plan import check_disk, make_plan, print_cost

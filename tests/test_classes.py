@@ -9,9 +9,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import data
+import drawing
 import edit
 import interpolate
-import load
 import sample
 import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
@@ -209,7 +209,7 @@ def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):
         plain = np.asarray(picture).astype(int)
     drawn(two_shades, tmp_path, "--num_images", "4", "--weak", str(weak))
     picture = tmp_path / "generated_samples.png"
-    assert read_note(picture)["guidance"] == load.WEAK_GUIDANCE
+    assert read_note(picture)["guidance"] == drawing.WEAK_GUIDANCE
     with Image.open(picture) as guided:
         assert np.abs(np.asarray(guided).astype(int) - plain).max() <= 1
     drawn(two_shades, tmp_path, "--recreate", str(picture), "--weak", str(weak))

@@ -449,7 +449,7 @@ def test_imports_run_one_way():
     """A file knows only files of lines above; train and sample do not know each other (README)."""
     storeys = ("distributed files models muon measures schedules", "diffusion images", "utils",
                "command_line",
-               "checkpoint convergence folders inside plan predictors synthetic",
+               "checkpoint convergence drawing folders inside plan predictors synthetic",
                "data figures interop loop presets recipe running",
                "classifier load network_figures reference session training_data verify", "train",
                "comparisons export sample",

@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+import drawing
 import export
-import load
 import sample
 from checkpoint import load_checkpoint, save_checkpoint
 from conftest import TINY, fails
+from drawing import card_recipe
 from images import read_note
-from load import card_recipe, load_model
+from load import load_model
 from presets import DRAW_WITH
 from train import train
 
@@ -169,7 +170,7 @@ def test_sampling_takes_the_weak_model_of_the_card(two_shades, evaluation, tmp_p
                  "--output_dir", str(tmp_path)])
     assert "byte for byte" in capsys.readouterr().out
     assert drawn("--label", "bright", "--guidance", "2") == (2, None, False)
-    assert drawn("--weak", str(two_shades)) == (load.WEAK_GUIDANCE, "15,49", True)
+    assert drawn("--weak", str(two_shades)) == (drawing.WEAK_GUIDANCE, "15,49", True)
     assert drawn("--weak", str(two_shades), "--guidance", "5") == (5, "15,49", True)
     # 0 asks for the model without a class; only where the weak model was named, for that one alone
     assert drawn("--guidance", "0") == (0, None, False)

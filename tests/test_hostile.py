@@ -34,9 +34,10 @@ from command_line import Parser, command, speaks
 from conftest import ROOT, TINY, fails, sheets, write_model
 from data import Batches, split_held_out
 from diffusion import DiffusionProcess
+from drawing import card_recipe
 from files import write_file
 from images import as_text, read_note, save_gif, save_images
-from load import PRETRAINED, card_recipe, find_by_digest, find_model, load_model
+from load import PRETRAINED, find_by_digest, find_model, load_model
 from models import create_model, model_defaults
 from models.attention_unet import SelfAttention
 from plan import Plan
@@ -661,7 +662,7 @@ def test_a_model_is_not_led_away_from_itself(tmp_path, capsys):
     (["--guidance", 3, "--guidance_interval", "40,50"], "go from 0 to 39"),
     (["--guidance", 3, "--guidance_interval", "10,41"], "go from 0 to 39"),
     (["--guidance", 3, "--guidance_interval", "1,5", "--steps", 2], "none of the 2 levels"),
-    (["--label", "none", "--guidance_interval", "10,20"], "--label none has none"),
+    (["--label", "none", "--guidance_interval", "10,20"], "no class is asked for"),
     (["--guidance", 1, "--guidance_interval", "10,20"], "--guidance 1 is none")])
 def test_guidance_that_cannot_act_is_refused_for_what_was_typed(flags, words, tmp_path, capsys):
     assert words in fails(capsys, sample.main, "--checkpoint", write_model(tmp_path / "m.pt"),
