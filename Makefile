@@ -1,4 +1,5 @@
-# make demo: noise destroys digits, a small U-Net learns to undo it, and draws new ones (outputs/demo).
+# make demo: noise destroys digits, a small U-Net learns to undo it, and draws new ones (outputs/demo);
+# with more guidance than usual, which helps a network that has learnt so little.
 # make test: the tests. Both set up .venv first (a few minutes and about 6 GB, once).
 # DATA_DIR names a folder that holds MNIST/raw already: make demo DATA_DIR=path/to/data
 

@@ -118,8 +118,6 @@ EDITS = [
          "and not (loss + norm).isfinite():", "and False:", "resume"),
     Edit("a gradient that is no number is taken", "loop.py", "not (loss + norm).isfinite()",
          "not loss.isfinite()", "resume"),
-    Edit("a bad gradient does not show on a GPU", "loop.py", "return loss + 0 * norm ",
-         "return loss ", "resume"),
     Edit("any way to draw can be trained with", "train.py", "    check_draw_with(draw_with)\n", "",
          "export"),
     Edit("other images go unnoticed", "data.py", "for part in picks.split(4096):",

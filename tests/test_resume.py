@@ -834,13 +834,17 @@ def test_a_gradient_that_is_not_a_number_is_not_taken(tiny_model):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_that_meets_a_nan_names_the_step(tiny_model):
-    model = tiny_model.cuda()
+    """In an image of step 6, and in the first gradient beside a loss that is a number."""
     images = torch.zeros(64, 1, 8, 8)
-    images[40] = float("nan")                                   # step 6 of 8
+    images[40] = float("nan")
     batches = [(part, torch.full((8,), -1)) for part in images.split(8)]
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    with pytest.raises(ValueError, match="in step 6: "):
-        loop.train_epoch(model, batches, optimizer, DiffusionProcess(), "cuda")
+    for given, bad_gradient, step in ((batches, False, 6), (batches[:4], True, 1)):
+        model = copy.deepcopy(tiny_model).cuda()
+        if bad_gradient:
+            model.conv_out.weight.register_hook(lambda grad: grad * math.inf)
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        with pytest.raises(ValueError, match=f"in step {step}: "):
+            loop.train_epoch(model, given, optimizer, DiffusionProcess(), "cuda")
 
 
 def test_a_broken_run_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
