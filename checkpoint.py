@@ -334,8 +334,8 @@ def check_settings(path, saved, now, advice=GO_ON):
 
 
 def told_of(entries, name="settings"):
-    """What a checkpoint, or its card (export.py), tells of its training: the settings, or with
-    name="started_from" what it began with. A dict, empty where it tells nothing."""
+    """What a checkpoint, or its card (export.py), tells under this name: the settings of its
+    training, started_from, draw_with, or the card itself. A dict, empty where it tells nothing."""
     card = entries.get("card")
     told = entries.get(name, card.get(name) if isinstance(card, dict) else None)
     return told if isinstance(told, dict) else {}

@@ -162,7 +162,7 @@ positive_int = number("whole number from 1 to 10^9", int, 1, 10**9)
 whole_number = number("whole number from 0 to 10^9", int, 0, 10**9)
 positive_float = number("number from 1e-37 to 1e38", float, 1e-37, 1e38)    # float32 holds them
 # Seeds above 32 bits repeat others' noise (seeded_noise).
-seed_number = number("seed (a whole number from 0, below 2**32)", int, 0, 2**32 - 1)
+seed_number = number("seed (a whole number from 0 to 2^32 - 1)", int, 0, 2**32 - 1)
 fraction, guidance_number = number_from(0, 1), number_from(0, 100)
 
 

@@ -23,7 +23,7 @@ def card_recipe(card, T):
     card = card if isinstance(card, dict) else {}
 
     def told(name, kinds, fits, otherwise=None):
-        """The card's value, as the last of `kinds`, if it is one that a flag could have."""
+        """The card's value, made the last of `kinds`, if a flag could have it; or `otherwise`."""
         value = card.get(name)
         return kinds[-1](value) if type(value) in kinds and fits(value) else otherwise
 
@@ -69,8 +69,8 @@ def add_drawing_flags(add):
         "given, else uniform", choices=sorted(SPACINGS))
     add("--eta", "fresh noise in each step: 0 none, 1 as much as DDPM, "
         f"above 1 (at most {MAX_ETA}) more, only with many steps; "
-        "default: as the model tells where --sampler is not given, else the sampler's own",
-        type=number_from(0, MAX_ETA))
+        "default: as the model tells where --sampler is not given (above 1 only with as many "
+        "--steps as it tells), else the sampler's own", type=number_from(0, MAX_ETA))
     add("--guidance", "how strongly to follow the class: 1 plainly, 2 or 4 more so at twice the "
         "cost; default: as the model tells, or 1", type=guidance_number)
     add("--guidance_interval", "the noise levels at which guidance acts, from the lowest to the "
@@ -85,7 +85,8 @@ def add_drawing_flags(add):
 
 
 def take_sampler(args, data):
-    """Put the card's sampler, steps, spacing and eta into `args` where no sampler was named.
+    """Put the sampler, steps, spacing and eta that the model tells into `args` where no sampler was
+    named.
 
     data: what load_model tells.  An eta above 1 is one for many steps: it is left out of fewer.
     ValueError for an eta that the sampler does not take.
@@ -96,13 +97,15 @@ def take_sampler(args, data):
         many = data["steps"] and args.steps >= data["steps"]
         if args.eta is None and ((data["eta"] or 0) <= 1 or many):
             args.eta = data["eta"]
+        elif args.eta is None:
+            print(f"eta {data['eta']:g} is left out: the model has it for more steps")
     if args.eta and args.eta > 1 and SAMPLERS[args.sampler].variance == "beta":
         raise ValueError(f"--eta {args.eta:g}: {args.sampler} takes 0 to 1")
 
 
 def take_guidance(args, data, diffusion):
     """Put into `args` what was not named: the guidance, the levels at which it acts (None: all) and
-    the weak model that it leads away from, as the model's card has them.
+    the weak model that it leads away from, as the model tells.
 
     data: what load_model tells.  args.sampler: None where several are compared.
     ValueError for guidance towards nothing, or asked for at levels where it cannot act.
@@ -133,7 +136,7 @@ def take_guidance(args, data, diffusion):
 
 def refuse_no_class(label, data):
     """Raise ValueError where none is asked for of a model that has not learnt to do without."""
-    if label == "none" and data.get("class_needed"):
+    if label == "none" and data["class_needed"]:
         raise ValueError("trained with --label_drop 0, this model cannot draw without a class: "
                          "name one with --label")
 
@@ -156,8 +159,9 @@ def default_guidance(args, data, T, guided):
         if weak is None and args.guidance is None:
             print(f"{args.checkpoint} was measured with --weak {data['weak']}, and there is no "
                   "such file beside it: drawing without")
-    # a card's guidance is worth nothing without its --weak, or away from a "no class" of chance
-    if weak or guided and not data["weak"] and not data.get("class_needed"):
+    # What is told is worth nothing without the weak model that it was told with, or where the model
+    # has not learnt to draw without a class.
+    if weak or guided and not data["weak"] and not data["class_needed"]:
         return weak, data["guidance"], data["guidance_interval"]
     return None, 1.0, None
 
@@ -166,9 +170,9 @@ def check_guidance(args, data, T, guidance, weak, guided):
     """Raise ValueError if this guidance leads nowhere. args: as typed."""
     if args.weak is not None and guidance == 1:
         raise ValueError("--weak says what guidance leads away from, and --guidance 1 is none")
-    if guidance != 1 and data.get("class_needed") and not weak:
-        raise ValueError(f"--guidance {guidance:g} leads away from what a model draws without a "
-                         "class, and this one, trained with --label_drop 0, has not learnt that")
+    if guidance != 1 and data["class_needed"] and not weak:
+        raise ValueError(f"--guidance {guidance:g} needs what a model draws without a class, "
+                         "and this one, trained with --label_drop 0, has not learnt that")
     asked_for = guidance not in (0, 1) or args.guidance is None and args.guidance_interval
     if asked_for and not guided and not weak:
         raise ValueError("guidance needs classes to guide towards, or a --weak model: "

@@ -187,7 +187,8 @@ def parse(argv):
     add("--factor", "upscale: from blocks of so many by so many pixels; default: 4",
         type=positive_int)
     add("--label", "the class to draw, as a number or name", "none")
-    add("--steps", "steps from noise to picture; default: 50, or all T", type=positive_int)
+    add("--steps", "steps from noise to picture; default: 50, or T if that is less",
+        type=positive_int)
     add("--travel", "how often each step but the last is taken; each is a call of the model", 5,
         type=positive_int)
     add("--eta", "fresh noise in each step, 0 to 1", 1.0, type=fraction)

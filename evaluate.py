@@ -38,7 +38,7 @@ from sample import (calls_in_words, choose_labels, drawing_words, generate, mode
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
 MAX_MEASURED = 200_000
-FEW = 20  # images in a set: with fewer, distances tell noise hardly from pictures
+FEW_TO_MEASURE = 20  # images in a set: with fewer, distances can hardly tell noise from pictures
 SEARCHED = 2000  # so many samples, and held-out images, at most are looked for in the training set
 RACE = {"ddpm": (50, 250, 1000), "ddim": (5, 10, 20, 50, 250), "dpmpp_2m": (5, 10, 20, 50),
         "dpmpp_2m_sde": (10, 20, 50), "ipndm": (5, 10, 20, 50)}
@@ -159,7 +159,7 @@ def print_quality(measured):
     line("KID, small classifier, x 1000",
          f"{1000 * found['kid']:.2f} +- {1000 * found['kid_error']:.2f}",
          f"{1000 * floor['kid']:.2f} +- {1000 * floor['kid_error']:.2f}")
-    tells_classes = measured["tells_classes"]   # else quarter turns, and all images are upright
+    tells_classes = measured["tells_classes"]   # else it tells quarter turns, of which there is one
     for key, title in (("precision", "precision: looks real"),
                        ("recall", "recall: has the variety"),
                        ("detail", "fine detail, of the training images'"),
@@ -173,9 +173,9 @@ def print_quality(measured):
     if found["recall"] < 0.1 * floor["recall"]:
         print("  where recall is so low the samples lie at one place of the features: "
               "precision then says nothing")
-    if size < FEW:
+    if size < FEW_TO_MEASURE:
         print(f"  in sets of {size} a distance says little: noise may lie as near as real images; "
-              "hold out more of them (train.py --val_fraction)")
+              "hold out more of them (train.py --val_fraction or --val_dir)")
     if abs(found["fd"] - floor["fd"]) < found["fd_error"] + floor["fd_error"]:
         print("  the two distances lie within their errors: only more images can tell them apart")
     print(f"  floor: {held_count} {held_name}, measured in the same way"
@@ -313,6 +313,9 @@ def main(argv=None):
         args.label = "their own" if known and held_labels is not None else "none"
     if not args.race:
         take_sampler(args, data)
+    if args.stages and args.label == "none" and data["class_needed"]:
+        raise ValueError("--stages needs real images with the model's classes: trained with "
+                         "--label_drop 0, it cannot draw without")
     take_guidance(args, data, diffusion)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     entrants, ways = choose_ways(args, diffusion)

@@ -3,9 +3,10 @@
     python export.py --evaluation outputs/evaluation.json --output my_model.pt
 
 sample.py and all that draws reads it like any checkpoint; a new training can start from it, but its
-own cannot be resumed. The card says how the model was trained and what evaluate.py found: print it
-with python export.py --card pretrained/mnist.pt. If it was measured with --weak, the card names
-that file, and sample.py takes it where it lies beside the small one.
+own cannot be resumed. The card says how the model was trained and what evaluate.py found or, where
+nothing was measured, how its preset is best drawn: python export.py --card pretrained/mnist.pt
+prints it. If it was measured with --weak, the card names that file, and sample.py takes it where it
+lies beside the small one.
 """
 
 import json
@@ -46,8 +47,8 @@ def export(checkpoint, output, evaluation=None, **card):
                         if value is not None}
             card = {**card, "settings": settings, "training_steps": entries["step"]}
             if told_of(entries, "draw_with"):
-                card.update(sampler_steps=data["steps"], **{
-                    name: data[name] for name in ("sampler", "spacing", "eta", "guidance")})
+                drawn = {name: data[name] for name in ("sampler", "spacing", "eta", "guidance")}
+                card = {**drawn, "sampler_steps": data["steps"], **card}
             if told_of(entries, "started_from"):
                 card["started_from"] = entries["started_from"]
         weights = half_precision(entries["ema"])

@@ -240,8 +240,8 @@ def plot_losses(losses, path, held_out=None, window=100):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (mean squared error)")
-    axes.set_title(f"Training loss after {len(losses)} steps: {average[-1]:.4f} "
-                   f"in the mean of the last {window}")
+    axes.set_title(f"Training loss after {len(losses)} steps: {average[-1]:.4f}, "
+                   f"the mean of the last {window}")
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
     save_figure(figure, path)

@@ -85,7 +85,8 @@ def parse(argv):
     add("--fps", "frames a second", 8.0, type=positive_float)
     add("--size", "height and width of the GIF in pixels", 256, type=positive_int)
     add("--loop", "go back to the first key frame at the end", False, action="store_true")
-    add("--steps", "model calls for a picture; default: 50, or all T", type=positive_int)
+    add("--steps", "model calls for a picture; default: 50, or T if that is less",
+        type=positive_int)
     add("--output_dir", "where the pictures go", "outputs")
     add("--device")
     args = parser.parse_args(argv)

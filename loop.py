@@ -46,7 +46,8 @@ def train_step(model, x_0, y, optimizer, diffusion, precision=torch.float32, gra
     without (Ho & Salimans 2022, algorithm 1).   min_snr: see DiffusionProcess.training_loss.
     density: how often each timestep is met, see get_timesteps.
     Returns the loss. On a CPU a loss or gradient that is not a number raises FloatingPointError and
-    leaves the weights as they are; on other devices the loss is NaN then.
+    leaves the weights as they are. Other devices, which are not waited for, take the step all the
+    same: the weights are spoilt then, and the loss is NaN.
     Of several processes each works on every n-th image. What is random is drawn for the whole batch
     first, so that neither parts nor processes change it.
     """
@@ -183,8 +184,9 @@ def held_out_loss(model, batches, diffusion, device, precision=torch.float32, mi
 def measure_seconds(network, ema, batch, diffusion, picture_shape, optimizer="adam", **settings):
     """(seconds for a training step, seconds for a call of the model on one set of pictures).
 
-    The steps are real ones, but at learning rate 0, so that they change nothing; `ema` must be one
-    to throw away. picture_shape: (B, C, H, W).  optimizer: a key of OPTIMIZERS.
+    The steps are real ones, but at learning rate 0, so that they change nothing as long as the
+    gradients are numbers; `ema` must be one to throw away.
+    picture_shape: (B, C, H, W).  optimizer: a key of OPTIMIZERS.
     settings: as train_step takes them.
     """
     x_0, y = batch

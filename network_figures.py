@@ -24,7 +24,7 @@ PALETTE, MARKERS = (*COLOURS, "#e69f00", "#56b4e9", "#999999", "#8c510a", "#5e3c
 def attention_figure(moments, query, path, title=None):
     """A row for each level: x_t, the guess of x_0, and where each head looks from the framed cell.
 
-    moments: what attention_maps returns.  query: (row, column) of the cell.
+    moments: what inside.attention_maps returns.  query: (row, column) of the cell.
     """
     heads, positions, _ = moments[0][-1].shape
     side = math.isqrt(positions)
@@ -58,9 +58,9 @@ def attention_figure(moments, query, path, title=None):
 def activations_figure(x_t, seen, picture, path, title=None, channels=8):
     """A row for each part that gives feature maps: its strongest channels, side by side.
 
-    x_t, picture: [C, H, W] in [-1, 1].  seen: what activations returns. Of each part the channels
-    whose values differ most across the picture are shown, in their own order, each from its lowest
-    to its highest value.
+    x_t, picture: [C, H, W] in [-1, 1].  seen: what inside.activations returns.
+    Of each part the channels whose values differ most across the picture are shown, in their own
+    order, each from its lowest to its highest value.
     """
     maps = [(name, output[0].float().cpu()) for name, output in seen if output.ndim == 4]
     figure, axes = new_figure(1.1 * (channels + 1) + 1.2, 1.15 * len(maps) + 0.5,
@@ -91,7 +91,8 @@ def activations_figure(x_t, seen, picture, path, title=None, channels=8):
 def time_figure(sines, learned, timesteps, path, title=None):
     """The embedding as picture and waves; below, how alike timesteps are before and after learning.
 
-    sines, learned: see time_embeddings.  timesteps: those whose likeness to all others is drawn.
+    sines, learned: see inside.time_embeddings.
+    timesteps: those whose likeness to all others is drawn.
     """
     T, dim = sines.shape
     half = dim // 2
@@ -161,7 +162,7 @@ def scatter_classes(axis, points, labels, names):
 def features_figure(features, labels, names, path, project, heading=None):
     """Maps of features: at each noise level, coloured by class, and of all, coloured by timestep.
 
-    features: {t: [N, D]}.  labels: [N], or None without classes.
+    features: {t: [N, D]}, of inside.bottleneck_features.  labels: [N], or None without classes.
     project: features -> (points [M, 2], a phrase).
     Returns lines of text: what each map says.
     """
@@ -200,7 +201,10 @@ def features_figure(features, labels, names, path, project, heading=None):
 # ---- The table
 
 def table_figure(levels, path, title=None):
-    """Bars: where the parameters are, and where the memory goes."""
+    """Bars: where the parameters are, and where the memory goes.
+
+    levels: the first of what inside.model_table returns.
+    """
     names = [" ".join([level.name, "x".join(map(str, level.shape))]) for level in levels]
     figure, axes = new_figure(10, 0.27 * len(levels) + 1.8, 1, 2, sharey=True)
     places, (left, right) = np.arange(len(levels)), axes[0]

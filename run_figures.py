@@ -36,8 +36,8 @@ def found_in(run, *patterns, hint=""):
         Path(run).glob(pattern), key=lambda path: (len(path.name), path.name))  # 9 before 10
         if path in own and path.is_file()]
     if not paths:
-        raise ValueError(f"no {' or '.join(patterns)} of a training in {run}; "
-                         f"name a folder that train.py wrote with --run{hint}")
+        raise ValueError(f"no {' or '.join(patterns)} of a training in {run}: "
+                         f"name with --run a folder that train.py wrote{hint}")
     return paths
 
 

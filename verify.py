@@ -18,7 +18,7 @@ from folders import (MIN_SIDE, check_class_names, class_folders, common_size, fi
 from images import save_images, to_signed
 from models import create_model
 
-FEW = 200  # images; with fewer, copies are nearly all that a network draws
+FEW_TO_LEARN = 200  # images; with fewer, copies are nearly all that a network draws
 
 
 def counted(values, most=8):
@@ -58,14 +58,14 @@ def save_sheet(images, path, total=None):
 
 
 def verify_folder(folder, sheet, image_size=None, multiple=4, *, channels=None, fit="crop",
-                  with_labels=False, few=FEW):
+                  with_labels=False, few=FEW_TO_LEARN):
     """Read a folder without training and print what is in it; draw a contact sheet.
 
     Counts and names the unreadable files, the tiny ones (a side under 8 pixels: not used), the
     small ones (enlarged to image_size) and the duplicates (equal once they are cut to size).
     multiple: the network takes images whose sides are multiples of this.
     with_labels: every image has to lie in a sub-folder, its class.
-    few: of fewer images it says so.
+    few: of fewer images it warns that a network will learn them by heart.
     Returns (how many images can be used, their size), or None if it cannot be trained on.
     """
     folder = Path(folder)

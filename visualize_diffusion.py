@@ -26,6 +26,7 @@ from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_li
 from data import (DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart,
                   keep_apart_from_own)
 from diffusion import SAMPLERS, DiffusionProcess
+from drawing import refuse_no_class
 from figures import (one_step_figure, predictors_figure, schedule_table, schedules_figure,
                      solvers_figure, step_rows, timestep_loss_figure)
 from folders import sorted_into_classes
@@ -178,10 +179,12 @@ def begin_sampling(name, args, loaded, chains, y, guided=True):
     """Tell what it costs to draw a figure's pictures. Returns (how many, the settings of sampling).
 
     chains: the number of steps of each set of pictures.  y: their classes, [K], or None.
-    guided: as the model's card says; but no figure is drawn away from a weak model.
+    guided: as the model tells; but no figure is drawn away from a weak model.
     """
     model, diffusion, data = loaded
-    plain = not guided or y is None or args.label == "none" or data["weak"]
+    refuse_no_class(args.label, data)
+    plain = (not guided or y is None or args.label == "none" or data["weak"]
+             or data["class_needed"])
     guidance, interval = (1.0, None) if plain else (data["guidance"], data["guidance_interval"])
     count = args.num_images if y is None else len(y)        # several labels get full rows
     calls = sum(sum(model_calls(diffusion.sampling_levels(args.sampler, steps), guidance, interval))
@@ -280,7 +283,7 @@ def draw_epochs(args, path, loaded):
 
 def draw_loss_by_timestep(args, path, loaded):
     files = found_in(args.run, "checkpoints/*.pt",
-                     hint=" (and --save_every 1 keeps many checkpoints)")
+                     hint="; train.py --save_every 1 keeps many checkpoints")
     model, diffusion, data = load_model(files[0], args.device)
     keep_apart_from_own(data, args.output_dir)
     files = with_the_end(spread_out(files, 24), args.run)

@@ -1,4 +1,4 @@
-"""Figures of the network, one function each.
+"""The command for figures of the network: network_figures.py plots the numbers of inside.py.
 
     python visualize_model.py                     # its feature maps, level by level
     python visualize_model.py --figure attention  # where each head looks while a picture is sampled
@@ -19,6 +19,7 @@ from command_line import (Parser, choose_timesteps, command, few_numbers, format
                           make_output_dir, positive_int, seed_number, whole_number)
 from data import DATASET_HELP, class_names, keep_apart
 from diffusion import SAMPLERS
+from drawing import refuse_no_class
 from images import as_text
 from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest,
                     choose_layer, find_tsne, model_table, parts, pca, sampled, table_lines,
@@ -40,7 +41,7 @@ TIMESTEPS = {"activations": (250,), "attention": (999, 800, 600, 400, 200, 50),
 
 def open_own(args, device):
     """(model, diffusion, what the checkpoint tells of its data, the noise levels to show, a title
-    for what they are of)."""
+    that names the network and its data set)."""
     _, model, diffusion, data = open_model(args, device)
     refuse_other_images(args, data)
     timesteps = choose_timesteps(args.timesteps, TIMESTEPS[args.figure], diffusion.num_timesteps)
@@ -49,8 +50,9 @@ def open_own(args, device):
 
 
 def picture_settings(args, model, diffusion, data, device):
-    """(what `sampled` of inside.py takes to draw the picture of the flags, a phrase for its class).
-    Prints what it will cost."""
+    """(the settings for inside.sampled, words for the title that name the class). Prints what it
+    will cost."""
+    refuse_no_class(args.label, data)
     y = choose_one_label(args.label, data["classes"])
     calls = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
     cost = format_seconds(seconds_for(model, diffusion, 1, data["image_size"], calls))
@@ -111,7 +113,7 @@ def draw_features(args, path, device):
         raise ValueError(f"--num_images {args.num_images}: {count} images make no map; 4 or more")
     pick = shuffled(len(images), args.seed)[:count]
     cost = format_seconds(
-        seconds_for(model, diffusion, count, data["image_size"], len(timesteps)))
+        seconds_for(model, diffusion, count, data["image_size"], len(timesteps), batch_size=100))
     print(f"features: {count} images of {dataset} at {len(timesteps)} noise levels, "
           f"about {cost} here"
           + (", and as long again for t-SNE or longer" if args.projection == "tsne" else ""),
