@@ -110,7 +110,6 @@ def take_guidance(args, data, diffusion):
     data: what load_model tells.  args.sampler: None where several are compared.
     ValueError for guidance towards nothing, or asked for at levels where it cannot act.
     """
-    refuse_no_class(args.label, data)
     T, guided = diffusion.num_timesteps, bool(data["classes"]) and args.label != "none"
     weak, guidance, levels = default_guidance(args, data, T, guided)
     if args.guidance is not None:
@@ -132,13 +131,6 @@ def take_guidance(args, data, diffusion):
             weak, guidance = None, 1.0
     args.weak, args.guidance = weak, guidance
     args.guidance_interval = None if guidance in (0, 1) else interval
-
-
-def refuse_no_class(label, data):
-    """Raise ValueError where none is asked for of a model that has not learnt to do without."""
-    if label == "none" and data["class_needed"]:
-        raise ValueError("trained with --label_drop 0, this model cannot draw without a class: "
-                         "name one with --label")
 
 
 def weak_beside(checkpoint, data):

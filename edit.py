@@ -33,7 +33,6 @@ from command_line import (Parser, command, format_seconds, fraction, make_output
                           seed_number, spare)
 from data import keep_apart
 from diffusion import evaluating, seeded_noise
-from drawing import refuse_no_class
 from folders import load_pictures, read_picture
 from images import save_images, save_strip, to_signed
 from load import CHECKPOINT_HELP, open_model
@@ -218,7 +217,7 @@ def main(argv=None):
     keep_apart(args.dataset, args.output_dir)
     _, model, diffusion, data = open_model(args, device)
     output_dir = make_output_dir(args.output_dir, "edited.png", "edited_only.png")
-    size, channels, classes = data["image_size"], model.image_channels, data["classes"]
+    size, channels = data["image_size"], model.image_channels
     if args.task == "colourise" and channels != 3:
         raise ValueError("--task colourise needs a model of colour pictures, and this one is grey: "
                          "for instance --checkpoint pretrained/african_fabrics.pt")
@@ -226,9 +225,8 @@ def main(argv=None):
                 "upscale": lambda: upscale(size, args.factor or 4),
                 "deblur": lambda: deblur(size),
                 "colourise": colourise}[args.task]()
-    refuse_no_class(args.label, data)
     originals = load_originals(args, data, channels).to(device)
-    y, _ = choose_labels(args.label, classes, len(originals))
+    y, _ = choose_labels(args.label, data, len(originals))
     if y is not None and len(y.unique()) > len(originals):
         raise ValueError(f"--label {args.label}: {len(y.unique())} classes "
                          f"for {len(originals)} pictures")

@@ -256,7 +256,7 @@ def choose_classes(args, data, real, known):
     if args.label is None and known:
         args.label = "by chance"
         return labels_like(real.labels, args.num_images, args.seed)
-    y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
+    y = thinned(choose_labels(args.label, data, args.num_images)[0], args.num_images)
     # In random order: what looks at the first of them sees all classes.
     return None if y is None else y[shuffled(len(y))]
 

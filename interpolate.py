@@ -16,7 +16,6 @@ from PIL import Image
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float,
                           positive_int, seed_number, spare)
 from diffusion import seeded_noise
-from drawing import refuse_no_class
 from folders import load_pictures
 from images import save_gif, save_images, save_strip, to_uint8
 from load import CHECKPOINT_HELP, open_model
@@ -124,8 +123,7 @@ def main(argv=None):
     checkpoint, model, diffusion, data = open_model(args, device)
     output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
     size = data["image_size"]
-    refuse_no_class(args.label, data)
-    y = choose_one_label(args.label, data["classes"])
+    y = choose_one_label(args.label, data)
     args.steps = args.steps or min(50, diffusion.num_timesteps)
     diffusion.timesteps(args.steps)                     # refuses too many
     count = 2 * min(args.frames, COMPARED) if args.compare else args.frames

@@ -81,8 +81,7 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict
     with name, image_size, channels, classes, class_needed (has it never learnt to draw without a
     class?), a digest of what it draws with, and the sampler, steps and guidance to take where none
-    are named: see card_recipe). Raises FileNotFoundError, or
-    ValueError for an unusable file.
+    are named: see card_recipe). Raises FileNotFoundError, or ValueError for an unusable file.
     """
     entries = None if Path(path).is_dir() else read_container(path)
     if entries is None or interop.averaged_of(entries):

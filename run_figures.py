@@ -31,10 +31,9 @@ def spread_out(items, most):
 def found_in(run, *patterns, hint=""):
     """What train.py left in a run's folder by these names, in order. ValueError where there is
     nothing."""
-    own = run_files(run)
-    paths = [path for pattern in patterns for path in sorted(
-        Path(run).glob(pattern), key=lambda path: (len(path.name), path.name))  # 9 before 10
-        if path in own and path.is_file()]
+    own = sorted(run_files(run), key=lambda path: (len(path.name), path.name))      # 9 before 10
+    paths = [path for pattern in patterns for path in own
+             if path.match(pattern) and path.is_file()]
     if not paths:
         raise ValueError(f"no {' or '.join(patterns)} of a training in {run}: "
                          f"name with --run a folder that train.py wrote{hint}")

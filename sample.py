@@ -130,18 +130,23 @@ def seconds_for(model, diffusion, num_images, image_size, calls, batch_size=64,
     return seconds * num_images / len(x_T)
 
 
-def choose_labels(text, classes, num_images, first_index=0):
+def choose_labels(text, data, num_images, first_index=0):
     """What --label asks for: (y [num_images] or None, columns of the grid or None). Several labels
     get full rows, as many each as make the grid nearest to a square, and so may need more images.
 
     text: a number or name, several with commas, "all", "none", or None for the default.
-    classes: the names of the classes, or None. Raises ValueError for a class that is not there.
+    data: what load_model tells.  Raises ValueError for a class that is not there, and for none
+    where the model has not learnt to draw without.
     """
+    classes = data["classes"]
     if text is None or text == "none" and not classes:
         turns = torch.arange(first_index, first_index + num_images)
         return (turns % len(classes) if classes else None), None
     if not classes:
         raise ValueError(f"--label {text}: the model was trained without classes")
+    if text == "none" and data["class_needed"]:
+        raise ValueError("trained with --label_drop 0, this model cannot draw without a class: "
+                         "name one with --label")
     if text == "none":
         return torch.full((num_images,), -1), None
     by_number = not any(name.isdecimal() for name in classes)       # else a number is a name
@@ -163,9 +168,9 @@ def choose_labels(text, classes, num_images, first_index=0):
     return torch.tensor(labels).repeat_interleave(rows * columns), columns
 
 
-def choose_one_label(text, classes):
+def choose_one_label(text, data):
     """choose_labels of pictures that have one class in common: y [1] or None."""
-    y, _ = choose_labels(text, classes, 1)
+    y, _ = choose_labels(text, data, 1)
     if y is not None and len(y) > 1:
         raise ValueError(f"--label {text}: {len(y)} classes, where one is drawn")
     return y
@@ -357,7 +362,7 @@ def main(argv=None):
             raise ValueError(made_with_weak(args.recreate, again))
     take_sampler(args, data)
     take_guidance(args, data, diffusion)
-    y, columns = choose_labels(args.label, data["classes"], args.num_images, args.first_index)
+    y, columns = choose_labels(args.label, data, args.num_images, args.first_index)
     count = args.num_images if y is None else len(y)
     check_sheet(count, columns, size, args.upscale)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device, args.image_size)

@@ -19,7 +19,6 @@ from command_line import (Parser, choose_timesteps, command, few_numbers, format
                           make_output_dir, positive_int, seed_number, whole_number)
 from data import DATASET_HELP, class_names, keep_apart
 from diffusion import SAMPLERS
-from drawing import refuse_no_class
 from images import as_text
 from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest,
                     choose_layer, find_tsne, model_table, parts, pca, sampled, table_lines,
@@ -52,8 +51,7 @@ def open_own(args, device):
 def picture_settings(args, model, diffusion, data, device):
     """(the settings for inside.sampled, words for the title that name the class). Prints what it
     will cost."""
-    refuse_no_class(args.label, data)
-    y = choose_one_label(args.label, data["classes"])
+    y = choose_one_label(args.label, data)
     calls = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
     cost = format_seconds(seconds_for(model, diffusion, 1, data["image_size"], calls))
     print(f"{args.figure}: {calls} calls of the model on one image, about {cost} here", flush=True)
@@ -72,7 +70,7 @@ def draw_activations(args, path, device):
     seen = [(part, output) for part, output in activations(model, x_t, t, settings["y"])
             if any(True for _ in boxes[part].parameters())]     # a pool repeats what came before
     activations_figure(x_t[0].cpu(), seen, picture[0].cpu(), path,
-                       f"the feature maps of each part that vary most, each on its own scale, "
+                       "the feature maps of each part that vary most, each on its own scale, "
                        f"at t = {t}: {title}{of_class}")
 
 

@@ -15,7 +15,7 @@ import interpolate
 import sample
 import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import TINY, fails
+from conftest import TINY, fails, knows
 from diffusion import DiffusionProcess
 from images import png_bytes, read_note
 from load import load_model
@@ -59,7 +59,7 @@ def test_without_a_class_both_are_drawn(two_shades):
 
 def test_each_class_takes_its_turn_when_none_is_asked_for(two_shades):
     model, diffusion, _ = load_model(two_shades)
-    y, _ = choose_labels(None, ["dark", "bright"], 8, first_index=3)
+    y, _ = choose_labels(None, knows(["dark", "bright"]), 8, first_index=3)
     images, _ = generate(model, diffusion, 8, 8, y=y, first_index=3, batch_size=3)
     assert ((images.mean((1, 2, 3)) > 0).tolist()) == [True, False] * 4
     pictures = train_module.sample_images(model, diffusion, torch.device("cpu"), 8, 8)
@@ -103,14 +103,14 @@ CLOTHES = ["shirt", "sneaker", "bag"]
     ("none", None, None, None),
     ("3", ["3", "4"], [0] * 7, None), ("all", ["1", "2"], [0, 0, 0, 0, 1, 1, 1, 1], 4)])
 def test_labels_are_names_or_numbers_and_have_rows_of_their_own(text, classes, labels, columns):
-    y, got = choose_labels(text, classes, 7)
+    y, got = choose_labels(text, knows(classes), 7)
     assert (y if y is None else y.tolist()) == labels and got == columns
 
 
 @pytest.mark.parametrize("text, num_images, rows, columns", [
     ("0,1", 64, 4, 8), ("0,1,2", 64, 3, 8), ("all", 64, 3, 8), ("0,1", 10, 2, 3), ("1,0", 2, 1, 1)])
 def test_the_grid_of_several_labels_is_nearly_square_and_full(text, num_images, rows, columns):
-    y, got = choose_labels(text, CLOTHES, num_images)
+    y, got = choose_labels(text, knows(CLOTHES), num_images)
     assert (got == columns and len(y)
             == rows * columns * (3 if text == "all" else text.count(",") + 1) >= num_images)
     assert all(len(row.unique()) == 1 for row in y.view(-1, columns))
@@ -121,7 +121,7 @@ def test_the_grid_of_several_labels_is_nearly_square_and_full(text, num_images, 
     ("2", 7, [0, 0, 7])])
 def test_where_there_is_no_sheet_each_label_is_drawn_as_often(text, count, counts):
     """The rows of a sheet are full and hold more; what was over came off the last label alone."""
-    y, _ = choose_labels(text, CLOTHES, count)
+    y, _ = choose_labels(text, knows(CLOTHES), count)
     assert torch.bincount(thinned(y, count)).tolist() == counts
     assert thinned(None, 5) is None
 

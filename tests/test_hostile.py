@@ -31,7 +31,7 @@ import visualize_diffusion as figures
 import visualize_model
 from classifier import Classifier
 from command_line import Parser, command, speaks
-from conftest import ROOT, TINY, fails, sheets, write_model
+from conftest import ROOT, TINY, fails, knows, sheets, write_model
 from data import Batches, split_held_out
 from diffusion import DiffusionProcess
 from drawing import card_recipe
@@ -127,8 +127,9 @@ def test_a_sheet_of_several_labels_remembers_what_was_asked_for(text, count, two
                                                                 monkeypatch):
     """It remembered the number drawn, 104 for 100, and 104 asked for makes 108."""
     classes = list("0123456789")
-    y, columns = choose_labels(text, classes, count)
-    assert len(choose_labels(text, classes, len(y))[0]) != len(y)  # the number drawn will not do
+    y, columns = choose_labels(text, knows(classes), count)
+    # the number drawn will not do
+    assert len(choose_labels(text, knows(classes), len(y))[0]) != len(y)
     drawn = []
     monkeypatch.setattr(sample, "load_model", lambda *args, **settings: (
         *load_model(two_shades)[:2], {**load_model(two_shades)[2], "classes": classes}))
@@ -560,11 +561,11 @@ def test_a_class_with_another_name_is_another_run(tmp_path):
 
 def test_classes_that_are_called_by_numbers_are_asked_for_by_their_names():
     """The error offered "0 (1), 1 (2)", and --label 1 then drew the first."""
-    assert choose_labels("2", ["1", "2", "3"], 4)[0].tolist() == [1] * 4
+    assert choose_labels("2", knows(["1", "2", "3"]), 4)[0].tolist() == [1] * 4
     with pytest.raises(ValueError, match="choose from all, none, 1, 2, 3$"):
-        choose_labels("0", ["1", "2", "3"], 4)
+        choose_labels("0", knows(["1", "2", "3"]), 4)
     with pytest.raises(ValueError, match="choose from all, none, 0 .cat., 1 .dog.$"):
-        choose_labels("9" * 5000, ["cat", "dog"], 4)
+        choose_labels("9" * 5000, knows(["cat", "dog"]), 4)
 
 
 def test_the_other_processes_leave_quietly_when_the_first_has_stopped():
@@ -714,8 +715,8 @@ def test_a_class_of_the_name_of_a_choice_is_refused(name, tmp_path):
 
 
 def test_a_name_with_a_comma_is_one_name():
-    assert choose_labels("red, blue", ["red", "red, blue", "7"], 4)[0].tolist() == [1] * 4
-    assert choose_labels("red,7", ["red", "blue", "7"], 4)[0].tolist() == [0, 0, 2, 2]
+    assert choose_labels("red, blue", knows(["red", "red, blue", "7"]), 4)[0].tolist() == [1] * 4
+    assert choose_labels("red,7", knows(["red", "blue", "7"]), 4)[0].tolist() == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("main, flags, words", [
@@ -846,7 +847,8 @@ def test_an_answer_of_another_shape_is_refused(shape):
 
 def test_a_seed_has_32_bits(tmp_path, capsys):
     """Of a longer one the noise was that of another seed's other image."""
-    assert "2^32 - 1" in fails(capsys, sample.main, "--seed", 3 + 7 * 2**32, "--output_dir", tmp_path)
+    assert "2^32 - 1" in fails(capsys, sample.main, "--seed", 3 + 7 * 2**32,
+                               "--output_dir", tmp_path)
 
 
 def test_a_picture_is_sampled_from_a_network_that_tells_nothing_of_itself():
