@@ -401,30 +401,6 @@ class DiffusionProcess:
                                         noise=noise)
                 yield t_prev, x_t, x_0
 
-    @torch.no_grad()
-    def invert(self, model, x_0, *, steps=None, y=None, guesses=3):
-        """The noise that DDIM turns into these images: its steps, taken backwards.
-
-        A step from t to t_prev uses the model's answer at t, which is not known yet on the way
-        back; so it is guessed from x at t_prev, and the guess improved by asking again, `guesses`
-        times in all (each is a call of the model). Going down again returns x_0, but for rounding,
-        for what a guess still lacks, and for what was beyond [-1, 1] in an estimate on the way.
-
-        x_0: [B, C, H, W] in [-1, 1].  Returns x_T, [B, C, H, W].
-        """
-        levels = self.sampling_levels("ddim", steps)
-        x = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
-        with evaluating(model):
-            for t, t_prev in reversed(list(zip(levels, levels[1:]))):
-                ab_t, ab_prev = self.alpha_bar_at(t), self.alpha_bar_at(t_prev)
-                x_t = x
-                for _ in range(guesses):
-                    eps = self.predict_noise(model, x_t, t, y)
-                    clean = (x - math.sqrt(1 - ab_prev) * eps) / math.sqrt(ab_prev)
-                    x_t = math.sqrt(ab_t) * clean + math.sqrt(1 - ab_t) * eps
-                x = x_t
-        return x
-
     def sample(self, model, image_size=28, batch_size=64, channels=1, *, x_T=None, seed=None,
                first_index=0, device=None, sampler="ddpm", steps=None, eta=None, spacing=None,
                y=None, guidance=1.0, guidance_interval=None, weak=None, clip=True):

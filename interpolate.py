@@ -8,6 +8,7 @@
 Writes outputs/morph.gif, and all frames in rows as morph.png; with --compare lerp_slerp.png.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float,
                           positive_int, seed_number, spare)
-from diffusion import seeded_noise
+from diffusion import evaluating, seeded_noise
 from folders import load_pictures
 from images import save_gif, save_images, save_strip, to_uint8
 from load import CHECKPOINT_HELP, open_model
@@ -65,6 +66,31 @@ def walk(keys, num_frames, path=slerp, loop=False):
     legs = [min(int(place), len(stops) - 2) for place in places]
     return torch.stack([path(stops[leg], stops[leg + 1], place - leg)
                         for leg, place in zip(legs, places)])
+
+
+@torch.no_grad()
+def invert(diffusion, model, x_0, *, steps=None, y=None, guesses=3):
+    """The noise that DDIM turns into these images: its steps, taken backwards.
+
+    A step from t to t_prev uses the model's answer at t, which is not known yet on the way
+    back; so it is guessed from x at t_prev, and the guess improved by asking again, `guesses`
+    times in all (each is a call of the model). Going down again returns x_0, but for rounding,
+    for what a guess still lacks, and for what was beyond [-1, 1] in an estimate on the way.
+
+    x_0: [B, C, H, W] in [-1, 1].  Returns x_T, [B, C, H, W].
+    """
+    levels = diffusion.sampling_levels("ddim", steps)
+    x = x_0.to(torch.promote_types(x_0.dtype, torch.float32))
+    with evaluating(model):
+        for t, t_prev in reversed(list(zip(levels, levels[1:]))):
+            ab_t, ab_prev = diffusion.alpha_bar_at(t), diffusion.alpha_bar_at(t_prev)
+            x_t = x
+            for _ in range(guesses):
+                eps = diffusion.predict_noise(model, x_t, t, y)
+                clean = (x - math.sqrt(1 - ab_prev) * eps) / math.sqrt(ab_prev)
+                x_t = math.sqrt(ab_t) * clean + math.sqrt(1 - ab_t) * eps
+            x = x_t
+    return x
 
 
 def parse(argv):
@@ -141,8 +167,8 @@ def main(argv=None):
 
     if args.images:
         real = load_pictures(args.images, size, model.image_channels).to(device)
-        noises = diffusion.invert(model, real, steps=args.steps,
-                                  y=None if y is None else y.expand(len(real)).to(device))
+        noises = invert(diffusion, model, real, steps=args.steps,
+                        y=None if y is None else y.expand(len(real)).to(device))
         likeness = psnr(draw(noises), real)
         print(f"to their noise and back: PSNR {likeness:.1f} dB; " + (
             "more --steps lose less" if likeness >= POOR else

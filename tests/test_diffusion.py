@@ -12,6 +12,7 @@ from conftest import LEVELS, MEAN, STD, GaussianModel, exact_flow
 from data import Batches
 from diffusion import SAMPLERS, DiffusionProcess, seeded_noise
 from images import to_signed
+from interpolate import invert
 from loop import held_out_loss
 from predictors import loss_by_timestep, predictor_errors
 from sample import model_calls
@@ -533,8 +534,8 @@ def test_after_clip_loss_an_inversion_reads_nothing_beyond_the_range():
     x_0 = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for clip_loss in (True, False):
         diffusion = DiffusionProcess(50, "cosine", "x0", clip_loss=clip_loss)
-        beyond = diffusion.invert(lambda x, t, y=None: 1.5 * x, x_0, steps=10)
-        within = diffusion.invert(lambda x, t, y=None: (1.5 * x).clamp(-1, 1), x_0, steps=10)
+        beyond = invert(diffusion, lambda x, t, y=None: 1.5 * x, x_0, steps=10)
+        within = invert(diffusion, lambda x, t, y=None: (1.5 * x).clamp(-1, 1), x_0, steps=10)
         assert torch.equal(beyond, within) == clip_loss
 
 

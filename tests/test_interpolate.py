@@ -12,7 +12,7 @@ from checkpoint import load_checkpoint, save_checkpoint
 from conftest import GaussianModel, MEAN, STD, exact_flow, fails
 from diffusion import DiffusionProcess, seeded_noise
 from images import to_signed
-from interpolate import lerp, psnr, slerp, walk
+from interpolate import invert, lerp, psnr, slerp, walk
 from load import load_model
 from sample import generate
 
@@ -54,7 +54,7 @@ def test_the_noise_of_gaussian_data_is_found():
     diffusion = DiffusionProcess()
     x_0 = MEAN + STD * noises(4).double()
     want = exact_flow(x_0, 1.0, float(diffusion.alpha_bar[-1]))
-    errors = [float((diffusion.invert(GaussianModel(diffusion), x_0, steps=n) - want).abs().mean())
+    errors = [float((invert(diffusion, GaussianModel(diffusion), x_0, steps=n) - want).abs().mean())
               for n in (50, 200, 1000)]
     assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 0.03, errors
 
@@ -72,7 +72,7 @@ def test_there_and_back_is_told_the_class_and_leaves_dropout_off():
             return (x_t - ab.sqrt() * (y.view(-1, 1, 1, 1) - 0.5)) / (1 - ab).sqrt()
 
     model, x_0 = Shades().train(), torch.tensor([-0.5, 0.5]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
-    x_T = diffusion.invert(model, x_0, steps=10, y=y)
+    x_T = invert(diffusion, model, x_0, steps=10, y=y)
     back = diffusion.sample(model, x_T=x_T, sampler="ddim", steps=10, y=y)
     torch.testing.assert_close(back, x_0, atol=1e-3, rtol=0)
     assert float(x_T.abs().max()) < 1 and not any(modes) and model.training
@@ -83,7 +83,7 @@ def test_there_and_back_returns_the_picture_and_asking_again_returns_it_better()
     model, x_0 = GaussianModel(diffusion), MEAN + STD * noises(4).double()
     found = []
     for steps, guesses in ((10, 1), (10, 3), (100, 1), (100, 3)):
-        x_T = diffusion.invert(model, x_0, steps=steps, guesses=guesses)
+        x_T = invert(diffusion, model, x_0, steps=steps, guesses=guesses)
         found.append(psnr(diffusion.sample(
             model, x_T=x_T, sampler="ddim", steps=steps, clip=False), x_0))
     assert found[0] < found[1] and found[0] < found[2] < found[3] and found[3] > 50, found
@@ -143,7 +143,7 @@ def test_pictures_are_drawn_from_their_noises_by_clamped_estimates(clip_loss, tw
     told = float(capsys.readouterr().out.split("PSNR ")[1].split()[0])
     model, diffusion, _ = load_model(tmp_path / "m.pt")
     x_0, none = to_signed(torch.from_numpy(np.stack(pictures))[:, None]), torch.tensor([-1, -1])
-    x_T = diffusion.invert(model, x_0, steps=5, y=none)
+    x_T = invert(diffusion, model, x_0, steps=5, y=none)
     back, unclamped = (diffusion.sample(model, x_T=x_T, sampler="ddim", steps=5, y=none, clip=clip)
                        for clip in (True, False))
     assert told == pytest.approx(psnr(back, x_0), abs=0.06)
