@@ -31,7 +31,7 @@ from measures import (SAME, SURE, copied_by_chance, copied_share, copy_limit, fi
                       in_positions, in_sets, kernel_distance, mean_distance, nearest,
                       nearest_images, nearest_of_both, precision_recall, share_sure, single_share)
 from predictors import loss_by_timestep
-from reference import (FEWEST, as_shown, labels_like, load_reference, note_other_images,
+from reference import (FEWEST, as_shown, classes_like, load_reference, note_other_images,
                        positions_of, same_classes)
 from sample import (calls_in_words, choose_labels, drawing_words, generate, model_calls,
                     seconds_for, thinned)
@@ -251,11 +251,9 @@ def choose_classes(args, data, real, known):
     data: what the checkpoint says.  real: a Reference.
     known: are its labels classes of the model's own?
     """
-    if args.stages and args.label == "their own":
-        return real.held_labels[:args.num_images]
     if args.label is None and known:
-        args.label = "by chance"
-        return labels_like(real.labels, args.num_images, args.seed)
+        args.label = "as the held-out images"
+        return classes_like(real, args.num_images)
     y = thinned(choose_labels(args.label, data, args.num_images)[0], args.num_images)
     # In random order: what looks at the first of them sees all classes.
     return None if y is None else y[shuffled(len(y))]
@@ -274,8 +272,8 @@ def parse(argv):
     add("--stages", "noise real images little or much and undo it: "
         "at which levels samples get worse", False, action="store_true")
     add("--seed", "of the samples", 0, type=seed_number)
-    add("--label", "as in sample.py; default: classes by chance, each as often as in --dataset "
-        "(in turn where that has no labels)")
+    add("--label", "as in sample.py; default: the classes of the held-out images, sample i that of "
+        "image i (in turn where they have none of the model's)")
     add_drawing_flags(add)
     add("--batch_size", "images at a time", 100, type=positive_int)
     add("--output_dir", "where the results go", "outputs")
@@ -309,8 +307,8 @@ def main(argv=None):
     known = same_classes(data, args.dataset)
     real = load_reference(data, args.data_dir, args.dataset)
     images, labels, held, held_labels, held_name = real
-    if args.stages:
-        args.label = "their own" if known and held_labels is not None else "none"
+    if args.stages and not (known and held_labels is not None):
+        args.label = "none"
     if not args.race:
         take_sampler(args, data)
     if args.stages and args.label == "none" and data["class_needed"]:

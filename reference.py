@@ -142,15 +142,17 @@ def others(data, data_dir, like, with_classes):
             f"images of {name}" + ("" if known else ", which has changed since"))
 
 
-def labels_like(labels, count, seed=0):
-    """The classes of `count` images drawn by chance from those with `labels` [N]: [count] integers.
+def classes_like(real, count):
+    """The classes of `count` samples: those of the held-out images, sample i that of image i, and
+    over again where there are not so many; where they have none, those of training images.
 
-    MNIST has a fourth more ones than fives. Samples with as many of each are another distribution,
-    and the FD of 10,000 real digits chosen so is twice the floor. So they are drawn by chance,
-    as the images of the floor are.
+    So samples and floor have each class as often, and differ in nothing but who drew them. Chance
+    alone would put 10,000 real garments at 1.2 floors (EXPERIMENTS.md, "Which classes").
     """
-    return labels[torch.randint(len(labels), (count,),
-                                generator=torch.Generator().manual_seed(seed))]
+    labels = real.held_labels
+    if labels is None:
+        labels = real.labels[shuffled(len(real.labels))]
+    return labels[torch.arange(count) % len(labels)]
 
 
 # ---- For figures, which can do with drawn digits

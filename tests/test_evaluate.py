@@ -26,7 +26,7 @@ from load import load_model
 from measures import (copied_by_chance, copied_share, fine_power, frechet_between,
                       frechet_distance, in_sets, kernel_distance, mean_distance, nearest,
                       nearest_images, precision_recall, psnr, share_sure, single_share)
-from reference import Reference, as_shown, labels_like, load_reference
+from reference import Reference, as_shown, classes_like, load_reference
 from sample import generate
 from synthetic import digits
 from utils import shuffled
@@ -241,17 +241,16 @@ def test_turned_copies_are_found_when_asked_for():
     assert nearest_images(images[:9].rot90(1, (2, 3)), images, positions=2)[0][0].max() > 0.05
 
 
-def test_classes_are_drawn_by_chance_as_the_training_images_have_them():
-    """Their numbers vary from seed to seed as a binomial's do; with exact shares they would not."""
-    labels = torch.tensor([2] * 600 + [0] * 300 + [1] * 90 + [4] * 10)
-    drawn = torch.stack([labels_like(labels, 500, seed) for seed in range(400)])
-    for label, share in ((2, 0.6), (0, 0.3), (1, 0.09), (4, 0.01)):
-        counts = (drawn == label).sum(1).double()
-        spread = (500 * share * (1 - share)) ** 0.5
-        assert abs(counts.mean() - 500 * share) < 4 * spread / 400**0.5
-        assert counts.std() == pytest.approx(spread, rel=0.2)
-    assert abs((drawn[:, :250] == 2).double().mean() - 0.6) < 0.02      # in random order
-    assert torch.equal(drawn[3], labels_like(labels, 500, 3))
+def test_samples_are_asked_for_the_classes_of_the_held_out_images():
+    """As often as there are samples; without any, each class as often as in the training set."""
+    labels = torch.tensor([0] * 50 + [1] * 50)
+    real = Reference(None, labels, None, torch.tensor([2, 0, 2, 1]), "photographs")
+    assert classes_like(real, 3).tolist() == [2, 0, 2]
+    assert classes_like(real, 10).tolist() == [2, 0, 2, 1, 2, 0, 2, 1, 2, 0]
+    without = classes_like(real._replace(held_labels=None), 150)
+    assert torch.bincount(without[:100]).tolist() == [50, 50]
+    assert 10 < without[:50].sum() < 40                                 # in random order
+    assert torch.equal(without[100:], without[:50])
 
 
 def test_pictures_are_shown_in_the_order_of_their_classes():
