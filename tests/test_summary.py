@@ -489,7 +489,7 @@ def test_a_stated_number_is_right(pattern, values):
     ("more than three times the variance", 1 / posterior_share(39, 19) > 3),
     ("more than a third of an epoch", 1 / 3 < 64 * 1000 * operations(64) / EPOCH < 0.4),
     ("GFLOP an image, about a quarter", 0.24 < operations(32) / operations(64) < 0.26),
-    ("scores 0.37 on MNIST, averaged over t, with the linear schedule (and 0.68 with the cosine)",
+    ("has 0.37 on MNIST, averaged over t, with the linear schedule (and 0.68 with the cosine)",
      abs(copying(LINEAR) - 0.37) < 0.005 and abs(copying(COSINE) - 0.68) < 0.005),
     ("1.6 times as often as the average",               # logit(t / T) = 0
      abs(1 / math.sqrt(2 * math.pi) / 0.25 - 1.6) < 0.01),
@@ -545,13 +545,13 @@ def test_the_loop_visits_the_levels_of_the_diagram():
     assert levels[:3] == [999, 979, 959] and levels[-3:] == [39, 19, -1]
 
 
-def test_zero_scores_one_and_random_noise_two():
+def test_zero_has_a_loss_of_one_and_random_noise_of_two():
     torch.manual_seed(0)
     x_0 = torch.rand(200, 1, 32, 32) * 2 - 1
-    scores = [float(DiffusionProcess().training_loss(answer, x_0)) for answer in (
+    losses = [float(DiffusionProcess().training_loss(answer, x_0)) for answer in (
         lambda x_t, t, y: torch.zeros_like(x_t), lambda x_t, t, y: torch.randn_like(x_t))]
-    assert scores == pytest.approx([1, 2], rel=0.02)        # 200,000 draws: +- 0.003 of the first
-    assert "scores 1.0, at every t" in PROSE and "random noise scores 2.0" in PROSE
+    assert losses == pytest.approx([1, 2], rel=0.02)        # 200,000 draws: +- 0.003 of the first
+    assert "a loss of 1.0, at every t" in PROSE and "random noise has 2.0" in PROSE
 
 
 @pytest.mark.parametrize("grad_checkpoint, claim", [(False, f"about {N} MB for each image"),
