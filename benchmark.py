@@ -23,9 +23,8 @@ from command_line import Parser, command, positive_int
 from diffusion import DiffusionProcess
 from interop import Foreign
 from loop import train_step
-from models import create_model
+from models import MODEL_FLAGS, create_model
 from presets import PRESETS
-from train import MODEL_FLAGS
 from utils import (EMA, PRECISIONS, autocast, count_parameters, describe_device, get_device,
                    has_bfloat16, measure, peak_memory)
 

@@ -1,12 +1,16 @@
 """How to draw from a model: the flags --sampler to --weak, and what the model tells where they are
-not typed.
+not typed; and what --label asks for.
 
     add_drawing_flags(parser.add)       # sample.py and evaluate.py have them
     take_sampler(args, data)            # data: what load_model tells
     take_guidance(args, data, diffusion)
+    y, columns = choose_labels(args.label, data["classes"], 64)
 """
 
+import math
 from pathlib import Path
+
+import torch
 
 from command_line import guidance_number, interval, number_from, positive_int
 from diffusion import MAX_ETA, SAMPLERS, guidance_at
@@ -151,9 +155,8 @@ def default_guidance(args, data, T, guided):
         if weak is None and args.guidance is None:
             print(f"{args.checkpoint} was measured with --weak {data['weak']}, and there is no "
                   "such file beside it: drawing without")
-    # What is told is worth nothing without the weak model that it was told with, or where the model
-    # has not learnt to draw without a class.
-    if weak or guided and not data["weak"] and not data["class_needed"]:
+    # What is told is worth nothing without the weak model that it was told with.
+    if weak or guided and not data["weak"]:
         return weak, data["guidance"], data["guidance_interval"]
     return None, 1.0, None
 
@@ -162,9 +165,6 @@ def check_guidance(args, data, T, guidance, weak, guided):
     """Raise ValueError if this guidance leads nowhere. args: as typed."""
     if args.weak is not None and guidance == 1:
         raise ValueError("--weak says what guidance leads away from, and --guidance 1 is none")
-    if guidance != 1 and data["class_needed"] and not weak:
-        raise ValueError(f"--guidance {guidance:g} needs what a model draws without a class, "
-                         "and this one, trained with --label_drop 0, has not learnt that")
     asked_for = guidance not in (0, 1) or args.guidance is None and args.guidance_interval
     if asked_for and not guided and not weak:
         raise ValueError("guidance needs classes to guide towards, or a --weak model: "
@@ -177,3 +177,51 @@ def check_guidance(args, data, T, guidance, weak, guided):
                              f"and --guidance {guidance:g} is none")
         if args.guidance_interval[0] >= T or args.guidance_interval[1] > T:
             raise ValueError(f"{asked}: the levels of this model go from 0 to {T - 1}")
+
+
+# ---- Which class
+
+def choose_labels(text, classes, num_images, first_index=0):
+    """What --label asks for: (y [num_images] or None, columns of the grid or None). Several labels
+    get full rows, as many each as make the grid nearest to a square, and so may need more images.
+
+    text: a number or name, several with commas, "all", "none", or None for the default.
+    classes: the names of the model's, or None.  Raises ValueError for one that is not there.
+    """
+    if text is None or text == "none" and not classes:
+        turns = torch.arange(first_index, first_index + num_images)
+        return (turns % len(classes) if classes else None), None
+    if not classes:
+        raise ValueError(f"--label {text}: the model was trained without classes")
+    if text == "none":
+        return torch.full((num_images,), -1), None
+    by_number = not any(name.isdecimal() for name in classes)       # else a number is a name
+    known = {str(k): k for k in range(len(classes))} if by_number else {}
+    known.update((name, k) for k, name in enumerate(classes))
+    labels = list(range(len(classes)))
+    if text != "all":
+        words = [text] if text in known else [word.strip() for word in text.split(",")]
+        unknown = [word for word in words if word not in known]
+        if unknown:
+            names = [f"{k} ({name})" for k, name in enumerate(classes)] if by_number else classes
+            raise ValueError(f"unknown class {unknown[0]!r}; "
+                             f"choose from all, none, {', '.join(names)}")
+        labels = [known[word] for word in words]
+    if len(labels) == 1:
+        return torch.full((num_images,), labels[0]), None
+    rows = max(1, round(num_images**0.5 / len(labels)))             # of each label
+    columns = math.ceil(num_images / (rows * len(labels)))
+    return torch.tensor(labels).repeat_interleave(rows * columns), columns
+
+
+def choose_one_label(text, classes):
+    """choose_labels of pictures that have one class in common: y [1] or None."""
+    y, _ = choose_labels(text, classes, 1)
+    if y is not None and len(y) > 1:
+        raise ValueError(f"--label {text}: {len(y)} classes, where one is drawn")
+    return y
+
+
+def thinned(y, count):
+    """Cut the labels of choose_labels to `count`, as many of each."""
+    return None if y is None else y[torch.arange(count) * len(y) // count]

@@ -33,12 +33,13 @@ from command_line import (Parser, command, format_seconds, fraction, make_output
                           seed_number, spare)
 from data import keep_apart
 from diffusion import evaluating, seeded_noise
+from drawing import choose_labels, thinned
 from folders import load_pictures, read_picture
 from images import save_images, save_strip, to_signed
 from load import CHECKPOINT_HELP, open_model
 from measures import psnr
 from reference import unseen_images
-from sample import choose_labels, seconds_for, thinned
+from sample import seconds_for
 from utils import get_device
 
 
@@ -226,13 +227,12 @@ def main(argv=None):
                 "deblur": lambda: deblur(size),
                 "colourise": colourise}[args.task]()
     originals = load_originals(args, data, channels).to(device)
-    y, _ = choose_labels(args.label, data, len(originals))
+    y, _ = choose_labels(args.label, data["classes"], len(originals))
     if y is not None and len(y.unique()) > len(originals):
         raise ValueError(f"--label {args.label}: {len(y.unique())} classes "
                          f"for {len(originals)} pictures")
     y = None if y is None else thinned(y, len(originals)).to(device)
-    args.steps = args.steps or min(50, diffusion.num_timesteps)
-    diffusion.timesteps(args.steps)                         # refuses too many
+    args.steps = len(diffusion.sampling_levels("ddim", args.steps)) - 1     # refuses too many
     calls = ((args.steps - 1) * args.travel + 1) * args.average
     seconds = seconds_for(model, diffusion, len(originals), size, calls, MAX_PICTURES)
     print(f"cost: {len(originals)} picture{'s' * (len(originals) > 1)}, "

@@ -23,7 +23,7 @@ from classifier import get_classifier, look
 from command_line import Parser, command, format_seconds, make_output_dir, positive_int, seed_number
 from comparisons import race, stage_lengths, stages, write_comparison, write_facts
 from data import keep_apart, keep_apart_from_own
-from drawing import add_drawing_flags, take_guidance, take_sampler
+from drawing import add_drawing_flags, choose_labels, take_guidance, take_sampler, thinned
 from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model, load_weak
@@ -33,8 +33,7 @@ from measures import (SAME, SURE, copied_by_chance, copied_share, copy_limit, fi
 from predictors import loss_by_timestep
 from reference import (FEWEST, as_shown, classes_like, load_reference, note_other_images,
                        positions_of, same_classes)
-from sample import (calls_in_words, choose_labels, drawing_words, generate, model_calls,
-                    seconds_for, thinned)
+from sample import calls_in_words, drawing_words, generate, model_calls, seconds_for
 from utils import PRECISIONS, describe_device, get_device, get_precision, measure, shuffled
 
 MAX_MEASURED = 200_000
@@ -254,7 +253,7 @@ def choose_classes(args, data, real, known):
     if args.label is None and known:
         args.label = "as the held-out images"
         return classes_like(real, args.num_images)
-    y = thinned(choose_labels(args.label, data, args.num_images)[0], args.num_images)
+    y = thinned(choose_labels(args.label, data["classes"], args.num_images)[0], args.num_images)
     # In random order: what looks at the first of them sees all classes.
     return None if y is None else y[shuffled(len(y))]
 
@@ -311,9 +310,6 @@ def main(argv=None):
         args.label = "none"
     if not args.race:
         take_sampler(args, data)
-    if args.stages and args.label == "none" and data["class_needed"]:
-        raise ValueError("--stages needs real images with the model's classes: trained with "
-                         "--label_drop 0, it cannot draw without")
     take_guidance(args, data, diffusion)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
     entrants, ways = choose_ways(args, diffusion)

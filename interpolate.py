@@ -17,11 +17,12 @@ from PIL import Image
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float,
                           positive_int, seed_number, spare)
 from diffusion import evaluating, seeded_noise
+from drawing import choose_one_label
 from folders import load_pictures
 from images import save_gif, save_images, save_strip, to_uint8
 from load import CHECKPOINT_HELP, open_model
 from measures import psnr
-from sample import choose_one_label, generate, seconds_for
+from sample import generate, seconds_for
 from utils import get_device
 
 
@@ -47,6 +48,7 @@ SEEDS = [42, 123]
 MAX_GIF = 1_000_000_000  # pixels, three bytes each while it is made
 MAX_FRAMES = 10_000
 COMPARED = 9  # frames in a row
+GUESSES = 3  # calls of the model in each step to the noise
 POOR = 20  # dB: below it a picture that went to its noise and back is another one to the eye
 PATHS = {"lerp": lerp, "slerp": slerp}
 
@@ -69,7 +71,7 @@ def walk(keys, num_frames, path=slerp, loop=False):
 
 
 @torch.no_grad()
-def invert(diffusion, model, x_0, *, steps=None, y=None, guesses=3):
+def invert(diffusion, model, x_0, *, steps=None, y=None, guesses=GUESSES):
     """The noise that DDIM turns into these images: its steps, taken backwards.
 
     A step from t to t_prev uses the model's answer at t, which is not known yet on the way
@@ -149,15 +151,14 @@ def main(argv=None):
     checkpoint, model, diffusion, data = open_model(args, device)
     output_dir = make_output_dir(args.output_dir, "morph.gif", "morph.png", "lerp_slerp.png")
     size = data["image_size"]
-    y = choose_one_label(args.label, data)
-    args.steps = args.steps or min(50, diffusion.num_timesteps)
-    diffusion.timesteps(args.steps)                     # refuses too many
+    y = choose_one_label(args.label, data["classes"])
+    args.steps = len(diffusion.sampling_levels("ddim", args.steps)) - 1     # refuses too many
     count = 2 * min(args.frames, COMPARED) if args.compare else args.frames
-    there_and_back = 4 * len(args.images or [])         # to the noise each step takes three calls
+    there_and_back = (GUESSES + 1) * len(args.images or [])
     seconds = seconds_for(model, diffusion, count + there_and_back, size, args.steps)
     print(f"cost: {count} pictures" + f" of class {args.label}" * (args.label != "none")
           + f", {args.steps} calls of the model for each, "
-          + "and four times as many for each of yours, " * bool(args.images)
+          + f"and {GUESSES + 1} times as many for each of yours, " * bool(args.images)
           + f"about {format_seconds(seconds)} here", flush=True)
     shape = (model.image_channels, size, size)
 
@@ -167,8 +168,9 @@ def main(argv=None):
 
     if args.images:
         real = load_pictures(args.images, size, model.image_channels).to(device)
-        noises = invert(diffusion, model, real, steps=args.steps,
-                        y=None if y is None else y.expand(len(real)).to(device))
+        noises = torch.cat([invert(diffusion, model, part, steps=args.steps,
+                                   y=None if y is None else y.expand(len(part)).to(device))
+                            for part in real.split(64)])        # as many at a time as generate
         likeness = psnr(draw(noises), real)
         print(f"to their noise and back: PSNR {likeness:.1f} dB; " + (
             "more --steps lose less" if likeness >= POOR else

@@ -79,15 +79,14 @@ def load_model(path, device="cpu", ema=True, image_size=None):
     ema: take the averaged weights (better pictures), not those of the last step.
     image_size: of a foreign checkpoint that does not tell it (interop.py).
     Returns (model in eval mode, DiffusionProcess, what the checkpoint says about its data: a dict
-    with name, image_size, channels, classes, class_needed (has it never learnt to draw without a
-    class?), a digest of what it draws with, and the sampler, steps and guidance to take where none
-    are named: see card_recipe). Raises FileNotFoundError, or ValueError for an unusable file.
+    with name, image_size, channels, classes, a digest of what it draws with, and the sampler, steps
+    and guidance to take where none are named: see card_recipe).
+    Raises FileNotFoundError, or ValueError for an unusable file.
     """
     entries = None if Path(path).is_dir() else read_container(path)
     if entries is None or interop.averaged_of(entries):
         model, diffusion, data = interop.load_foreign(path, entries, image_size)
-        return model.to(device), diffusion, {**data, "class_needed": False,
-                                             **card_recipe(None, diffusion.num_timesteps)}
+        return model.to(device), diffusion, {**data, **card_recipe(None, diffusion.num_timesteps)}
     if image_size:
         raise ValueError(f"--image_size {image_size}: {path} tells its own")
     entries = load_checkpoint(path, entries)
@@ -101,13 +100,11 @@ def load_model(path, device="cpu", ema=True, image_size=None):
         check_weights(path, weights, model)
         model.load_state_dict(weights, assign=True)
         diffusion = DiffusionProcess(**entries["diffusion_config"])
-        drop = told_of(entries).get("label_drop")
         told = {"classes": None, **entries["data"],
                 "started_from": told_of(entries, "started_from"),
                 **{name: told_of(entries).get(name) for name in ("images", "held_out")}}
         data = {**{name: value for name, value in told.items()
                    if not isinstance(value, torch.Tensor)},
-                "class_needed": bool(model.num_classes and type(drop) in (int, float) and not drop),
                 "channels": model.image_channels, "digest": drawing_digest(entries),
                 **card_recipe(told_of(entries, "card") or entries.get("draw_with"),
                               diffusion.num_timesteps)}

@@ -3,8 +3,9 @@
 Adam scales each weight alone; the update of a matrix then is mostly a few strong directions. Muon
 takes the momentum of the whole matrix and makes all of its singular values alike, so that the weak
 directions learn, too. Only for matrices of at least 32 rows and columns, which the inner
-convolutions and linear layers are. The rest goes with Adam, in the same optimizer: biases, norms, a
-table of few classes, and the first and the last layer where the image has fewer channels than that.
+convolutions and linear layers are. The rest goes with Adam, in the same optimizer: biases, norms,
+the table of classes, of which a batch sees a few rows only, and the first and the last layer where
+the image has fewer channels than that.
 """
 
 import torch
@@ -36,7 +37,7 @@ def orthogonalized(matrix, steps=5):
 
 def is_inner(p):
     """Does Muon care for this parameter? A matrix or convolution between wide layers."""
-    return p.ndim >= 2 and min(p.shape[:2]) >= 32
+    return p.ndim >= 2 and min(p.shape[:2]) >= 32 and not getattr(p, "is_table", False)
 
 
 class Muon(torch.optim.Optimizer):

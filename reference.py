@@ -46,8 +46,8 @@ def chosen_name(data, name=None):
 
 def note_other_images(data, name):
     """Say so where a model is shown another data set than its own."""
-    # Of a folder, a card has the last part alone.
-    if name and Path(name).name != Path(data["name"]).name:
+    # Of a folder, a card has the last part alone; other libraries' files tell nothing.
+    if name and data["name"] != UNKNOWN and Path(name).name != Path(data["name"]).name:
         print(f"note: the model was trained on {data['name']!r}, not on {name!r}: "
               "of pictures unlike its own it knows nothing")
 

@@ -24,7 +24,7 @@ from command_line import (Parser, command, format_seconds, make_output_dir, posi
                           seed_number, spare, whole_number)
 from data import keep_apart_from_own
 from diffusion import guidance_at, seeded_noise
-from drawing import add_drawing_flags, take_guidance, take_sampler, weak_beside
+from drawing import add_drawing_flags, choose_labels, take_guidance, take_sampler, weak_beside
 from files import write_file
 from images import (PADDING, enlargement, image_grid, png_bytes, save_gif, save_images, save_strip,
                     to_uint8)
@@ -128,57 +128,6 @@ def seconds_for(model, diffusion, num_images, image_size, calls, batch_size=64,
     else:
         seconds = calls * one_call(model) + weak_calls * one_call(weak)
     return seconds * num_images / len(x_T)
-
-
-def choose_labels(text, data, num_images, first_index=0):
-    """What --label asks for: (y [num_images] or None, columns of the grid or None). Several labels
-    get full rows, as many each as make the grid nearest to a square, and so may need more images.
-
-    text: a number or name, several with commas, "all", "none", or None for the default.
-    data: what load_model tells.  Raises ValueError for a class that is not there, and for none
-    where the model has not learnt to draw without.
-    """
-    classes = data["classes"]
-    if text is None or text == "none" and not classes:
-        turns = torch.arange(first_index, first_index + num_images)
-        return (turns % len(classes) if classes else None), None
-    if not classes:
-        raise ValueError(f"--label {text}: the model was trained without classes")
-    if text == "none" and data["class_needed"]:
-        raise ValueError("trained with --label_drop 0, this model cannot draw without a class: "
-                         "name one with --label")
-    if text == "none":
-        return torch.full((num_images,), -1), None
-    by_number = not any(name.isdecimal() for name in classes)       # else a number is a name
-    known = {str(k): k for k in range(len(classes))} if by_number else {}
-    known.update((name, k) for k, name in enumerate(classes))
-    labels = list(range(len(classes)))
-    if text != "all":
-        words = [text] if text in known else [word.strip() for word in text.split(",")]
-        unknown = [word for word in words if word not in known]
-        if unknown:
-            names = [f"{k} ({name})" for k, name in enumerate(classes)] if by_number else classes
-            raise ValueError(f"unknown class {unknown[0]!r}; "
-                             f"choose from all, none, {', '.join(names)}")
-        labels = [known[word] for word in words]
-    if len(labels) == 1:
-        return torch.full((num_images,), labels[0]), None
-    rows = max(1, round(num_images**0.5 / len(labels)))             # of each label
-    columns = math.ceil(num_images / (rows * len(labels)))
-    return torch.tensor(labels).repeat_interleave(rows * columns), columns
-
-
-def choose_one_label(text, data):
-    """choose_labels of pictures that have one class in common: y [1] or None."""
-    y, _ = choose_labels(text, data, 1)
-    if y is not None and len(y) > 1:
-        raise ValueError(f"--label {text}: {len(y)} classes, where one is drawn")
-    return y
-
-
-def thinned(y, count):
-    """Cut the labels of choose_labels to `count`, as many of each."""
-    return None if y is None else y[torch.arange(count) * len(y) // count]
 
 
 # ---- The way out of the noise, as pictures
@@ -362,7 +311,7 @@ def main(argv=None):
             raise ValueError(made_with_weak(args.recreate, again))
     take_sampler(args, data)
     take_guidance(args, data, diffusion)
-    y, columns = choose_labels(args.label, data, args.num_images, args.first_index)
+    y, columns = choose_labels(args.label, data["classes"], args.num_images, args.first_index)
     count = args.num_images if y is None else len(y)
     check_sheet(count, columns, size, args.upscale)
     weak, weak_digest = load_weak(args.weak, model, diffusion, data, device, args.image_size)

@@ -33,7 +33,7 @@ from diffusion import OBJECTIVES, DiffusionProcess
 from drawing import check_draw_with
 from folders import FITS
 from loop import LR_SCHEDULES, OPTIMIZERS, measure_seconds, rate_at, train_epoch  # noqa: F401
-from models import ACTIVATIONS, MODELS, create_model, model_defaults
+from models import ACTIVATIONS, MODEL_FLAGS, MODELS, create_model, model_defaults
 from plan import check_disk, make_plan, print_cost
 from presets import PRESETS, parse
 from running import BEST, FINAL, LATEST, Signals, find_checkpoint, only_run, run_files
@@ -117,9 +117,11 @@ def check_choices(num_epochs, steps, beta2, model_config, **settings):
     for name in ("grad_clip", "min_snr", "learning_rate"):
         if settings[name] is not None and not 0 < settings[name] < math.inf:
             raise ValueError(f"{name} must be a number above 0, got {settings[name]}")
-    for name in ("label_drop", "val_fraction"):
-        if not 0 <= settings[name] <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {settings[name]}")
+    if not 0 < settings["label_drop"] < 1:
+        raise ValueError("label_drop must lie between 0 and 1, or the network never learns to draw "
+                         f"without a class, or with one; got {settings['label_drop']}")
+    if not 0 <= settings["val_fraction"] <= 1:
+        raise ValueError(f"val_fraction must lie in [0, 1], got {settings['val_fraction']}")
 
 
 def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-4, *, steps=None,
@@ -254,9 +256,6 @@ def train(dataset_name="mnist", batch_size=128, num_epochs=20, learning_rate=2e-
 
 # Flags, and keys of PRESETS, that train() knows by a longer name.
 ARGUMENTS = {flag: name for name, flag in FLAGS.items()}
-# Flags that are handed on to create_model where they are given; a model has its own defaults.
-MODEL_FLAGS = ("base_channels", "multipliers", "num_blocks", "attention_levels", "heads", "groups",
-               "time_emb_dim", "dropout", "activation", "patch_size", "scale_shift")
 SWITCH = argparse.BooleanOptionalAction      # --flip, --no-flip: a flag can undo what a preset sets
 
 
@@ -300,7 +299,7 @@ def main(argv=None):
         "or not: for what has no upright, as tissue or pictures from above", False, action=SWITCH)
     add("--labels", "train with classes, so that one can ask for a 7; default: if the data set "
         "has them; of a folder, its sub-folders are classes if this is given", action=SWITCH)
-    add("--label_drop", "share of images whose class is withheld: what guidance needs",
+    add("--label_drop", "share of images whose class is withheld, which guidance needs: above 0",
         0.1, type=fraction)
     add("--cache_dir", "keep the decoded images of a folder there, for a set larger than memory")
     add("--val_dir", "for the held-out loss: a folder that is not trained on, "

@@ -26,6 +26,7 @@ from convergence import EVALUATIONS, MIXTURES, SOLVERS, solver_errors, solver_li
 from data import (DATASET_HELP, class_names, get_dataset, get_default_dataset, keep_apart,
                   keep_apart_from_own)
 from diffusion import SAMPLERS, DiffusionProcess
+from drawing import choose_labels, choose_one_label
 from figures import (one_step_figure, predictors_figure, schedule_table, schedules_figure,
                      solvers_figure, step_rows, timestep_loss_figure)
 from folders import sorted_into_classes
@@ -35,7 +36,7 @@ from predictors import RANGES, loss_by_timestep, predictor_errors, predictor_lin
 from reference import same_classes, training_images, unseen_images
 from running import FINAL, LATEST
 from run_figures import epochs_figure, found_in, loss_figure, spread_out, when, with_the_end
-from sample import choose_labels, choose_one_label, drawing_words, model_calls, seconds_for
+from sample import drawing_words, model_calls, seconds_for
 from sampling_figures import explain_step, reverse_figure, seeds_figure, steps_figure
 from schedules import SCHEDULES, SPACINGS
 from utils import get_device, shuffled
@@ -181,8 +182,7 @@ def begin_sampling(name, args, loaded, chains, y, guided=True):
     guided: as the model tells; but no figure is drawn away from a weak model.
     """
     model, diffusion, data = loaded
-    plain = (not guided or y is None or args.label == "none" or data["weak"]
-             or data["class_needed"])
+    plain = not guided or y is None or args.label == "none" or data["weak"]
     guidance, interval = (1.0, None) if plain else (data["guidance"], data["guidance_interval"])
     count = args.num_images if y is None else len(y)        # several labels get full rows
     calls = sum(sum(model_calls(diffusion.sampling_levels(args.sampler, steps), guidance, interval))
@@ -197,7 +197,7 @@ def begin_sampling(name, args, loaded, chains, y, guided=True):
 
 def draw_reverse(args, path, loaded):
     model, diffusion, data = loaded
-    y, _ = choose_labels(args.label, data, args.num_images)
+    y, _ = choose_labels(args.label, data["classes"], args.num_images)
     count, settings = begin_sampling("reverse", args, loaded, [args.steps], y)
     timesteps = choose_timesteps(args.timesteps, TIMESTEPS["reverse"], diffusion.num_timesteps)
     return reverse_figure(model, diffusion, path, timesteps, count, **settings)
@@ -205,7 +205,7 @@ def draw_reverse(args, path, loaded):
 
 def draw_one_step(args, path, loaded):
     model, diffusion, data = loaded
-    args.sampler, y = "ddpm", choose_one_label(args.label, data)
+    args.sampler, y = "ddpm", choose_one_label(args.label, data["classes"])
     _, settings = begin_sampling("one_step", args, loaded, [args.steps], y, guided=False)
     t, *_ = choose_timesteps(args.timesteps, TIMESTEPS["one_step"], diffusion.num_timesteps)
     step = explain_step(model, diffusion, t, **settings)
@@ -219,7 +219,7 @@ def draw_steps(args, path, loaded):
     model, diffusion, data = loaded
     steps_list = args.steps_list or sorted({min(steps, diffusion.num_timesteps)
                                             for steps in STEPS_LIST})
-    y, _ = choose_labels(args.label, data, args.num_images)
+    y, _ = choose_labels(args.label, data["classes"], args.num_images)
     count, settings = begin_sampling("steps", args, loaded, steps_list, y)
     print(*steps_figure(model, diffusion, path, steps_list, count, **settings), sep="\n")
     return [path]
@@ -227,7 +227,7 @@ def draw_steps(args, path, loaded):
 
 def draw_seeds(args, path, loaded):
     model, diffusion, data = loaded
-    y, _ = choose_labels(args.label, data, args.num_images)
+    y, _ = choose_labels(args.label, data["classes"], args.num_images)
     count, settings = begin_sampling("seeds", args, loaded, 2 * len(args.seeds) * [args.steps], y)
     print(*seeds_figure(model, diffusion, path, args.seeds, count, **settings), sep="\n")
     return [path]

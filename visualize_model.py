@@ -19,6 +19,7 @@ from command_line import (Parser, choose_timesteps, command, few_numbers, format
                           make_output_dir, positive_int, seed_number, whole_number)
 from data import DATASET_HELP, class_names, keep_apart
 from diffusion import SAMPLERS
+from drawing import choose_one_label
 from images import as_text
 from inside import (PlainUNet, activations, attention_maps, bottleneck_features, busiest,
                     choose_layer, find_tsne, model_table, parts, pca, sampled, table_lines,
@@ -28,7 +29,7 @@ from models import MODELS, create_model
 from network_figures import (activations_figure, attention_figure, features_figure,
                              table_figure, time_figure)
 from reference import unseen_images
-from sample import choose_one_label, seconds_for
+from sample import seconds_for
 from utils import get_device, shuffled
 
 # Noise levels of T = 1000; for another T they are scaled.
@@ -51,7 +52,7 @@ def open_own(args, device):
 def picture_settings(args, model, diffusion, data, device):
     """(the settings for inside.sampled, words for the title that name the class). Prints what it
     will cost."""
-    y = choose_one_label(args.label, data)
+    y = choose_one_label(args.label, data["classes"])
     calls = len(diffusion.sampling_levels(args.sampler, args.steps)) - 1
     cost = format_seconds(seconds_for(model, diffusion, 1, data["image_size"], calls))
     print(f"{args.figure}: {calls} calls of the model on one image, about {cost} here", flush=True)

@@ -5,7 +5,7 @@ import inspect
 from models.attention_unet import ACTIVATIONS, AttentionUNet
 from models.unet import SimpleUNet
 
-__all__ = ["ACTIVATIONS", "MODELS", "create_model", "model_defaults"]
+__all__ = ["ACTIVATIONS", "MODELS", "MODEL_FLAGS", "create_model", "model_defaults"]
 MODELS = {"simple": SimpleUNet, "attention": AttentionUNet}
 
 
@@ -14,6 +14,12 @@ def model_defaults(name):
     settings = inspect.signature(MODELS[name]).parameters
     return {setting: row.default for setting, row in settings.items()
             if setting != "grad_checkpoint"}
+
+
+# What a command line may say of a network's shape; what else it is built with follows from the data
+# and the objective.
+MODEL_FLAGS = tuple(setting for setting in model_defaults("attention")
+                    if setting not in ("image_channels", "num_classes", "add_input"))
 
 
 def create_model(name="simple", **config):

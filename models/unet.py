@@ -102,6 +102,8 @@ class UNet(nn.Module):
         # its compiler for that, which takes two seconds.
         self.class_emb = nn.Embedding.from_pretrained(
             torch.randn(num_classes + 1, time_emb_dim), freeze=False) if num_classes else None
+        if num_classes:
+            self.class_emb.weight.is_table = True               # which muon.py leaves to Adam
 
     def embed(self, t, y):
         """What every block is told: t [B], y [B] or None -> [B, time_emb_dim].

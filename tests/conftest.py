@@ -92,11 +92,6 @@ def few_digits(monkeypatch):
     return dict(dataset_name="synthetic_digits", image_size=16)
 
 
-def knows(classes):
-    """What load_model tells of a model with these classes, or None, as far as --label asks."""
-    return {"classes": classes, "class_needed": False}
-
-
 def write_model(path, T=40, zero=False, **data_facts):
     """The checkpoint of an untrained network of 8x8 images, three classes; zero: it answers 0."""
     from checkpoint import save_checkpoint

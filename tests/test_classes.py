@@ -10,18 +10,17 @@ from PIL.PngImagePlugin import PngInfo
 
 import data
 import drawing
-import edit
-import interpolate
 import sample
 import train as train_module
 from checkpoint import load_checkpoint, save_checkpoint
-from conftest import TINY, fails, knows
+from conftest import TINY, fails
 from diffusion import DiffusionProcess
+from drawing import choose_labels, thinned
 from images import png_bytes, read_note
 from load import load_model
 from loop import train_step
 from models import create_model
-from sample import choose_labels, generate, thinned
+from sample import generate
 from train import train
 
 SMALL = dict(TINY, image_size=8, sample_every=1000)
@@ -59,7 +58,7 @@ def test_without_a_class_both_are_drawn(two_shades):
 
 def test_each_class_takes_its_turn_when_none_is_asked_for(two_shades):
     model, diffusion, _ = load_model(two_shades)
-    y, _ = choose_labels(None, knows(["dark", "bright"]), 8, first_index=3)
+    y, _ = choose_labels(None, ["dark", "bright"], 8, first_index=3)
     images, _ = generate(model, diffusion, 8, 8, y=y, first_index=3, batch_size=3)
     assert ((images.mean((1, 2, 3)) > 0).tolist()) == [True, False] * 4
     pictures = train_module.sample_images(model, diffusion, torch.device("cpu"), 8, 8)
@@ -103,14 +102,14 @@ CLOTHES = ["shirt", "sneaker", "bag"]
     ("none", None, None, None),
     ("3", ["3", "4"], [0] * 7, None), ("all", ["1", "2"], [0, 0, 0, 0, 1, 1, 1, 1], 4)])
 def test_labels_are_names_or_numbers_and_have_rows_of_their_own(text, classes, labels, columns):
-    y, got = choose_labels(text, knows(classes), 7)
+    y, got = choose_labels(text, classes, 7)
     assert (y if y is None else y.tolist()) == labels and got == columns
 
 
 @pytest.mark.parametrize("text, num_images, rows, columns", [
     ("0,1", 64, 4, 8), ("0,1,2", 64, 3, 8), ("all", 64, 3, 8), ("0,1", 10, 2, 3), ("1,0", 2, 1, 1)])
 def test_the_grid_of_several_labels_is_nearly_square_and_full(text, num_images, rows, columns):
-    y, got = choose_labels(text, knows(CLOTHES), num_images)
+    y, got = choose_labels(text, CLOTHES, num_images)
     assert (got == columns and len(y)
             == rows * columns * (3 if text == "all" else text.count(",") + 1) >= num_images)
     assert all(len(row.unique()) == 1 for row in y.view(-1, columns))
@@ -121,7 +120,7 @@ def test_the_grid_of_several_labels_is_nearly_square_and_full(text, num_images, 
     ("2", 7, [0, 0, 7])])
 def test_where_there_is_no_sheet_each_label_is_drawn_as_often(text, count, counts):
     """The rows of a sheet are full and hold more; what was over came off the last label alone."""
-    y, _ = choose_labels(text, knows(CLOTHES), count)
+    y, _ = choose_labels(text, CLOTHES, count)
     assert torch.bincount(thinned(y, count)).tolist() == counts
     assert thinned(None, 5) is None
 
@@ -181,20 +180,6 @@ def test_a_call_of_the_weak_model_is_counted_as_its_own(monkeypatch):
     known = (model, DiffusionProcess(), 6, 8, 5, 2, torch.float32)
     assert sample.seconds_for(*known, weak, 3) == (5 * 1 + 3 * 0.25) * 3
     assert sample.seconds_for(*known, None, 3) == 8 * 3
-
-
-def test_a_model_that_always_had_a_class_is_not_asked_without(few_digits, tmp_path, capsys):
-    """Its row for "no class" is as random as at the start, and guidance led away from that."""
-    train(**few_digits, **TINY, steps=1, label_drop=0.0, output_dir=tmp_path,
-          draw_with=dict(sampler="ddim", guidance=1.5))
-    model = ["--checkpoint", str(tmp_path / "model_final.pt"), "--output_dir", str(tmp_path / "o")]
-    sample.main([*model, "--num_images", "2"])
-    assert read_note(tmp_path / "o" / "generated_samples.png")["guidance"] == 1
-    capsys.readouterr()
-    for main, flags in ((sample.main, ["--guidance", "3"]), (sample.main, ["--guidance", "0"]),
-                        (sample.main, ["--label", "none"]),
-                        (edit.main, []), (interpolate.main, [])):
-        assert "label_drop 0" in fails(capsys, main, *model, *flags)
 
 
 def test_a_weak_model_belongs_to_the_picture(two_shades, tmp_path, capsys):

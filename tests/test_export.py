@@ -251,16 +251,6 @@ def test_what_a_strange_file_tells_of_drawing_is_passed_over(name, told, few_dig
         assert card.get("weak") is None and card.get("sampler", "ddim") == "ddim"
 
 
-def test_a_share_of_withheld_classes_that_is_no_number_is_passed_over(few_digits, tmp_path):
-    train(**few_digits, **TINY, steps=1, output_dir=tmp_path)
-    path = tmp_path / "model_final.pt"
-    entries = load_checkpoint(path)
-    for share, needed in ((torch.ones(2), False), (0.0, True), (0.1, False)):
-        entries["settings"]["label_drop"] = share
-        save_checkpoint(path, entries)
-        assert load_model(path)[2]["class_needed"] is needed
-
-
 def test_what_presets_are_drawn_by_can_be_drawn_by():
     for row in DRAW_WITH.values():
         taken = card_recipe(row, 1000)

@@ -31,10 +31,10 @@ import visualize_diffusion as figures
 import visualize_model
 from classifier import Classifier
 from command_line import Parser, command, speaks
-from conftest import ROOT, TINY, fails, knows, sheets, write_model
+from conftest import ROOT, TINY, fails, sheets, write_model
 from data import Batches, split_held_out
 from diffusion import DiffusionProcess
-from drawing import card_recipe
+from drawing import card_recipe, choose_labels
 from files import write_file
 from images import as_text, read_note, save_gif, save_images
 from load import PRETRAINED, find_by_digest, find_model, load_model
@@ -43,7 +43,6 @@ from models.attention_unet import SelfAttention
 from plan import Plan
 from reference import load_reference
 from running import Signals, Stopped
-from sample import choose_labels
 from session import sample_images
 from train import main as train_main
 from train import train
@@ -127,9 +126,9 @@ def test_a_sheet_of_several_labels_remembers_what_was_asked_for(text, count, two
                                                                 monkeypatch):
     """It remembered the number drawn, 104 for 100, and 104 asked for makes 108."""
     classes = list("0123456789")
-    y, columns = choose_labels(text, knows(classes), count)
+    y, columns = choose_labels(text, classes, count)
     # the number drawn will not do
-    assert len(choose_labels(text, knows(classes), len(y))[0]) != len(y)
+    assert len(choose_labels(text, classes, len(y))[0]) != len(y)
     drawn = []
     monkeypatch.setattr(sample, "load_model", lambda *args, **settings: (
         *load_model(two_shades)[:2], {**load_model(two_shades)[2], "classes": classes}))
@@ -415,7 +414,7 @@ def test_a_cache_among_the_images_is_refused(tmp_path):
 
 
 def test_an_error_names_the_file_that_was_asked_for(tmp_path):
-    """It named the temporary file, which nobody knows, where that could not be deleted either."""
+    """It named the temporary file, which nobody where that could not be deleted either."""
     (tmp_path / "taken").write_bytes(b"")
     with pytest.raises(OSError) as error:
         write_file(tmp_path / "taken" / "sheet.png", b"x")
@@ -561,11 +560,11 @@ def test_a_class_with_another_name_is_another_run(tmp_path):
 
 def test_classes_that_are_called_by_numbers_are_asked_for_by_their_names():
     """The error offered "0 (1), 1 (2)", and --label 1 then drew the first."""
-    assert choose_labels("2", knows(["1", "2", "3"]), 4)[0].tolist() == [1] * 4
+    assert choose_labels("2", ["1", "2", "3"], 4)[0].tolist() == [1] * 4
     with pytest.raises(ValueError, match="choose from all, none, 1, 2, 3$"):
-        choose_labels("0", knows(["1", "2", "3"]), 4)
+        choose_labels("0", ["1", "2", "3"], 4)
     with pytest.raises(ValueError, match="choose from all, none, 0 .cat., 1 .dog.$"):
-        choose_labels("9" * 5000, knows(["cat", "dog"]), 4)
+        choose_labels("9" * 5000, ["cat", "dog"], 4)
 
 
 def test_the_other_processes_leave_quietly_when_the_first_has_stopped():
@@ -715,8 +714,8 @@ def test_a_class_of_the_name_of_a_choice_is_refused(name, tmp_path):
 
 
 def test_a_name_with_a_comma_is_one_name():
-    assert choose_labels("red, blue", knows(["red", "red, blue", "7"]), 4)[0].tolist() == [1] * 4
-    assert choose_labels("red,7", knows(["red", "blue", "7"]), 4)[0].tolist() == [0, 0, 2, 2]
+    assert choose_labels("red, blue", ["red", "red, blue", "7"], 4)[0].tolist() == [1] * 4
+    assert choose_labels("red,7", ["red", "blue", "7"], 4)[0].tolist() == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("main, flags, words", [
@@ -807,7 +806,8 @@ def test_a_set_of_which_only_the_weights_come_with_the_project_is_told_apart(tmp
     (dict(sample_every=-1), "sample_every"), (dict(save_every=0), "save_every"),
     (dict(ema_every=0), "ema_every"), (dict(warmup=-5), "warmup"),
     (dict(weight_decay=-1.0), "weight_decay"), (dict(grad_clip=-1.0), "grad_clip"),
-    (dict(min_snr=-1.0), "min_snr"), (dict(label_drop=2.0), "label_drop")])
+    (dict(min_snr=-1.0), "min_snr"), (dict(label_drop=0.0), "without a class"),
+    (dict(label_drop=1.0), "or with one")])
 def test_settings_without_sense_are_refused_from_python_too(settings, words, tmp_path):
     """A negative grad_clip turned the gradient round; a negative sample_every never ended."""
     with pytest.raises(ValueError, match=words):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import create_model
 from muon import Muon, is_inner, orthogonalized
 
 
@@ -51,6 +52,12 @@ def test_what_is_no_matrix_steps_as_adamw():
             optimizer.step()
     assert not any(map(is_inner, ours))
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(ours, theirs))
+
+
+def test_the_table_of_many_classes_goes_with_adam():
+    model = create_model("attention", base_channels=32, groups=8, num_classes=40)
+    inner = {name for name, p in model.named_parameters() if is_inner(p)}
+    assert "class_emb.weight" not in inner and "time_mlp.1.weight" in inner, inner
 
 
 def test_a_step_of_a_convolution_has_adams_size():

@@ -23,12 +23,12 @@ from folders import FITS
 from images import to_signed
 from load import load_model
 from loop import held_out_loss, rate_at, train_epoch, train_step
-from models import create_model
+from models import MODEL_FLAGS, create_model
 from plan import make_plan
 from presets import PRESETS, as_flags
 from reference import load_reference
 from sample import generate
-from train import MODEL_FLAGS, main, train
+from train import main, train
 from training_data import TrainingData, load_training_data
 from utils import count_parameters, seed_step, shuffled
 
