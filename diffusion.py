@@ -204,7 +204,8 @@ class DiffusionProcess:
         guidance leads it away from what the model sees without a class (Ho & Salimans 2022, eq. 6),
         or from what a weak model sees, which makes the same mistakes in a larger way (autoguidance,
         Karras et al. 2024). 1 is the model itself and 0 the other answer; each costs one call.
-        (Ho & Salimans count from zero: their w is guidance - 1.)
+        (Ho & Salimans count from zero: their w is guidance - 1. For x_0 it comes to the same as for
+        eps, but after clip_loss, where each of the two is cut to [-1, 1] first.)
 
         x_t: [B, C, H, W].  t: an integer, or [B] integers.
         Returns [B, C, H, W], in [-1, 1] if clip.  Raises ValueError for guidance towards nothing.

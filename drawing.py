@@ -1,5 +1,5 @@
-"""How to draw from a model: the flags --sampler to --weak, and what the model tells where they are
-not typed; and what --label asks for.
+"""How to draw from a model: the flags --image_size to --weak, what the model tells where they are
+not typed, and what --label asks for.
 
     add_drawing_flags(parser.add)       # sample.py and evaluate.py have them
     take_sampler(args, data)            # data: what load_model tells
@@ -14,6 +14,7 @@ import torch
 
 from command_line import guidance_number, interval, number_from, positive_int
 from diffusion import MAX_ETA, SAMPLERS, guidance_at
+from interop import UNKNOWN_SIZE
 from schedules import MAX_TIMESTEPS, SPACINGS
 
 WEAK_GUIDANCE, WEAK_FROM = 2.0, 0.3  # by --weak, at the noisier levels: from this share of T on
@@ -58,8 +59,10 @@ def check_draw_with(draw_with):
 
 
 def add_drawing_flags(add):
-    """The flags that say how to draw, --sampler to --weak; take_sampler and take_guidance fill in
-    what was not typed.  add: Parser.add."""
+    """The flags that say how to draw, --image_size to --weak; take_sampler and take_guidance fill
+    in what was not typed.  add: Parser.add."""
+    add("--image_size", "in pixels, for a checkpoint of denoising-diffusion-pytorch: those do not "
+        f"tell it (default: {UNKNOWN_SIZE})", type=positive_int)
     add("--sampler",
         "how to step down; default: what the model tells (shipped weights, what they were "
         "measured with; those of --preset quick and fabrics_laptop, what is best for them), "

@@ -298,7 +298,7 @@ def main(argv=None):
     args = parse(argv)
     device = get_device(args.device)
     args.checkpoint = find_model(args.checkpoint, images=args.dataset)
-    model, diffusion, data = load_model(args.checkpoint, device)
+    model, diffusion, data = load_model(args.checkpoint, device, image_size=args.image_size)
     keep_apart(args.dataset, args.output_dir)
     keep_apart_from_own(data, args.output_dir)
     output_dir = make_output_dir(args.output_dir, "classifier.pt", "evaluation.json", "nearest.png",
@@ -311,7 +311,7 @@ def main(argv=None):
     if not args.race:
         take_sampler(args, data)
     take_guidance(args, data, diffusion)
-    weak, weak_digest = load_weak(args.weak, model, diffusion, data, device)
+    weak, weak_digest = load_weak(args.weak, model, diffusion, data, device, args.image_size)
     entrants, ways = choose_ways(args, diffusion)
     if args.stages or args.race:                            # the floor has to be of as many
         args.num_images = min(args.num_images, len(held))

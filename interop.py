@@ -58,7 +58,7 @@ def load_foreign(path, entries=None, image_size=None):
         raise ValueError(f"--image_size {image_size}: {path} tells its own, {size}")
     if not size and not image_size:
         print(f"{path} does not tell the size of its images: {UNKNOWN_SIZE} is assumed "
-              "(sample.py --image_size)")
+              "(--image_size of sample.py and evaluate.py)")
     size, multiple = size or image_size or UNKNOWN_SIZE, 2 ** (levels - 1)
     if type(size) is not int or not 4 <= size <= MAX_SIZE or size % multiple:
         raise ValueError(f"{path}: it makes square images of a size from 4 to {MAX_SIZE}, "

@@ -19,7 +19,6 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import interop
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_int,
                           seed_number, spare, whole_number)
 from data import keep_apart_from_own
@@ -192,8 +191,6 @@ def parse(argv):
     add = parser.add
     add("--checkpoint", CHECKPOINT_HELP)
     add("--dataset", "draw with the shipped weights of this data set", metavar="NAME")
-    add("--image_size", "in pixels, for a checkpoint of denoising-diffusion-pytorch: those do not "
-        f"tell it (default: {interop.UNKNOWN_SIZE})", type=positive_int)
     add("--num_images", "how many", 64, type=positive_int)
     add("--first_index", "begin with this image of the seed", 0, type=whole_number)
     add("--seed", "image i of a seed is always the same (train.py looks at seed 0)", 42,

@@ -448,9 +448,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(checkpoint, tmp
 def test_imports_run_one_way():
     """A file knows only files of lines above; train and sample do not know each other (README)."""
     storeys = ("distributed files models muon measures schedules", "diffusion images", "utils",
-               "command_line",
-               "checkpoint convergence drawing folders inside plan predictors synthetic",
-               "data figures interop loop presets recipe running",
+               "checkpoint command_line",
+               "convergence folders inside interop plan predictors synthetic",
+               "data drawing figures loop presets recipe running",
                "classifier load network_figures reference session training_data verify", "train",
                "comparisons export sample",
                "benchmark evaluate interpolate run_figures sampling_figures",

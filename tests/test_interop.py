@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import interop
 import sample
 from checkpoint import save_checkpoint
+from classifier import Classifier
 from conftest import fails
 from diffusion import DiffusionProcess, seeded_noise
 from load import load_model
@@ -273,6 +275,19 @@ def test_the_command_draws_from_a_foreign_checkpoint_and_again(tmp_path, capsys)
     sample.main([*flags, "--recreate", str(tmp_path / "generated_samples.png")])
     assert "byte for byte the same" in capsys.readouterr().out
     assert "multiple of 2" in fails(capsys, sample.main, *flags, "--image_size", 17)
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_trainer_is_measured_at_its_own_size(tmp_path, monkeypatch, capsys):
+    """It was at 64, by networks of 28; and "trained on 'unknown'" was no help."""
+    trainer_checkpoint(tmp_path / "m.pt")
+    sizes = []
+    monkeypatch.setattr(evaluate, "get_classifier", lambda name, images, *rest: (
+        sizes.append(images.shape[-1]) or Classifier(1, SIZE, 10).eval(), "no matter which"))
+    evaluate.main(["--checkpoint", str(tmp_path / "m.pt"), "--dataset", "synthetic_digits",
+                   "--image_size", str(SIZE), "--num_images", "100", "--steps", "2",
+                   "--output_dir", str(tmp_path), "--device", "cpu"])
+    assert sizes == [SIZE] and "unknown" not in capsys.readouterr().out
 
 
 def test_a_size_that_is_not_told_is_said_and_one_that_is_told_cannot_be_given(tmp_path, capsys):
