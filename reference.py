@@ -147,7 +147,7 @@ def classes_like(real, count):
     over again where there are not so many; where they have none, those of training images.
 
     So samples and floor have each class as often, and differ in nothing but who drew them. Chance
-    alone would put 10,000 real garments at 1.2 floors (EXPERIMENTS.md, "Which classes").
+    alone would put 10,000 real garments at 1.5 floors (EXPERIMENTS.md, "Which classes").
     """
     labels = real.held_labels
     if labels is None:
