@@ -87,6 +87,7 @@ def stage_lengths(steps):
 
 
 def write_facts(path, facts):
+    """As path.json."""
     write_file(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
 
 

@@ -14,7 +14,6 @@ first ten of each).
 
 import importlib.util
 import itertools
-import json
 import math
 import tempfile
 import time
@@ -28,10 +27,9 @@ from benchmark import PEERS, ours
 from classifier import get_classifier, look
 from command_line import (Parser, command, format_seconds, make_output_dir, positive_float,
                           positive_int, seed_number)
-from comparisons import distance_row
+from comparisons import distance_row, write_facts
 from data import Batches
 from diffusion import DiffusionProcess
-from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import load_model
 from loop import measure_seconds
@@ -234,7 +232,7 @@ def main(argv=None):
         rows.append({"name": name, "parameters": entry.parameters, "images": entry.images,
                      "seconds": entry.seconds, **row})
         pictures.append(entry.samples[:10])
-        write_file(output_dir / "contest.json", json.dumps(found, indent=1).encode())
+        write_facts(output_dir / "contest", found)
     print(f"{'':16}{'parameters':>12}{'images seen':>13}{'seconds':>9}{'FD':>18}{'in floors':>11}")
     for row in rows:
         print(f"{row['name']:16}{row['parameters']:>12,}{row['images']:>13,}{row['seconds']:>9.0f}"

@@ -13,7 +13,6 @@ most like), or a .json and a .png named race or stages.
 """
 
 import functools
-import json
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from command_line import Parser, command, format_seconds, make_output_dir, posit
 from comparisons import race, stage_lengths, stages, write_comparison, write_facts
 from data import keep_apart, keep_apart_from_own
 from drawing import add_drawing_flags, choose_labels, take_guidance, take_sampler, thinned
-from files import write_file
 from images import save_strip, to_signed, to_uint8
 from load import CHECKPOINT_HELP, find_model, load_model, load_weak
 from measures import (SAME, SURE, copied_by_chance, copied_share, copy_limit, fine_power,
@@ -372,7 +370,7 @@ def main(argv=None):
     found, index = evaluate(drawn, model, diffusion, data, y if known else None, real, classifier,
                             device)
     print_found(found, len(images))
-    write_file(output_dir / "evaluation.json", json.dumps({**found, **settings}, indent=1).encode())
+    write_facts(output_dir / "evaluation", {**found, **settings})
     shown = to_show(None if y is None else y[:len(index)])
     save_nearest(drawn[shown], images, index[shown], output_dir / "nearest.png")
     print(f"wrote {output_dir / 'evaluation.json'}\nwrote {output_dir / 'nearest.png'}")

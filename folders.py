@@ -5,12 +5,10 @@
 Nested or flat; png, jpg, webp and bmp; grey, colour, palette, with or without transparency.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import struct
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,14 +54,6 @@ class Picture(NamedTuple):
 def _open(path):
     """The header of an image file, if it is of a format that we name."""
     return Image.open(path, formats=sorted(set(IMAGE_SUFFIXES.values())))
-
-
-@contextlib.contextmanager
-def _own_limit():
-    """Silence PIL's warnings of sizes that read_picture refuses; around threads, not in them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield
 
 
 def _upright(picture):
@@ -166,7 +156,7 @@ def read_folder(folder, files, image_size, fit="crop", channels=None):
     def read(path):
         return read_picture(path, str(path.relative_to(folder)), image_size, fit, channels)
 
-    with (_own_limit(), ThreadPoolExecutor(os.cpu_count()) as pool,    # PIL frees Python's lock
+    with (ThreadPoolExecutor(os.cpu_count()) as pool,                  # PIL frees Python's lock
           tqdm(total=len(files), desc=f"reading {folder}", unit="file", delay=2,
                disable=not distributed.speaks()) as bar):
         for first in range(0, len(files), 256):                        # in parts: they are large
@@ -180,7 +170,7 @@ def common_size(files):
     sizes = Counter()
     for path in files:
         try:
-            with _own_limit(), _open(path) as picture:
+            with _open(path) as picture:
                 sizes[picture.size] += 1
         except MemoryError:
             raise

@@ -27,9 +27,6 @@ LR_SCHEDULES = ("constant", "cosine")
 def rate_at(step, total_steps, peak, schedule="constant", warmup=0):
     """The learning rate of step 0, 1, ...: a line up to `peak` over `warmup` steps, then constant
     or down to zero along half a cosine (Loshchilov & Hutter 2017, eq. 5, without restarts)."""
-    if schedule not in LR_SCHEDULES:
-        raise ValueError(f"unknown learning rate schedule {schedule!r}; "
-                         f"choose from {', '.join(LR_SCHEDULES)}")
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "cosine":

@@ -52,15 +52,12 @@ def predictor_errors(diffusion, x_0, model=None, y=None, ranges=RANGES, seed=0, 
     """Mean squared errors of the predicted noise in equal ranges of t, all at the same noises.
 
     x_0: [N, C, H, W] in [-1, 1].  y: [N] class indices or None.
-    ranges: into how many parts 0..T-1 is cut.  tick: called after each of them.
+    ranges: into how many parts 0..T-1 is cut, T at most.  tick: called after each of them.
     Returns (the edges of the ranges, from 0 to T; {answer: [ranges] errors}). The last row is no
     answer: it is the mean square of x_t - x_0, which does grow with t, and is often taken for the
     error of "zero".
-    Raises ValueError for more ranges than timesteps.
     """
     T, random = diffusion.num_timesteps, torch.Generator().manual_seed(seed)
-    if not 1 <= ranges <= T:
-        raise ValueError(f"{ranges} ranges of {T} timesteps")
     edges, levels = ranges_of_t(T, ranges, len(x_0))
     errors = {}
     for t in levels:

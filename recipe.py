@@ -45,9 +45,6 @@ def read_recipe(path):
     if "made_from" in note:
         raise ValueError(f"{path} cannot be made again from a seed: it was made from "
                          f"{str(note['made_from'])[:60]!r}")
-    if "checkpoint" in note and "weights" not in note:
-        raise ValueError(f"{path} was made by an earlier version of sample.py, "
-                         "and does not tell its weights")
     missing = [name for name in (*RECIPE, *SURROUNDINGS, "weights") if name not in note]
     if missing:
         raise ValueError(f"{path} does not tell its {', '.join(missing)}")

@@ -128,7 +128,6 @@ def digits(n: int = 10_000, seed: int = 0):
     Returns (images uint8 [n, 1, 28, 28], labels int64 [n]).
     Raises ValueError if n or seed is negative.
     """
-    check_arguments(n, seed)
     table = [(digit, common, pen_path(path))
              for digit, ways in DIGITS.items() for common, path in ways]
     control, basis, stroke = (np.stack(parts) for parts in zip(*(path for _, _, path in table)))
@@ -341,7 +340,6 @@ def fabrics(n: int = 10_000, seed: int = 0):
     Returns (images uint8 [n, 3, 64, 64], labels int64 [n]).
     Raises ValueError if n or seed is negative.
     """
-    check_arguments(n, seed)
     labels = np.arange(n) % len(FABRIC_FAMILIES)
     images = np.empty((n, 3, 64, 64), np.uint8)
     for i in tqdm(range(n), desc="drawing fabrics", unit="image", disable=n < 2000 or not speaks()):
@@ -378,11 +376,6 @@ def cloth(rng, family, size=64):
     shade = np.outer(weft, warp) * over * light + rng.normal(0, 0.02, (size, size))
     return (np.round(255 * np.clip(image * shade[..., None], 0, 1))
             .astype(np.uint8).transpose(2, 0, 1))
-
-
-def check_arguments(n, seed):
-    if n < 0 or seed < 0:
-        raise ValueError(f"n and seed must not be negative; got n={n}, seed={seed}")
 
 
 @command

@@ -24,13 +24,12 @@ import evaluate
 import export
 import folders
 import interpolate
-import presets
 import run_figures
 import sample
 import visualize_diffusion as figures
 import visualize_model
 from classifier import Classifier
-from command_line import Parser, command, speaks
+from command_line import command, speaks
 from conftest import ROOT, TINY, fails, sheets, write_model
 from data import Batches, split_held_out
 from diffusion import DiffusionProcess
@@ -227,27 +226,6 @@ def test_an_average_that_never_begins_is_refused(few_digits, tmp_path, capsys):
     """The model drawn with was then the untrained one."""
     with pytest.raises(ValueError, match="nothing would be averaged"):
         train(**few_digits, **TINY, steps=4, ema_every=10, output_dir=tmp_path)
-    settings = presets.parse(_parser(), ["--preset", "fabrics_100k", "--steps", "20"])
-    assert settings["ema_every"] == 1
-    assert presets.parse(_parser(), ["--preset", "quick", "--steps", "60"])["warmup"] == 6
-
-
-def _parser():
-    parser = Parser()
-    for flag in ("preset", "dataset", "device"):
-        parser.add(f"--{flag}", "", "cpu" if flag == "device" else None)
-    for flag in ("epochs", "steps"):
-        parser.add(f"--{flag}", "", type=int)
-    return parser
-
-
-def test_a_weak_model_of_other_images_is_refused(two_shades, tmp_path, capsys):
-    """Digits were led away from garments; with fewer classes it was a traceback."""
-    entries = checkpoint.load_checkpoint(two_shades)
-    entries["data"] = {**entries["data"], "classes": ["dark", "other"]}
-    checkpoint.save_checkpoint(tmp_path / "other.pt", entries)
-    assert "other images" in fails(capsys, sample.main, "--checkpoint", two_shades,
-                                   "--weak", tmp_path / "other.pt", "--output_dir", tmp_path)
 
 
 def test_what_is_given_empty_is_not_taken_for_not_given(tmp_path, capsys):

@@ -83,24 +83,3 @@ def test_a_matrix_steps_by_its_nesterov_momentum():
         step, wanted = before - p.detach(), 0.1 * 0.2 * 48**0.5 * left @ right
         likeness = float((step * wanted).sum() / (step.norm() * wanted.norm()))
         assert likeness > 0.98 and float(step.norm() / wanted.norm()) == pytest.approx(1, abs=0.2)
-
-
-def test_a_resumed_muon_is_the_one_that_never_stopped():
-    torch.manual_seed(0)
-    start, grads = torch.randn(32, 32), torch.randn(6, 32, 32)
-
-    def run(p, optimizer, some):
-        for grad in some:
-            p.grad = grad.clone()
-            optimizer.step()
-
-    p = torch.nn.Parameter(start.clone())
-    whole = Muon([p], lr=0.1)
-    run(p, whole, grads)
-    q = torch.nn.Parameter(start.clone())
-    first = Muon([q], lr=0.1)
-    run(q, first, grads[:3])
-    second = Muon([q], lr=0.1)
-    second.load_state_dict(first.state_dict())
-    run(q, second, grads[3:])
-    assert torch.equal(p, q)

@@ -442,6 +442,8 @@ def test_explicit_flags_win_over_the_preset(settings_of):
     assert settings["steps"] == 400_000 and settings["save_every"] == 25_000
     settings = settings_of("--preset", "ct", "--dataset", "x", "--steps", "9", "--device", "cpu")
     assert settings["steps"] == 9 and settings["batch_size"] == 8                 # 32 with a GPU
+    assert settings_of("--preset", "fabrics_100k", "--steps", "20")["ema_every"] == 1
+    assert settings_of("--preset", "quick", "--steps", "60")["warmup"] == 6
 
 
 @pytest.mark.parametrize("argv, words", [
